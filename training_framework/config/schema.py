@@ -1,0 +1,189 @@
+"""The one real configuration: flat, typed, frozen, validated."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+__all__ = ["TRAJECTORY_FREE_KEYS", "Section", "TrainConfig", "sections"]
+
+Section = Literal["data", "model", "training", "machine", "run"]
+
+Auto = Literal["auto"]
+PositiveInt = Annotated[int, Field(ge=1)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+
+def _plain_precision(value: Any) -> Any:
+    # YAML reads `precision: 32` as a number, and other trainers write 32-true.
+    return "32" if value in (32, "32-true") and not isinstance(value, bool) else value
+
+
+Precision = Annotated[
+    Literal["auto", "32", "mixed", "bf16-mixed", "16-mixed"], BeforeValidator(_plain_precision)
+]
+# A file name or path arrives as text from YAML and from flags.
+FilePath = Annotated[Path, Field(strict=False)]
+
+
+def _setting(section: Section, default: Any, description: str) -> Any:
+    return Field(default, description=description, json_schema_extra={"section": section})
+
+
+class TrainConfig(BaseModel):
+    """What the user asks for. `auto` leaves a choice to the plan, which gives its reason.
+
+    Every key is a YAML key, a flag (`batch_size` is `--batch-size`) and an upper-case attribute of
+    `Config` (`BATCH_SIZE`). Wrong types and unknown keys are errors (pydantic.ValidationError here;
+    a UserError that names the file or flag where `config.loading` read them).
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
+
+    # fmt: off
+    data: Literal["digits", "cifar10", "cifar100", "folder", "synthetic"] | None = _setting("data", None, "data set: digits, cifar10, cifar100, folder or synthetic; unset: what data_root holds, else digits")
+    data_root: FilePath | None = _setting("data", None, "folder with the data, relative to the working directory")
+    img_size: Annotated[int, Field(ge=8, le=4096)] | None = _setting("data", None, "side in pixels of the images the network sees; unset: the data set's own")
+    num_classes: Annotated[int, Field(ge=2)] | None = _setting("data", None, "number of classes; unset: counted in the data")
+    synthetic_train_images: PositiveInt = _setting("data", 2048, "training images of the synthetic set")
+    synthetic_val_images: PositiveInt = _setting("data", 512, "validation images of the synthetic set")
+    flip: Literal["auto", "none", "random", "alternating"] = _setting("data", "auto", "mirrored training images: auto, none, random or alternating (each image changes side every epoch)")
+    crop_padding: Annotated[int, Field(ge=0)] | Auto = _setting("data", "auto", "pixels of padding for the random crop of sets held as arrays; 0: no crop")
+    cutout: Annotated[int, Field(ge=0)] = _setting("data", 0, "side in pixels of the square cut out of each training image; 0: off")
+    random_erasing: Annotated[float, Field(ge=0, le=1)] = _setting("data", 0.0, "probability of erasing a random rectangle of a training image; 0: off")
+    mixup: NonNegativeFloat = _setting("data", 0.0, "mixup's alpha; 0: off")
+    cutmix: NonNegativeFloat = _setting("data", 0.0, "cutmix's alpha; 0: off; with mixup too, each step draws one of them")
+
+    model: Literal["resnet10", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152"] = _setting("model", "resnet18", "resnet10, resnet18, resnet34, resnet50, resnet101 or resnet152")
+    stem: Literal["auto", "cifar", "imagenet"] = _setting("model", "auto", "first layers: cifar (3x3, stride 1, no pooling), imagenet (7x7, stride 2, pooling), or auto, from the image size")
+    weights: FilePath | None = _setting("model", None, "weights to start from: a .safetensors or .pth file with torchvision's names")
+    share_early_weights: bool = _setting("model", False, "let the two convolutions of each early block share one weight (resnet10, 18, 34)")
+    zero_init_last_norm: bool = _setting("model", False, "start each residual block as the identity: its last norm's scale is zero")
+
+    epochs: PositiveInt = _setting("training", 15, "passes over the training set")
+    batch_size: PositiveInt = _setting("training", 64, "images of one forward pass over all devices together; one optimizer step sees accumulate_grad_batches of them")
+    accumulate_grad_batches: PositiveInt = _setting("training", 1, "batches whose gradients are averaged for one optimizer step")
+    optimizer: Literal["sgd", "adam", "adamw"] = _setting("training", "sgd", "sgd, adam or adamw")
+    lr: PositiveFloat | Auto = _setting("training", "auto", "peak learning rate; auto: from the optimizer and the batch size")
+    momentum: Fraction = _setting("training", 0.9, "momentum of sgd")
+    nesterov: bool | Auto = _setting("training", "auto", "Nesterov's momentum for sgd; auto: on where momentum is above 0")
+    beta1: Fraction = _setting("training", 0.9, "decay of the first moment of adam and adamw")
+    beta2: Fraction = _setting("training", 0.999, "decay of the second moment of adam and adamw")
+    eps: PositiveFloat = _setting("training", 1e-8, "term that keeps adam's and adamw's denominators above zero")
+    weight_decay: NonNegativeFloat = _setting("training", 5e-4, "weight decay; norms and biases are left out")
+    decay_norm_and_bias: bool = _setting("training", False, "apply weight decay to norms and biases too")
+    scheduler: Literal["cosine", "step", "multi_step", "one_cycle", "linear", "constant"] = _setting("training", "one_cycle", "learning-rate schedule: cosine, step, multi_step, one_cycle, linear or constant")
+    warmup_epochs: NonNegativeFloat | None = _setting("training", None, "warm-up in epochs; unset: none, or the first 30% of one_cycle")
+    warmup_steps: Annotated[int, Field(ge=0)] | None = _setting("training", None, "warm-up in optimizer steps, instead of warmup_epochs")
+    step_size: PositiveFloat = _setting("training", 30.0, "scheduler step: epochs between two drops")
+    milestones: tuple[PositiveFloat, ...] = _setting("training", (), "scheduler multi_step: epochs at which the rate drops")
+    gamma: Annotated[float, Field(gt=0, le=1)] = _setting("training", 0.1, "factor of one drop of step and multi_step")
+    label_smoothing: Fraction = _setting("training", 0.1, "label smoothing of the training loss")
+    grad_clip_val: PositiveFloat | None = _setting("training", None, "largest gradient norm; unset: no clipping")
+    ema_decay: Fraction = _setting("training", 0.0, "decay of the weight average that is evaluated and saved; 0: off")
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = _setting("training", 0, "seed of everything random")
+
+    accelerator: Literal["auto", "cpu", "gpu"] = _setting("machine", "auto", "auto, cpu or gpu; auto: a GPU that this PyTorch can use, else the CPU")
+    devices: PositiveInt | Auto = _setting("machine", "auto", "devices to train on; more than one: start with torchrun")
+    strategy: Literal["auto", "ddp"] = _setting("machine", "auto", "auto or ddp (torch's DistributedDataParallel)")
+    sync_batchnorm: bool = _setting("machine", False, "batch norm over the batches of all devices")
+    precision: Precision = _setting("machine", "auto", "32, bf16-mixed, 16-mixed, mixed (the device's best of the two), or auto")
+    channels_last: bool | Auto = _setting("machine", "auto", "memory format with the channels last; auto: on")
+    compile: bool | Auto = _setting("machine", "auto", "torch.compile; auto: only where it pays")
+    compile_mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] | None = _setting("machine", None, "torch.compile's mode; unset: reduce-overhead on a GPU, default on a CPU")
+    fused_optimizer: bool | Auto = _setting("machine", "auto", "torch's fused optimizer; auto: where the device has one")
+    small_map_convolutions: bool | Auto = _setting("machine", "auto", "compute convolutions on maps of a few pixels as matrix products; auto: on a CPU in fp32")
+    activation_checkpointing: bool = _setting("machine", False, "recompute each block's activations in the backward pass: less memory, more time")
+    threads: PositiveInt | Auto = _setting("machine", "auto", "CPU threads of PyTorch; auto: one a core, shared between the processes")
+    num_workers: Annotated[int, Field(ge=0)] | Auto = _setting("machine", "auto", "loader processes; auto: from the cores and the data set")
+    prefetch_factor: PositiveInt = _setting("machine", 4, "batches that each loader process prepares ahead")
+    pin_memory: bool | Auto = _setting("machine", "auto", "page-locked host memory for copies to a GPU; auto: with a GPU")
+    resident_data: bool | Auto = _setting("machine", "auto", "keep the whole set in the device's memory; auto: where it fits well")
+    deterministic: bool = _setting("machine", False, "deterministic algorithms only, also on a GPU (slower)")
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)] | None = _setting("run", None, "name of the run: letters, digits, '.', '_', '-'; unset: model and data set")
+    output_dir: FilePath = _setting("run", Path("logs"), "folder for runs; this one goes to <output_dir>/<name>/version_N")
+    resume: FilePath | None = _setting("run", None, "checkpoint to go on from")
+    allow_config_change: bool = _setting("run", False, "resume although settings that change the result differ")
+    log_every_n_steps: PositiveInt = _setting("run", 10, "steps between two logged rows")
+    val_check_interval: Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, allow_inf_nan=False)] = _setting("run", 1.0, "evaluation every so many epochs (0.5, 1.0, 2.0) or, as a whole number, steps")
+    save_top_k: Annotated[int, Field(ge=0)] = _setting("run", 1, "best checkpoints to keep beside the last one")
+    tensorboard: bool = _setting("run", True, "write TensorBoard events")
+    stop_after_steps: PositiveInt | None = _setting("run", None, "stop early, as an interrupt would, after so many steps; the schedule is that of the whole run")
+    # fmt: on
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        fault = next(iter(_contradictions(self)), None)
+        if fault:
+            raise ValueError(fault)
+        return self
+
+
+def _contradictions(config: TrainConfig) -> list[str]:
+    """Settings that cannot hold together, each as `fault; cure`."""
+    given = config.model_fields_set
+    faults = []
+    if config.warmup_epochs is not None and config.warmup_steps is not None:
+        faults.append("warmup_epochs and warmup_steps are both given; keep one of them")
+    if (config.warmup_epochs or 0) > config.epochs:
+        faults.append(
+            f"warmup_epochs {config.warmup_epochs:g} is longer than the run's {config.epochs} "
+            "epochs; lower warmup_epochs or raise epochs"
+        )
+    if config.scheduler == "multi_step" and not config.milestones:
+        faults.append("scheduler multi_step has no milestones; give some, such as 30,60,80")
+    if "milestones" in given and config.milestones and config.scheduler != "multi_step":
+        faults.append(
+            f"milestones are given but scheduler is {config.scheduler}; "
+            "set scheduler to multi_step or drop milestones"
+        )
+    if list(config.milestones) != sorted(set(config.milestones)):
+        faults.append(f"milestones {list(config.milestones)} do not increase; sort them")
+    if config.nesterov is True and config.optimizer != "sgd":
+        faults.append(
+            f"nesterov is for sgd but optimizer is {config.optimizer}; drop nesterov or use sgd"
+        )
+    if config.nesterov is True and config.momentum == 0:
+        faults.append("nesterov needs momentum above 0; raise momentum or drop nesterov")
+    if config.share_early_weights and config.model in ("resnet50", "resnet101", "resnet152"):
+        faults.append(
+            f"share_early_weights has no pair of equal convolutions in {config.model}; "
+            "use resnet10, resnet18 or resnet34, or switch it off"
+        )
+    if config.compile_mode is not None and config.compile is False:
+        faults.append("compile_mode is given but compile is false; drop one of them")
+    if config.resume is not None and config.weights is not None:
+        faults.append(
+            "resume and weights are both given; resume restores its own weights, so drop weights"
+        )
+    if config.data in ("digits", "synthetic") and config.data_root is not None:
+        faults.append(
+            f"data is {config.data}, which reads no files, but data_root is "
+            f"{str(config.data_root)!r}; drop data_root (null) or name the data set that it holds"
+        )
+    return faults
+
+
+# Settings that may differ between a run and its resumption: where things are, how they are
+# watched, and how fast they go, but not what is computed.
+TRAJECTORY_FREE_KEYS = frozenset(
+    {
+        "allow_config_change", "data_root", "devices", "log_every_n_steps", "name", "num_workers",
+        "output_dir", "pin_memory", "prefetch_factor", "resident_data", "resume", "save_top_k",
+        "stop_after_steps", "strategy", "tensorboard", "val_check_interval",
+    }
+)  # fmt: skip
+
+
+def sections() -> dict[Section, list[str]]:
+    """Keys of TrainConfig by section, in the order of their definition."""
+    result: dict[Section, list[str]] = {}
+    for key, field in TrainConfig.model_fields.items():
+        extra = field.json_schema_extra
+        assert isinstance(extra, dict)
+        section: Section = extra["section"]  # type: ignore[assignment]
+        result.setdefault(section, []).append(key)
+    return result
