@@ -1,6 +1,7 @@
 """YAML files that build on others: `extends: base.yaml`."""
 
-from collections.abc import Hashable
+import re
+from collections.abc import Hashable, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,7 +11,7 @@ import yaml
 from training_framework.config.names import ALIASES, canonical
 from training_framework.errors import UserError
 
-__all__ = ["Setting", "read_config_file", "shipped_configs"]
+__all__ = ["Setting", "canonical_settings", "parse_yaml", "read_config_file", "shipped_configs"]
 
 
 class Setting(NamedTuple):
@@ -37,7 +38,7 @@ class _Loader(yaml.SafeLoader):
 # YAML 1.1 takes 1e-3 for text, which nobody means in a training configuration.
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
-    __import__("re").compile(r"^[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)[eE][-+]?[0-9]+$"),
+    re.compile(r"^[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)[eE][-+]?[0-9]+$"),
     list("-+.0123456789"),
 )
 
@@ -62,10 +63,10 @@ def read_config_file(path: str | Path) -> dict[str, Setting]:
     Raises:
         UserError: The file is missing, no YAML mapping, part of a cycle, or contradicts itself.
     """
-    return _read(_locate(str(path), Path()), chain=())
+    return _read(_locate(str(path), Path(), named_in=""), chain=())
 
 
-def _locate(name: str, folder: Path) -> Path:
+def _locate(name: str, folder: Path, named_in: str) -> Path:
     shipped = shipped_configs()
     path = folder / Path(name).expanduser()
     if path.is_file():
@@ -73,9 +74,9 @@ def _locate(name: str, folder: Path) -> Path:
     if name in shipped:
         return shipped[name]
     if path.is_dir():
-        raise UserError(f"{path}: is a folder", "name a YAML file")
+        raise UserError(f"{named_in}{path}: is a folder", "name a YAML file")
     raise UserError(
-        f"{path}: no such configuration file",
+        f"{named_in}{path}: no such configuration file",
         f"name a YAML file, or one of those shipped: {', '.join(shipped)}",
     )
 
@@ -94,14 +95,23 @@ def _read(path: Path, chain: tuple[Path, ...]) -> dict[str, Setting]:
         )
     settings: dict[str, Setting] = {}
     for base in bases:
-        settings.update(_read(_locate(base, path.parent), (*chain, resolved)))
-    settings.update(_canonical_settings(content, str(path)))
+        settings.update(_read(_locate(base, path.parent, f"{path}: extends: "), (*chain, resolved)))
+    settings.update(canonical_settings(content, str(path)))
     return settings
+
+
+def parse_yaml(text: str) -> Any:
+    """Safe YAML with this framework's rules: no key twice, and 1e-3 is a number.
+
+    Raises:
+        yaml.YAMLError, ValueError, RecursionError: The text is no such YAML.
+    """
+    return yaml.load(text, Loader=_Loader)
 
 
 def _parse(path: Path) -> dict[str, Any]:
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506
+        content = parse_yaml(path.read_text(encoding="utf-8"))
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: is no UTF-8 text ({error.reason})", "name a YAML file") from None
     except OSError as error:
@@ -118,7 +128,7 @@ def _parse(path: Path) -> dict[str, Any]:
     return content
 
 
-def _canonical_settings(content: dict[str, Any], source: str) -> dict[str, Setting]:
+def canonical_settings(content: Mapping[str, Any], source: str) -> dict[str, Setting]:
     """One file's or one command line's settings under their canonical names."""
     settings: dict[str, Setting] = {}
     given_as: dict[str, str] = {}

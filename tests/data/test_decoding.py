@@ -1,0 +1,214 @@
+import io
+import warnings
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from training_framework.data.decoding import (
+    Box,
+    Pixels,
+    decode_center_crop,
+    decode_image,
+    decode_random_resized_crop,
+    image_shape,
+    random_crop_box,
+    resize,
+    resize_and_center_crop,
+)
+from training_framework.errors import UserError
+
+
+def _picture(height: int = 60, width: int = 90) -> Pixels:
+    """A smooth colourful picture, on which resampling methods can be compared."""
+    rows, columns = np.mgrid[0:height, 0:width]
+    waves = (np.sin(rows / 7), np.cos(columns / 9), np.sin((rows + columns) / 11))
+    return (127 + 120 * np.stack(waves, axis=2)).astype(np.uint8)
+
+
+def _encoded(image: Image.Image | Pixels, kind: str, **options: object) -> bytes:
+    if isinstance(image, np.ndarray):
+        image = Image.fromarray(image)
+    stream = io.BytesIO()
+    image.save(stream, kind, **options)
+    return stream.getvalue()
+
+
+def _with_pillow(data: bytes) -> Pixels:
+    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "BMP", "TIFF", "WEBP"])
+def test_lossless_formats_give_their_pixels(kind: str) -> None:
+    options = {"lossless": True} if kind == "WEBP" else {}
+    data = _encoded(_picture(), kind, **options)
+    assert image_shape(data, "x") == (60, 90)
+    np.testing.assert_array_equal(decode_image(data, "x"), _picture())
+
+
+def test_jpeg_equals_pillow() -> None:
+    data = _encoded(_picture(), "JPEG", quality=90)
+    difference = decode_image(data, "x").astype(int) - _with_pillow(data)
+    assert np.abs(difference).max() <= 2
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF"])
+def test_gray_pictures_have_three_equal_channels(kind: str) -> None:
+    gray = Image.fromarray(_picture()).convert("L")
+    pixels = decode_image(_encoded(gray, kind), "x")
+    assert pixels.shape == (60, 90, 3)
+    assert (pixels == pixels[:, :, :1]).all()
+    assert np.abs(pixels[:, :, 0].astype(int) - np.asarray(gray)).max() <= 8
+
+
+def test_cmyk_jpeg_is_converted() -> None:
+    data = _encoded(Image.fromarray(_picture()).convert("CMYK"), "JPEG", quality=95)
+    np.testing.assert_array_equal(decode_image(data, "x"), _with_pillow(data))
+    assert np.abs(decode_image(data, "x").astype(int) - _picture()).mean() < 6
+
+
+def test_palette_png_with_transparency_keeps_its_colours() -> None:
+    palette = Image.fromarray(_picture()).quantize(16)
+    data = _encoded(palette, "PNG", transparency=bytes(range(16)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pixels = decode_image(data, "x")
+    np.testing.assert_array_equal(pixels, np.asarray(palette.convert("RGB")))
+
+
+def test_sixteen_bit_png_is_scaled_not_clipped() -> None:
+    ramp = np.arange(0, 65536, 16, dtype=np.uint16).reshape(64, 64)
+    pixels = decode_image(_encoded(Image.fromarray(ramp), "PNG"), "x")
+    np.testing.assert_array_equal(pixels[:, :, 1], (ramp >> 8).astype(np.uint8))
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("kept", [0.0, 0.05, 0.6])
+def test_truncated_pictures_are_errors_that_name_the_file(kind: str, kept: float) -> None:
+    data = _encoded(_picture(200, 300), kind)
+    data = data[: int(len(data) * kept)]
+    with pytest.raises(UserError, match=r"cat/7\.jpg"):
+        decode_image(data, "cat/7.jpg")
+    with pytest.raises(UserError, match=r"cat/7\.jpg"):
+        decode_center_crop(data, "cat/7.jpg", size=32)
+
+
+def test_other_files_are_no_pictures() -> None:
+    with pytest.raises(UserError, match=r"notes\.jpg: no picture of a known format"):
+        decode_image(b"not a picture", "notes.jpg")
+
+
+def test_formats_beyond_the_known_ones_are_refused() -> None:
+    with pytest.raises(UserError, match="no picture of a known format"):
+        decode_image(_encoded(_picture(), "PPM"), "x.png")
+
+
+def test_decompression_bombs_are_refused_from_their_header() -> None:
+    small = _encoded(_picture(8, 8), "BMP")
+    # Width and height stand at bytes 18 and 22 of a BMP file.
+    side = (14_000).to_bytes(4, "little")
+    bomb = small[:18] + side + side + small[26:]
+    with pytest.raises(UserError, match=r"bomb\.bmp: .* pixels"):
+        decode_image(bomb, "bomb.bmp")
+
+
+@pytest.mark.parametrize(
+    ("least", "expected"),
+    [
+        ((200, 300), (200, 300)),
+        ((100, 150), (100, 150)),
+        ((101, 1), (200, 300)),
+        ((25, 37), (25, 38)),
+    ],
+)
+def test_jpeg_is_decoded_at_the_smallest_sufficient_scale(
+    least: tuple[int, int], expected: tuple[int, int]
+) -> None:
+    data = _encoded(_picture(200, 300), "JPEG")
+    assert decode_image(data, "x", min_size=least).shape[:2] == expected
+
+
+@pytest.mark.parametrize(("height", "width"), [(30, 40), (224, 97), (17, 17)])
+def test_resize_equals_pillow(height: int, width: int) -> None:
+    picture = _picture()
+    expected = np.asarray(
+        Image.fromarray(picture).resize((width, height), Image.Resampling.BILINEAR)
+    )
+    assert np.abs(resize(picture, height, width).astype(int) - expected).max() <= 1
+
+
+@pytest.mark.parametrize("shape", [(60, 90), (90, 60), (64, 64), (300, 451)])
+def test_center_crop_equals_resizing_and_cropping_with_pillow(shape: tuple[int, int]) -> None:
+    picture, size = _picture(*shape), 56
+    height, width = shape
+    shorter = 64
+    new_height = shorter if height <= width else int(shorter * height / width)
+    new_width = shorter if width <= height else int(shorter * width / height)
+    resized = Image.fromarray(picture).resize((new_width, new_height), Image.Resampling.BILINEAR)
+    top, left = round((new_height - size) / 2), round((new_width - size) / 2)
+    expected = np.asarray(resized)[top : top + size, left : left + size].astype(int)
+    assert np.abs(resize_and_center_crop(picture, size).astype(int) - expected).max() <= 1
+    data = _encoded(picture, "PNG")
+    assert np.abs(decode_center_crop(data, "x", size=size).astype(int) - expected).max() <= 1
+
+
+def test_center_crop_of_a_large_jpeg_is_close_to_the_one_from_all_its_pixels() -> None:
+    data = _encoded(_picture(600, 900), "JPEG", quality=95)
+    scaled = decode_center_crop(data, "x", size=56).astype(int)
+    whole = resize_and_center_crop(decode_image(data, "x"), 56)
+    assert np.abs(scaled - whole).mean() < 1.5
+
+
+def test_center_crop_of_a_very_long_picture_takes_its_middle() -> None:
+    picture = np.zeros((2, 4000, 3), dtype=np.uint8)
+    picture[:, 1990:2010] = 200
+    crop = resize_and_center_crop(picture, 32)
+    assert crop.shape == (32, 32, 3)
+    assert (crop == 200).all()
+
+
+def test_random_crop_equals_cropping_and_resizing_with_pillow() -> None:
+    picture = _picture()
+    data = _encoded(picture, "PNG")
+    for seed in range(20):
+        box = random_crop_box(60, 90, rng=np.random.default_rng(seed))
+        got = decode_random_resized_crop(data, "x", size=40, rng=np.random.default_rng(seed))
+        corners = (box.left, box.top, box.left + box.width, box.top + box.height)
+        cropped = Image.fromarray(picture).crop(corners)
+        expected = np.asarray(cropped.resize((40, 40), Image.Resampling.BILINEAR)).astype(int)
+        assert np.abs(got - expected).max() <= 1
+
+
+def test_random_crop_of_a_large_jpeg_is_close_to_the_one_from_all_its_pixels() -> None:
+    data = _encoded(_picture(600, 900), "JPEG", quality=95)
+    pixels = decode_image(data, "x")
+    for seed in range(10):
+        box = random_crop_box(600, 900, rng=np.random.default_rng(seed))
+        part = pixels[box.top : box.top + box.height, box.left : box.left + box.width]
+        got = decode_random_resized_crop(data, "x", size=32, rng=np.random.default_rng(seed))
+        assert np.abs(got.astype(int) - resize(part, 32, 32)).mean() < 4
+
+
+def test_random_crops_have_the_asked_areas_and_ratios() -> None:
+    rng = np.random.default_rng(0)
+    boxes = [random_crop_box(400, 500, rng=rng) for _ in range(2000)]
+    shares = np.array([box.height * box.width for box in boxes]) / (400 * 500)
+    ratios = np.array([box.width / box.height for box in boxes])
+    assert shares.min() > 0.075
+    assert shares.max() <= 1
+    assert ratios.min() > 0.74
+    assert ratios.max() < 1.35
+    assert abs(np.log(ratios).mean()) < 0.03
+    for box in boxes:
+        assert 0 <= box.top <= 400 - box.height
+        assert 0 <= box.left <= 500 - box.width
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "expected"),
+    [(10, 1000, Box(0, 493, 10, 13)), (1000, 12, Box(492, 0, 16, 12)), (1, 1, Box(0, 0, 1, 1))],
+)
+def test_crop_of_an_extreme_picture_falls_back_to_its_centre(
+    height: int, width: int, expected: Box
+) -> None:
+    assert random_crop_box(height, width, rng=np.random.default_rng(0)) == expected

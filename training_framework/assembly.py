@@ -1,0 +1,321 @@
+"""From a configuration and a plan to the parts of a run, each built from plain arguments."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from training_framework.config import TrainConfig
+from training_framework.data import (
+    Dataset,
+    EvalTransform,
+    ForeignLoader,
+    Loader,
+    TrainTransform,
+    build_loader,
+    detect_dataset,
+    open_dataset,
+)
+from training_framework.dataset_facts import DatasetFacts
+from training_framework.distributed import Processes
+from training_framework.errors import UserError
+from training_framework.loggers import (
+    ConsoleLogger,
+    CsvLogger,
+    Logger,
+    LoggerGroup,
+    TensorBoardLogger,
+)
+from training_framework.metrics import ClassificationSums
+from training_framework.models import (
+    build_model,
+    checkpoint_activations,
+    load_weights,
+    synchronize_norms,
+    use_small_map_convolutions,
+)
+from training_framework.optimizers import (
+    Schedule,
+    WeightAverage,
+    build_optimizer,
+    build_schedule,
+    has_fused_optimizer,
+)
+from training_framework.plan import TrainPlan
+from training_framework.step import TrainStep
+
+__all__ = [
+    "Loaders",
+    "assemble_network",
+    "assemble_schedule",
+    "assemble_step",
+    "foreign_facts",
+    "open_configured_dataset",
+    "open_loggers",
+]
+
+
+def open_configured_dataset(config: TrainConfig) -> Dataset:
+    """The data set that a configuration names, or that its data_root holds."""
+    name: str | None = config.data
+    if name is None:
+        name = "digits" if config.data_root is None else detect_dataset(config.data_root)
+    return open_dataset(
+        name,
+        root=config.data_root,
+        image_size=config.img_size,
+        num_classes=config.num_classes,
+        synthetic_train_images=config.synthetic_train_images,
+        synthetic_val_images=config.synthetic_val_images,
+        seed=config.seed,
+    )
+
+
+def foreign_facts(
+    train_loader: Iterable[Any], val_loader: Iterable[Any] | None, num_classes: int | None
+) -> DatasetFacts:
+    """Facts of the user's own loaders, as far as they tell.
+
+    Raises:
+        UserError: The number of classes or the size of the images cannot be found out.
+    """
+    dataset = getattr(train_loader, "dataset", None)
+    names = getattr(dataset, "classes", None)
+    if num_classes is None and names is None:
+        num_classes = _count_classes(dataset)
+    if names is None or (num_classes is not None and len(names) != num_classes):
+        names = [str(index) for index in range(num_classes or 0)]
+    try:
+        image = dataset[0][0] if dataset is not None else next(iter(train_loader))[0][0]
+        image_size = int(image.shape[-1])
+    except (TypeError, AttributeError, IndexError, KeyError, StopIteration):
+        raise UserError(
+            "the training loader yields no (images, labels) with image tensors",
+            "yield float images (N, 3, H, W) and integer labels (N,)",
+        ) from None
+    return DatasetFacts(
+        name="loader",
+        train_images=_sample_count(train_loader),
+        val_images=0 if val_loader is None else _sample_count(val_loader),
+        class_names=tuple(map(str, names)),
+        image_size=image_size,
+        storage="loader",
+        array_bytes=0,
+        mean=(0.0, 0.0, 0.0),
+        std=(1.0, 1.0, 1.0),
+    )
+
+
+def _sample_count(loader: Any) -> int:
+    try:
+        return len(loader.dataset)
+    except (AttributeError, TypeError):
+        return len(loader) * (getattr(loader, "batch_size", None) or 1)
+
+
+def _count_classes(dataset: Any) -> int:
+    labels = getattr(dataset, "targets", None)
+    if labels is None and isinstance(dataset, torch.utils.data.TensorDataset):
+        labels = dataset.tensors[1]
+    if labels is None:
+        raise UserError(
+            "the training loader does not say how many classes there are",
+            "set num_classes (Config.NUM_CLASSES)",
+        )
+    return int(torch.as_tensor(labels).max()) + 1
+
+
+class Loaders:
+    """The loaders of a run and what turns their batches into the network's input."""
+
+    def __init__(
+        self,
+        *,
+        train: Loader,
+        val: Loader | None,
+        train_transform: TrainTransform,
+        eval_transform: EvalTransform,
+    ) -> None:
+        self.train = train
+        self.val = val
+        self.train_transform = train_transform
+        self.eval_transform = eval_transform
+
+    @classmethod
+    def assemble(
+        cls,
+        config: TrainConfig,
+        plan: TrainPlan,
+        facts: DatasetFacts,
+        *,
+        source: Dataset | tuple[Iterable[Any], Iterable[Any] | None],
+        processes: Processes,
+        device: torch.device,
+    ) -> "Loaders":
+        """Build them for a data set, or around the user's own (train, val) loaders."""
+        if isinstance(source, Dataset):
+            train, val = _own_loaders(config, plan, source, processes, device)
+        else:
+            train = ForeignLoader(source[0], device=device, num_classes=plan.num_classes)
+            val = None
+            if source[1] is not None:
+                val = ForeignLoader(source[1], device=device, num_classes=plan.num_classes)
+        eval_transform = EvalTransform(
+            mean=facts.mean, std=facts.std, device=device, channels_last=plan.channels_last
+        )
+        train_transform = TrainTransform(
+            mean=facts.mean,
+            std=facts.std,
+            sample_count=facts.train_images,
+            seed=config.seed,
+            device=device,
+            flip=plan.flip,
+            crop_padding=plan.crop_padding,
+            cutout=config.cutout,
+            random_erasing=config.random_erasing,
+            mixup=config.mixup,
+            cutmix=config.cutmix,
+            channels_last=plan.channels_last,
+        )
+        return cls(
+            train=train, val=val, train_transform=train_transform, eval_transform=eval_transform
+        )
+
+    def close(self) -> None:
+        """End the loaders' processes."""
+        self.train.close()
+        if self.val is not None:
+            self.val.close()
+
+
+def _own_loaders(
+    config: TrainConfig,
+    plan: TrainPlan,
+    dataset: Dataset,
+    processes: Processes,
+    device: torch.device,
+) -> tuple[Loader, Loader | None]:
+    def loader(split: Any, *, train: bool) -> Loader:
+        return build_loader(
+            split,
+            device=device,
+            global_batch_size=plan.global_batch_size if train else plan.evaluation_batch_size,
+            train=train,
+            image_size=plan.image_size,
+            seed=config.seed,
+            rank=processes.rank,
+            world_size=processes.world_size,
+            resident=plan.resident_data,
+            num_workers=plan.num_workers,
+            prefetch_factor=config.prefetch_factor,
+            pin_memory=plan.pin_memory,
+        )
+
+    val = loader(dataset.val, train=False) if len(dataset.val) else None
+    return loader(dataset.train, train=True), val
+
+
+def assemble_network(
+    config: TrainConfig, plan: TrainPlan, device: torch.device
+) -> tuple[nn.Module, list[str]]:
+    """The network on its device, changed as planned, and lines to show the user."""
+    model: nn.Module = build_model(
+        config.model,
+        num_classes=plan.num_classes,
+        stem=plan.stem,
+        share_early_weights=config.share_early_weights,
+        zero_init_last_norm=config.zero_init_last_norm,
+    )
+    lines = load_weights(model, config.weights) if config.weights else []
+    return prepare_network(config, plan, model, device), lines
+
+
+def prepare_network(
+    config: TrainConfig, plan: TrainPlan, model: nn.Module, device: torch.device
+) -> nn.Module:
+    """Move a network to its device and change it as planned; its parameters keep their names."""
+    if plan.small_map_convolutions:
+        use_small_map_convolutions(model, plan.image_size)
+    if plan.synchronize_norms:
+        synchronize_norms(model, device.type)
+    if config.activation_checkpointing:
+        checkpoint_activations(model)
+    model.to(device)
+    if plan.channels_last:
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return model
+
+
+def assemble_step(
+    config: TrainConfig, plan: TrainPlan, model: nn.Module, device: torch.device
+) -> TrainStep:
+    """What makes the optimizer steps, around a network on its device."""
+    average = WeightAverage(model, decay=config.ema_decay) if config.ema_decay else None
+    wrapped = model
+    if plan.world_size > 1:
+        wrapped = DistributedDataParallel(
+            model,
+            device_ids=[device] if device.type == "cuda" else None,
+            gradient_as_bucket_view=True,
+            # Synchronized norms have equal statistics everywhere; others follow rank 0's.
+            broadcast_buffers=not plan.synchronize_norms,
+        )
+    fused = plan.fused_optimizer
+    if config.fused_optimizer == "auto":
+        fused = has_fused_optimizer(config.optimizer, device.type)
+    optimizer = build_optimizer(
+        model,
+        name=config.optimizer,
+        lr=plan.lr,
+        momentum=config.momentum if config.optimizer == "sgd" else 0.0,
+        nesterov=plan.nesterov,
+        weight_decay=config.weight_decay,
+        decay_norm_and_bias=config.decay_norm_and_bias,
+        beta1=config.beta1,
+        beta2=config.beta2,
+        eps=config.eps,
+        fused=fused,
+    )
+    return TrainStep(
+        wrapped,
+        optimizer,
+        device_type=device.type,
+        precision=plan.precision,
+        label_smoothing=config.label_smoothing,
+        grad_clip_val=config.grad_clip_val,
+        sums=ClassificationSums(device, num_classes=plan.num_classes),
+        average=average,
+        compile_mode=plan.compile_mode if plan.compile else None,
+    )
+
+
+def assemble_schedule(config: TrainConfig, plan: TrainPlan) -> Schedule:
+    """The learning-rate schedule, in steps."""
+    options: dict[str, Any] = {}
+    if config.scheduler == "step":
+        options = {"step_size": plan.step_size_steps, "gamma": config.gamma}
+    elif config.scheduler == "multi_step":
+        options = {"milestones": plan.milestones_steps, "gamma": config.gamma}
+    return build_schedule(
+        config.scheduler,
+        total_steps=plan.total_steps,
+        warmup_steps=plan.warmup_steps,
+        **options,
+    )
+
+
+def open_loggers(
+    directory: Path, *, plan: TrainPlan, tensorboard: bool, resume_step: int | None
+) -> tuple[LoggerGroup, ConsoleLogger]:
+    """All sinks of a run, and the one among them that shows progress."""
+    console = ConsoleLogger(
+        total_steps=plan.total_steps, start_step=resume_step or 0, total_epochs=plan.epochs
+    )
+    sinks: list[Logger] = [console, CsvLogger(directory / "metrics.csv", resume_step=resume_step)]
+    if tensorboard:
+        purge_step = None if resume_step is None else resume_step + 1
+        sinks.append(TensorBoardLogger(directory, purge_step=purge_step))
+    return LoggerGroup(sinks), console

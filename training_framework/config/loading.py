@@ -1,0 +1,108 @@
+"""From YAML files and overrides to a TrainConfig, with one-line errors that name their source."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from training_framework.config.inheritance import Setting, canonical_settings, read_config_file
+from training_framework.config.names import nearest
+from training_framework.config.schema import TrainConfig
+from training_framework.errors import UserError
+
+__all__ = ["build_config", "check_value", "config_to_dict", "config_to_yaml", "load_config"]
+
+
+def load_config(
+    path: str | Path | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    *,
+    base: Mapping[str, Any] | None = None,
+    source: str = "overrides",
+) -> TrainConfig:
+    """Build a configuration from a file and what overrides it.
+
+    Args:
+        path: YAML file, or the name of a shipped one; None for the defaults alone.
+        overrides: Settings that win over the file's, by any of their names.
+        base: Settings that the file's win over (those of a checkpoint that is resumed).
+        source: What error messages call the overrides.
+
+    Raises:
+        UserError: A file, key or value is wrong; it names the file or `source`, the key, the value.
+    """
+    settings = canonical_settings(base or {}, "the checkpoint's configuration")
+    if path is not None:
+        settings.update(read_config_file(path))
+    settings.update(canonical_settings(overrides or {}, source))
+    return build_config(settings)
+
+
+def build_config(settings: Mapping[str, Setting]) -> TrainConfig:
+    """Validate settings that know where they come from.
+
+    Raises:
+        UserError: The first setting that is wrong, with its source, value and cure.
+    """
+    for key, setting in settings.items():
+        if key not in TrainConfig.model_fields:
+            raise UserError(f"{setting.source}: unknown key {key!r}", nearest(key))
+    values = {key: _natural(key, setting.value) for key, setting in settings.items()}
+    try:
+        return TrainConfig(**values)
+    except ValidationError as error:
+        raise _user_error(error, settings) from None
+
+
+def check_value(key: str, setting: Setting) -> None:
+    """Validate one setting by itself; what it contradicts may still be changed.
+
+    Raises:
+        UserError: The value has the wrong type or is out of its range.
+    """
+    try:
+        TrainConfig(**{key: _natural(key, setting.value)})
+    except ValidationError as error:
+        if error.errors()[0]["loc"]:
+            raise _user_error(error, {key: setting}) from None
+
+
+def _natural(key: str, value: Any) -> Any:
+    """YAML has no tuples, and writes whole numbers without a point."""
+    if key == "milestones" and isinstance(value, list):
+        return tuple(value)
+    return value
+
+
+def _user_error(error: ValidationError, settings: Mapping[str, Setting]) -> UserError:
+    first = error.errors()[0]
+    if not first["loc"]:  # a contradiction between settings, which says its own cure
+        fault, _, cure = first["msg"].removeprefix("Value error, ").partition("; ")
+        named = [key for key in settings if key in fault.replace(",", " ").split()]
+        sources = dict.fromkeys(settings[key].source for key in named)
+        return UserError(f"{', '.join(sources) or 'configuration'}: {fault}", cure)
+    key = str(first["loc"][0])
+    # A union reports each of its members; together they say what is allowed.
+    messages = dict.fromkeys(
+        entry["msg"].removeprefix("Input should be ").removeprefix("String should ")
+        for entry in error.errors()
+        if entry["loc"][:1] == (key,)
+    )
+    field = TrainConfig.model_fields[key]
+    setting = settings[key]
+    return UserError(
+        f"{setting.source}: {key}: {setting.value!r} should be {' or '.join(messages)}",
+        f"{key} means: {field.description}",
+    )
+
+
+def config_to_yaml(config: TrainConfig) -> str:
+    """YAML text that loads as the same configuration."""
+    return yaml.safe_dump(config_to_dict(config), sort_keys=False, allow_unicode=True)
+
+
+def config_to_dict(config: TrainConfig) -> dict[str, Any]:
+    """Plain values (numbers, text, lists) by key."""
+    return config.model_dump(mode="json")

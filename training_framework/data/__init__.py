@@ -1,0 +1,138 @@
+"""Data: sources that open a data set, loaders that yield its batches, transforms on the device."""
+
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from training_framework.data.batch import Batch, Loader
+from training_framework.data.cifar import CIFAR10, CIFAR100, cifar_folder, open_cifar
+from training_framework.data.digits import open_digits
+from training_framework.data.folder import open_folder
+from training_framework.data.foreign_loading import ForeignLoader
+from training_framework.data.loading import ResidentLoader, build_loader
+from training_framework.data.splits import ArraySplit, Dataset, FileSplit, Split, SyntheticSplit
+from training_framework.data.synthetic import open_synthetic
+from training_framework.data.transforms import EvalTransform, MixedLabels, TrainTransform
+from training_framework.data.worker_loading import WorkerLoader
+from training_framework.errors import UserError
+
+__all__ = [
+    "DATASETS",
+    "ArraySplit",
+    "Batch",
+    "Dataset",
+    "DatasetRequest",
+    "EvalTransform",
+    "FileSplit",
+    "ForeignLoader",
+    "Loader",
+    "MixedLabels",
+    "ResidentLoader",
+    "Split",
+    "SyntheticSplit",
+    "TrainTransform",
+    "WorkerLoader",
+    "build_loader",
+    "detect_dataset",
+    "open_dataset",
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetRequest:
+    """What `open_dataset` was asked for; each opener reads what concerns it."""
+
+    root: Path | None = None
+    image_size: int | None = None
+    num_classes: int | None = None
+    synthetic_train_images: int = 2048
+    synthetic_val_images: int = 512
+    seed: int = 0
+
+
+def _open_synthetic(request: DatasetRequest) -> Dataset:
+    return open_synthetic(
+        train_images=request.synthetic_train_images,
+        val_images=request.synthetic_val_images,
+        image_size=request.image_size,
+        num_classes=request.num_classes,
+        seed=request.seed,
+    )
+
+
+DATASETS: dict[str, Callable[[DatasetRequest], Dataset]] = {
+    "digits": lambda asked: open_digits(image_size=asked.image_size),
+    "cifar10": lambda asked: open_cifar(CIFAR10, root=asked.root, image_size=asked.image_size),
+    "cifar100": lambda asked: open_cifar(CIFAR100, root=asked.root, image_size=asked.image_size),
+    "folder": lambda asked: open_folder(root=asked.root, image_size=asked.image_size),
+    "synthetic": _open_synthetic,
+}
+
+
+def open_dataset(
+    name: str,
+    *,
+    root: Path | None = None,
+    image_size: int | None = None,
+    num_classes: int | None = None,
+    synthetic_train_images: int = 2048,
+    synthetic_val_images: int = 512,
+    seed: int = 0,
+) -> Dataset:
+    """Open a data set by name.
+
+    Args:
+        name: One of `DATASETS`.
+        root: Where its files are; needed by `folder`, `data` for CIFAR unless given.
+        image_size: Side in pixels; the set's own default unless given.
+        num_classes: How many classes the set must have; made, for `synthetic`.
+        synthetic_train_images: Training images of `synthetic`.
+        synthetic_val_images: Validation images of `synthetic`.
+        seed: Draws `synthetic`'s images.
+
+    Raises:
+        UserError: No such set, files missing or wrong, or another number of classes.
+    """
+    if name not in DATASETS:
+        near = difflib.get_close_matches(name, DATASETS, 1)
+        raise UserError(
+            f"data: no data set is called {name!r}",
+            f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(DATASETS)}",
+        )
+    request = DatasetRequest(
+        root=root,
+        image_size=image_size,
+        num_classes=num_classes,
+        synthetic_train_images=synthetic_train_images,
+        synthetic_val_images=synthetic_val_images,
+        seed=seed,
+    )
+    dataset = DATASETS[name](request)
+    found = dataset.facts.num_classes
+    if num_classes is not None and num_classes != found:
+        where = f" in {root}" if root else ""
+        raise UserError(
+            f"num_classes is {num_classes}, but {name}{where} has {found} classes",
+            f"set num_classes to {found} or leave it out",
+        )
+    return dataset
+
+
+def detect_dataset(root: Path) -> Literal["folder", "cifar10", "cifar100"]:
+    """What a folder holds.
+
+    Raises:
+        UserError: None of the known layouts.
+    """
+    if (root / "train").is_dir() and any((root / name).is_dir() for name in ("val", "test")):
+        return "folder"
+    if cifar_folder(CIFAR10, root):
+        return "cifar10"
+    if cifar_folder(CIFAR100, root):
+        return "cifar100"
+    raise UserError(
+        f"data_root {root} " + ("holds no known data set" if root.is_dir() else "is no folder"),
+        f"it must hold train/ and val/, {CIFAR10.folder}/ or {CIFAR100.folder}/",
+    )

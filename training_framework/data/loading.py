@@ -1,0 +1,115 @@
+"""From a split to a loader: whole on the device, or through workers."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from training_framework.data.batch import Batch, Loader
+from training_framework.data.sampling import BatchPlan
+from training_framework.data.splits import ArraySplit, FileSplit, Split, SyntheticSplit
+from training_framework.data.worker_loading import WorkerLoader
+from training_framework.errors import UserError
+
+__all__ = ["ResidentLoader", "build_loader"]
+
+
+class ResidentLoader:
+    """A split whole on the device: a batch is one gather.
+
+    Args:
+        split: The images; they are copied to the device, channels_last.
+        plan: Which samples each batch takes.
+        device: Where images, labels and batches live.
+    """
+
+    def __init__(self, split: ArraySplit, *, plan: BatchPlan, device: torch.device | str) -> None:
+        self.batch_count = plan.batch_count
+        self._plan = plan
+        self._device = torch.device(device)
+        self._images = split.images.to(self._device).permute(0, 2, 3, 1).contiguous()
+        self._labels = split.labels.to(self._device)
+
+    def epoch(self, epoch: int, start_batch: int = 0) -> Iterator[Batch]:
+        """The batches of an epoch, from `start_batch` on."""
+        batches = self._plan.batches(epoch, start_batch)
+        if not batches:
+            return
+        order = torch.cat([torch.from_numpy(batch) for batch in batches]).to(self._device)
+        for indices in order.split([len(batch) for batch in batches]):
+            yield Batch(self._gathered(indices), self._labels.index_select(0, indices), indices)
+
+    def close(self) -> None:
+        """Nothing to let go of: the images live as long as the loader."""
+
+    def _gathered(self, indices: Tensor) -> Tensor:
+        return self._images.index_select(0, indices).permute(0, 3, 1, 2)
+
+
+def build_loader(
+    split: Split,
+    *,
+    device: torch.device | str,
+    global_batch_size: int,
+    train: bool,
+    image_size: int,
+    seed: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+    resident: bool = False,
+    num_workers: int = 0,
+    prefetch_factor: int = 4,
+    pin_memory: bool = False,
+) -> Loader:
+    """Choose and build the loader of a split.
+
+    Args:
+        split: What to load. A synthetic split is made on the device here and is always resident.
+        device: Where the batches are wanted.
+        global_batch_size: Samples of a batch over all ranks.
+        train: Shuffled, random crops, whole batches; otherwise in order and every sample once.
+        image_size: Side in pixels of the batches' images.
+        seed: Draws order and crops.
+        rank: This process, from 0.
+        world_size: Processes.
+        resident: Keep an array split whole on the device.
+        num_workers: Loader processes; 0 loads in this one. Of no concern to a resident split.
+        prefetch_factor: Batches that each worker prepares ahead.
+        pin_memory: Page-locked host memory, for copies to CUDA that run beside the computation.
+
+    Raises:
+        UserError: Files cannot be resident, arrays have another image size, or a batch would leave
+            a rank without a sample.
+    """
+    plan = BatchPlan(
+        sample_count=len(split),
+        global_batch_size=global_batch_size,
+        train=train,
+        seed=seed,
+        rank=rank,
+        world_size=world_size,
+    )
+    if isinstance(split, SyntheticSplit):
+        split, resident = split.materialize(device), True
+    if isinstance(split, FileSplit) and resident:
+        raise UserError(
+            f"resident_data is on, but {split.root} holds files", "set resident_data to false"
+        )
+    if isinstance(split, ArraySplit):
+        height, width = split.images.shape[2:]
+        if (height, width) != (image_size, image_size):
+            raise UserError(
+                f"the images are {width}x{height} px, not {image_size}x{image_size}",
+                f"open the data set with img_size {image_size}",
+            )
+        if resident:
+            return ResidentLoader(split, plan=plan, device=device)
+    return WorkerLoader(
+        split,
+        plan=plan,
+        device=device,
+        image_size=image_size,
+        num_workers=num_workers,
+        prefetch_factor=prefetch_factor,
+        pin_memory=pin_memory,
+    )

@@ -1,0 +1,135 @@
+"""Which sample comes when: pure functions of seed, epoch and rank."""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from training_framework.data.draws import Purpose, keyed_generator
+from training_framework.errors import UserError
+
+__all__ = ["BatchPlan", "Indices", "epoch_order", "evaluation_share", "training_batches"]
+
+Indices = NDArray[np.int64]
+
+
+def epoch_order(count: int, *, seed: int, epoch: int, shuffle: bool) -> Indices:
+    """The order of an epoch: (count,) int64, a permutation of 0..count-1.
+
+    Shuffled, it depends on (seed, epoch) and nothing else, so that every rank and every resumed run
+    finds the same one.
+    """
+    if not shuffle:
+        return np.arange(count, dtype=np.int64)
+    generator = keyed_generator(seed, Purpose.ORDER, epoch)
+    return generator.permutation(count).astype(np.int64, copy=False)
+
+
+def training_batches(
+    order: Indices,
+    *,
+    global_batch_size: int,
+    rank: int = 0,
+    world_size: int = 1,
+    start_batch: int = 0,
+    drop_last: bool = True,
+) -> list[Indices]:
+    """One rank's part of every global batch of an epoch.
+
+    The global batches are the same for every world size: consecutive pieces of the order; each rank
+    takes its contiguous share of each.
+
+    Args:
+        order: (count,) positions in the split.
+        global_batch_size: Samples of a batch over all ranks.
+        rank: This process, from 0.
+        world_size: Processes.
+        start_batch: Batches of the epoch that are already done.
+        drop_last: Drop a ragged last batch. A set smaller than one batch is one ragged batch even
+            so. A ragged batch with fewer samples than ranks is always dropped.
+
+    Returns:
+        One (n,) int64 view of `order` a batch.
+
+    Raises:
+        UserError: A batch would leave a rank without a sample.
+    """
+    count = len(order)
+    if min(count, global_batch_size) < world_size:
+        raise UserError(
+            f"{count} training images in batches of {global_batch_size} leave some of "
+            f"{world_size} processes without a sample",
+            "use fewer processes or a larger batch",
+        )
+    whole = count // global_batch_size * global_batch_size
+    end = whole if drop_last and whole else count
+    if 0 < end - whole < world_size:
+        end = whole
+    starts = range(start_batch * global_batch_size, end, global_batch_size)
+    return [
+        _share(order[start : min(start + global_batch_size, end)], rank, world_size)
+        for start in starts
+    ]
+
+
+def evaluation_share(count: int, rank: int = 0, world_size: int = 1) -> Indices:
+    """The samples that a rank evaluates: every sample is in one rank's share, none in two.
+
+    Shares are contiguous and differ by one sample at most, and nothing is padded: the ranks may
+    have different numbers of batches, so evaluation must not communicate within a batch.
+    """
+    return _share(np.arange(count, dtype=np.int64), rank, world_size)
+
+
+def _share(samples: Indices, rank: int, world_size: int) -> Indices:
+    count = len(samples)
+    return samples[count * rank // world_size : count * (rank + 1) // world_size]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchPlan:
+    """Which samples each batch of an epoch takes on one rank.
+
+    Attributes:
+        sample_count: Samples in the split.
+        global_batch_size: Samples of a batch over all ranks.
+        train: Shuffled global batches, the ragged last one dropped; otherwise the rank's share of
+            the split in order, in batches of `global_batch_size // world_size`, the last one
+            ragged.
+        seed: Draws the order.
+        rank: This process, from 0.
+        world_size: Processes.
+    """
+
+    sample_count: int
+    global_batch_size: int
+    train: bool
+    seed: int = 0
+    rank: int = 0
+    world_size: int = 1
+
+    @cached_property
+    def batch_count(self) -> int:
+        """Batches of a whole epoch on this rank."""
+        return len(self._cut(np.arange(self.sample_count, dtype=np.int64), 0))
+
+    def batches(self, epoch: int, start_batch: int = 0) -> list[Indices]:
+        """The epoch's batches from `start_batch` on: (n,) int64 positions in the split each."""
+        order = epoch_order(self.sample_count, seed=self.seed, epoch=epoch, shuffle=self.train)
+        return self._cut(order, start_batch)
+
+    def _cut(self, order: Indices, start_batch: int) -> list[Indices]:
+        if self.train:
+            return training_batches(
+                order,
+                global_batch_size=self.global_batch_size,
+                rank=self.rank,
+                world_size=self.world_size,
+                start_batch=start_batch,
+            )
+        share = evaluation_share(self.sample_count, self.rank, self.world_size)
+        size = max(1, self.global_batch_size // self.world_size)
+        return [
+            share[start : start + size] for start in range(start_batch * size, len(share), size)
+        ]

@@ -1,0 +1,116 @@
+"""Data sets in memory: what a source opens, before any loader."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from training_framework.dataset_facts import DatasetFacts
+
+__all__ = ["ArraySplit", "Dataset", "FileSplit", "Split", "SyntheticSplit"]
+
+_RESIZED_AT_ONCE = 4096
+_GENERATED_BYTES_AT_ONCE = 1 << 28
+
+
+@dataclass(frozen=True, eq=False)
+class ArraySplit:
+    """Images as one array.
+
+    Attributes:
+        images: (N, C, H, W) uint8.
+        labels: (N,) int64.
+    """
+
+    images: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def resized(self, size: int) -> "ArraySplit":
+        """The split with images of `size` by `size` pixels: bilinear, antialiased where smaller."""
+        if self.images.shape[-2:] == (size, size):
+            return self
+        pieces = [
+            functional.interpolate(piece, (size, size), mode="bilinear", antialias=True)
+            for piece in self.images.split(_RESIZED_AT_ONCE)
+        ]
+        return ArraySplit(torch.cat(pieces), self.labels)
+
+
+@dataclass(frozen=True, eq=False)
+class FileSplit:
+    """Images in files.
+
+    Attributes:
+        root: Folder that the paths are relative to.
+        paths: One a sample.
+        labels: (N,) int64.
+    """
+
+    root: Path
+    paths: tuple[str, ...]
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclass(frozen=True)
+class SyntheticSplit:
+    """Images made up on the device: a coarse pattern a class, under noise, so it can be learnt.
+
+    Attributes:
+        count: Images; the classes take turns.
+        num_classes: Classes.
+        image_size: Side in pixels.
+        seed: Draws the classes' patterns; splits of one set share it.
+        stream: Draws the noise; splits of one set differ in it.
+    """
+
+    count: int
+    num_classes: int
+    image_size: int
+    seed: int
+    stream: int = 0
+
+    def __len__(self) -> int:
+        return self.count
+
+    def materialize(self, device: torch.device | str) -> ArraySplit:
+        """Make the images on the device: (count, 3, S, S) uint8, channels_last in memory.
+
+        The same arguments give the same images on the same kind of device.
+        """
+        device = torch.device(device)
+        side = self.image_size
+        generator = torch.Generator(device).manual_seed(self.seed)
+        patterns = 80 + 96 * torch.rand(
+            (self.num_classes, 3, 4, 4), generator=generator, device=device
+        )
+        generator.manual_seed((self.seed + 1) * 1_000_003 + self.stream)
+        labels = torch.arange(self.count, device=device) % self.num_classes
+        images = torch.empty((self.count, side, side, 3), dtype=torch.uint8, device=device)
+        at_once = max(1, _GENERATED_BYTES_AT_ONCE // (4 * 3 * side * side))
+        for start in range(0, self.count, at_once):
+            own = patterns[labels[start : start + at_once]]
+            smooth = functional.interpolate(own, (side, side), mode="bilinear")
+            noise = torch.randn(smooth.shape, generator=generator, device=device)
+            pixels = noise.mul_(48).add_(smooth).clamp_(0, 255)
+            images[start : start + at_once] = pixels.permute(0, 2, 3, 1)
+        return ArraySplit(images.permute(0, 3, 1, 2), labels)
+
+
+Split = ArraySplit | FileSplit | SyntheticSplit
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """A data set, opened: its facts and its two splits."""
+
+    facts: DatasetFacts
+    train: Split
+    val: Split

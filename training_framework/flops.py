@@ -1,0 +1,61 @@
+"""Floating-point operations of a model, counted by torch.utils.flop_counter.
+
+A multiplication and an addition count as two. Only convolutions and matrix products count, as is
+usual; nothing is computed, since the counting runs on a copy without storage.
+"""
+
+import copy
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+__all__ = ["forward_flops_per_image", "training_flops_per_image"]
+
+
+def forward_flops_per_image(model: nn.Module, image_size: int) -> int:
+    """FLOPs of one forward pass of one image.
+
+    Args:
+        model: Any model from (N, 3, H, W) images to one tensor, on any device; not a compiled or
+            DDP wrapper of it. It is not changed.
+        image_size: Side in pixels of the square images.
+    """
+    return _count(model, image_size, backward=False)
+
+
+def training_flops_per_image(model: nn.Module, image_size: int) -> int:
+    """FLOPs of one forward and backward pass of one image.
+
+    These are the model's FLOPs, the numerator of model FLOPs utilization: activations computed a
+    second time do not count, nor does the optimizer. The first convolution needs no gradient of
+    its input, so this is a little below three forward passes.
+
+    Args:
+        model: As in `forward_flops_per_image`.
+        image_size: Side in pixels of the square images.
+    """
+    return _count(model, image_size, backward=True)
+
+
+def _count(model: nn.Module, image_size: int, *, backward: bool) -> int:
+    # In evaluation mode neither norms that talk to other processes nor recomputation run.
+    shape_only = _without_storage(model).eval()
+    image = torch.empty(1, 3, image_size, image_size, device="meta")
+    with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(backward):
+        output = shape_only(image)
+        if backward:
+            output.sum().backward()
+    return counter.get_total_flops()
+
+
+def _without_storage(model: nn.Module) -> nn.Module:
+    """A copy of the model on the meta device, made without copying a single weight."""
+    copies: dict[int, object] = {}
+    for parameter in model.parameters():
+        meta = torch.empty_like(parameter, device="meta")
+        copies[id(parameter)] = nn.Parameter(meta, requires_grad=parameter.requires_grad)
+    for buffer in model.buffers():
+        copies[id(buffer)] = torch.empty_like(buffer, device="meta")
+    # Gradients would be copied too, if they were not parts of the parameters replaced above.
+    return copy.deepcopy(model, copies)

@@ -1,0 +1,185 @@
+"""Use what was trained: evaluate it on a data set, let it name pictures."""
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from training_framework.assembly import open_configured_dataset
+from training_framework.checkpoint import load_checkpoint
+from training_framework.config import load_config
+from training_framework.config.names import canonical
+from training_framework.data import EvalTransform, build_loader
+from training_framework.data.decoding import (
+    IMAGE_SUFFIXES,
+    Pixels,
+    decode_center_crop,
+    decode_image,
+    resize,
+)
+from training_framework.dataset_facts import DatasetFacts
+from training_framework.distributed import Processes, process_group
+from training_framework.errors import UserError
+from training_framework.evaluation import Evaluation, evaluate
+from training_framework.hardware import detect_hardware
+from training_framework.network import NetworkCard, load_network
+from training_framework.plan import make_plan
+from training_framework.precision import autocast
+
+__all__ = ["evaluate_file", "predict_files"]
+
+PICTURES_AT_ONCE = 64
+
+
+def evaluate_file(path: Path, overrides: Mapping[str, Any]) -> tuple[Evaluation, DatasetFacts]:
+    """Evaluate a checkpoint or weight file on a data set, every sample once.
+
+    Args:
+        path: A .ckpt or weights.safetensors of this framework.
+        overrides: Settings (data, data_root, batch_size, ...) that win over those of the
+            checkpoint's run; its image size and classes are the network's own.
+
+    Raises:
+        UserError: A file or setting is wrong, or the data has other classes than the network.
+    """
+    network, card = load_network(path)
+    base: dict[str, Any] = {}
+    if path.suffix != ".safetensors":
+        trained = load_checkpoint(path)["config"]
+        base = {key: trained[key] for key in ("data", "data_root", "batch_size")}
+    given = {canonical(name, value)[0] for name, value in overrides.items()}
+    if "data" in given and "data_root" not in given:
+        base.pop("data_root", None)
+    elif "data_root" in given and "data" not in given:
+        base.pop("data", None)
+    base["img_size"] = card.image_size
+    config = load_config(overrides=overrides, base=base, source="command line")
+    dataset = open_configured_dataset(config)
+    if dataset.facts.class_names != card.class_names:
+        ours, theirs = _first_difference(card.class_names, dataset.facts.class_names)
+        raise UserError(
+            f"{path}: the network's classes are not those of {dataset.facts.name} "
+            f"({len(card.class_names)} against {len(dataset.facts.class_names)}; "
+            f"{ours!r} against {theirs!r})",
+            "name the data that it was trained for",
+        )
+    processes = Processes.from_environment()
+    plan = make_plan(
+        config,
+        detect_hardware(),
+        dataset.facts,
+        world_size=processes.world_size,
+        local_world_size=processes.local_world_size,
+    )
+    device = plan.torch_device(processes.local_rank)
+    torch.set_num_threads(plan.threads)
+    with process_group(processes, device):
+        loader = build_loader(
+            dataset.val,
+            device=device,
+            global_batch_size=plan.evaluation_batch_size,
+            train=False,
+            image_size=plan.image_size,
+            rank=processes.rank,
+            world_size=processes.world_size,
+            resident=plan.resident_data,
+            num_workers=plan.num_workers,
+            prefetch_factor=config.prefetch_factor,
+            pin_memory=plan.pin_memory,
+        )
+        evaluation = evaluate(
+            network.to(device),
+            loader,
+            EvalTransform(mean=card.mean, std=card.std, device=device),
+            device=device,
+            num_classes=plan.num_classes,
+            precision=plan.precision,
+        )
+        loader.close()
+    return evaluation, dataset.facts
+
+
+def _first_difference(ours: Sequence[str], theirs: Sequence[str]) -> tuple[str, str]:
+    pairs = itertools.zip_longest(ours, theirs, fillvalue="")
+    return next(pair for pair in pairs if pair[0] != pair[1])
+
+
+def predict_files(
+    path: Path, pictures: Sequence[Path], *, top: int, overrides: Mapping[str, Any]
+) -> Iterator[tuple[Path, list[tuple[str, float]]]]:
+    """Name what pictures show.
+
+    Args:
+        path: A .ckpt or weights.safetensors of this framework.
+        pictures: Image files, and folders whose image files (at any depth) are meant.
+        top: How many classes to give for each.
+        overrides: accelerator and precision.
+
+    Yields:
+        Each picture's path with its most probable classes and their probabilities.
+
+    Raises:
+        UserError: A file is missing, damaged or no picture.
+    """
+    files = _picture_files(pictures)
+    network, card = load_network(path)
+    config = load_config(overrides=overrides, source="command line")
+    facts = DatasetFacts(
+        name="pictures",
+        train_images=len(files),
+        val_images=len(files),
+        class_names=card.class_names,
+        image_size=card.image_size,
+        storage="loader",
+        array_bytes=0,
+        mean=card.mean,
+        std=card.std,
+    )
+    plan = make_plan(config, detect_hardware(), facts)
+    device = plan.torch_device(0)
+    network.to(device)
+    transform = EvalTransform(mean=card.mean, std=card.std, device=device)
+    for start in range(0, len(files), PICTURES_AT_ONCE):
+        part = files[start : start + PICTURES_AT_ONCE]
+        pixels = np.stack([_prepared(file, card) for file in part])
+        images = torch.from_numpy(pixels).to(device).permute(0, 3, 1, 2)
+        with torch.inference_mode(), autocast(device.type, plan.precision):
+            logits = network(transform.normalized(images))
+        shares, classes = logits.float().softmax(dim=1).topk(min(top, len(card.class_names)))
+        rows = zip(part, shares.tolist(), classes.tolist(), strict=True)
+        for file, row_shares, row_classes in rows:
+            yield (
+                file,
+                [
+                    (card.class_names[index], share)
+                    for index, share in zip(row_classes, row_shares, strict=True)
+                ],
+            )
+
+
+def _picture_files(pictures: Sequence[Path]) -> list[Path]:
+    files: list[Path] = []
+    for picture in pictures:
+        if picture.is_dir():
+            found = sorted(p for p in picture.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+            if not found:
+                raise UserError(f"{picture}: holds no image files", "name another folder")
+            files += found
+        elif picture.is_file():
+            files.append(picture)
+        else:
+            raise UserError(f"{picture}: no such file or folder", "check the path")
+    return files
+
+
+def _prepared(file: Path, card: NetworkCard) -> Pixels:
+    data = file.read_bytes()
+    if card.center_crop:
+        return decode_center_crop(data, file, size=card.image_size)
+    pixels = decode_image(data, file)
+    side = min(pixels.shape[:2])
+    top, left = (pixels.shape[0] - side) // 2, (pixels.shape[1] - side) // 2
+    return resize(pixels[top : top + side, left : left + side], card.image_size, card.image_size)

@@ -1,0 +1,145 @@
+"""Metrics as a CSV file: one row a logged step, complete after every row."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from training_framework.errors import UserError
+
+__all__ = ["COLUMNS", "CsvLogger"]
+
+COLUMNS = {
+    "epoch": "epoch that the step belongs to, counted from 0",
+    "step": "optimizer steps made, counted from 1",
+    "train/loss": "mean training loss since the row before",
+    "train/acc1": "top-1 accuracy on the training images since the row before, percent",
+    "train/acc5": "top-5 accuracy on the training images since the row before, percent",
+    "val/loss": "mean loss on the validation set",
+    "val/acc1": "top-1 accuracy on the validation set, percent",
+    "val/acc5": "top-5 accuracy on the validation set, percent",
+    "lr": "learning rate of the step",
+    "grad_norm": "norm of the gradient before clipping",
+    "images_per_second": "training images per second over all devices",
+    "data_wait": "share of the time spent waiting for data, 0 to 1",
+    "memory": "peak memory of the device, or the process's resident memory on a CPU, bytes",
+    "mfu": "model FLOP/s as a share of the device's peak, 0 to 1",
+    "eval_seconds": "time of the evaluation, seconds",
+}
+"""Columns of the file, in order, with their meaning and unit."""
+
+_HEADER = ",".join(COLUMNS)
+
+
+class CsvLogger:
+    """Appends a row for every call of `log` and flushes it; a missing value is an empty field.
+
+    Whole numbers are written in full, others with the fewest digits that give back the same
+    float32. Messages have no place in the file and are not kept.
+
+    Args:
+        path: The file, in an existing directory.
+        resume_step: The steps made so far, where a run goes on: rows after that step go, since
+            they will be logged again, and so does a last row that a crash tore. The file is
+            replaced in one move, so a crash here loses nothing. None: a new run.
+
+    Raises:
+        UserError: A new run's file exists already, or the file to go on with is of another kind.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, resume_step: int | None = None) -> None:
+        self._path = Path(path)
+        self._last_step = -1
+        if resume_step is not None and self._path.exists():
+            rows = _rows_to_keep(self._path, resume_step)
+            _replace(self._path, rows)
+            if rows:
+                self._last_step = _step_of(rows[-1])
+            self._file = self._path.open("a", encoding="utf-8", newline="")
+            return
+        try:
+            self._file = self._path.open("x", encoding="utf-8", newline="")
+        except FileExistsError:
+            raise UserError(
+                f"{self._path} exists already", "choose another run directory or resume that run"
+            ) from None
+        self._file.write(_HEADER + "\n")
+        self._file.flush()
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Write a row.
+
+        Args:
+            step: Optimizer steps made; above that of the row before.
+            values: Values by column; `step` itself may be left out.
+
+        Raises:
+            UserError: A name that is no column.
+        """
+        assert step > self._last_step, f"step {step} is logged after step {self._last_step}"
+        unknown = sorted(values.keys() - COLUMNS.keys())
+        if unknown:
+            raise UserError(
+                f"{self._path} has no column {unknown[0]!r}",
+                f"its columns are: {', '.join(COLUMNS)}",
+            )
+        numbers = {**values, "step": step}
+        row = ",".join(_number(numbers[name]) if name in numbers else "" for name in COLUMNS)
+        self._file.write(row + "\n")
+        self._file.flush()
+        self._last_step = step
+
+    def message(self, text: str) -> None:
+        """Nothing: the file holds numbers alone."""
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def _number(value: float) -> str:
+    if abs(value) < 2**53 and value == int(value):
+        return str(int(value))
+    if 1e-37 < abs(value) < 1e38:
+        return str(np.float32(value))
+    return repr(float(value))
+
+
+def _rows_to_keep(path: Path, resume_step: int) -> list[str]:
+    # What a power cut leaves may be no text at all; such a row is then torn like any other.
+    text = path.read_text(encoding="utf-8", errors="replace")
+    header, *rows = text.split("\n")
+    if _HEADER.startswith(header) and not any(rows):
+        return []
+    if header != _HEADER:
+        raise UserError(
+            f"{path}: the first line does not name this version's columns",
+            "move the file away to go on with a new one",
+        )
+    # After the last line's end stands an empty piece, or a row whose last number may be cut short.
+    rows.pop()
+    kept: list[str] = []
+    last_step = -1
+    for row in rows:
+        step = _step_of(row)
+        if last_step < step <= resume_step:
+            kept.append(row)
+            last_step = step
+    return kept
+
+
+def _step_of(row: str) -> int:
+    """The row's step; -1 where the row is torn."""
+    fields = row.split(",")
+    step = fields[list(COLUMNS).index("step")] if len(fields) == len(COLUMNS) else ""
+    return int(step) if step.isascii() and step.isdecimal() else -1
+
+
+def _replace(path: Path, rows: list[str]) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", encoding="utf-8", newline="") as file:
+        file.writelines(line + "\n" for line in [_HEADER, *rows])
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)

@@ -1,0 +1,177 @@
+"""The two residual blocks of ResNet (He et al., arXiv 1512.03385, figure 5).
+
+Parameter and buffer names are those of torchvision, so that its weight files load.
+"""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
+
+__all__ = ["BasicBlock", "Bottleneck", "ResidualBlock"]
+
+
+def _conv3x3(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1, bias=False)
+
+
+def _conv1x1(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(in_channels, out_channels, 1, stride=stride, bias=False)
+
+
+@contextmanager
+def _running_statistics_unchanged(block: nn.Module) -> Iterator[None]:
+    """Batch norm updates copies of its running statistics meanwhile.
+
+    Copies rather than none, since autograd wants the same tensors saved both times.
+    """
+    norms = [module for module in block.modules() if isinstance(module, _BatchNorm)]
+    buffers = [(norm, name, buffer) for norm in norms for name, buffer in norm.named_buffers()]
+    for norm, name, buffer in buffers:
+        setattr(norm, name, buffer.clone())
+    try:
+        yield
+    finally:
+        for norm, name, buffer in buffers:
+            setattr(norm, name, buffer)
+
+
+class ResidualBlock(nn.Module):
+    """What both blocks share: the shortcut, and recomputation of activations.
+
+    Attributes:
+        expansion: Output channels as a multiple of `channels`.
+        recompute_activations: While training, keep only the block's input and compute the rest
+            again in the backward pass; set by `surgery.checkpoint_activations`.
+        downsample: The projection of the shortcut, or None where the shapes agree.
+    """
+
+    expansion: ClassVar[int]
+    recompute_activations: bool = False
+    downsample: nn.Module | None
+
+    def _projection(self, in_channels: int, channels: int, stride: int) -> nn.Sequential | None:
+        """The shortcut's 1x1 convolution and norm, or None where the shapes agree.
+
+        Blocks build it first and register it last, so that one seed draws the same initial weights
+        and one order of parameters numbers them as in torchvision.
+        """
+        out_channels = channels * self.expansion
+        if stride == 1 and in_channels == out_channels:
+            return None
+        return nn.Sequential(
+            _conv1x1(in_channels, out_channels, stride), nn.BatchNorm2d(out_channels)
+        )
+
+    @property
+    def last_norm(self) -> nn.BatchNorm2d:
+        """The norm before the addition, which `zero_init_last_norm` sets to zero."""
+        raise NotImplementedError
+
+    def residual(self, x: Tensor) -> Tensor:
+        """The branch beside the shortcut, up to its last norm."""
+        raise NotImplementedError
+
+    def _add_shortcut(self, x: Tensor) -> Tensor:
+        shortcut = x if self.downsample is None else self.downsample(x)
+        out = self.residual(x)
+        out += shortcut
+        return torch.relu_(out)
+
+    def _recomputation_contexts(
+        self,
+    ) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        return nullcontext(), _running_statistics_unchanged(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, in_channels, H, W) to (N, channels * expansion, ceil(H / stride), ...)."""
+        if not (self.recompute_activations and self.training and torch.is_grad_enabled()):
+            return self._add_shortcut(x)
+        # A block draws no random numbers, so their state need not be kept. The compiler makes
+        # buffer updates part of the graph and never repeats them, so it needs no contexts.
+        if torch.compiler.is_compiling():
+            out = checkpoint(self._add_shortcut, x, use_reentrant=False, preserve_rng_state=False)
+        else:
+            out = checkpoint(
+                self._add_shortcut,
+                x,
+                use_reentrant=False,
+                preserve_rng_state=False,
+                context_fn=self._recomputation_contexts,
+            )
+        assert isinstance(out, Tensor)
+        return out
+
+
+class BasicBlock(ResidualBlock):
+    """Two 3x3 convolutions (ResNet-10, 18, 34).
+
+    Args:
+        in_channels: Channels of the input.
+        channels: Channels of both convolutions, and of the output.
+        stride: Of the first convolution and of the shortcut.
+    """
+
+    expansion = 1
+
+    def __init__(self, in_channels: int, channels: int, stride: int = 1) -> None:
+        super().__init__()
+        downsample = self._projection(in_channels, channels, stride)
+        self.conv1 = _conv3x3(in_channels, channels, stride)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.relu = nn.ReLU(inplace=True)
+        self.conv2 = _conv3x3(channels, channels)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.downsample = downsample
+
+    @property
+    def last_norm(self) -> nn.BatchNorm2d:
+        """`bn2`."""
+        return self.bn2
+
+    def residual(self, x: Tensor) -> Tensor:
+        """3x3, norm, ReLU, 3x3, norm."""
+        x = self.relu(self.bn1(self.conv1(x)))
+        return self.bn2(self.conv2(x))
+
+
+class Bottleneck(ResidualBlock):
+    """1x1, 3x3 and 1x1 convolutions (ResNet-50, 101, 152).
+
+    The stride is on the 3x3 convolution, not on the first 1x1 as in the paper: "V1.5", as
+    torchvision has it.
+
+    Args:
+        in_channels: Channels of the input.
+        channels: Channels of the 3x3 convolution; the output has four times as many.
+        stride: Of the 3x3 convolution and of the shortcut.
+    """
+
+    expansion = 4
+
+    def __init__(self, in_channels: int, channels: int, stride: int = 1) -> None:
+        super().__init__()
+        downsample = self._projection(in_channels, channels, stride)
+        self.conv1 = _conv1x1(in_channels, channels)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = _conv3x3(channels, channels, stride)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.conv3 = _conv1x1(channels, channels * self.expansion)
+        self.bn3 = nn.BatchNorm2d(channels * self.expansion)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample = downsample
+
+    @property
+    def last_norm(self) -> nn.BatchNorm2d:
+        """`bn3`."""
+        return self.bn3
+
+    def residual(self, x: Tensor) -> Tensor:
+        """1x1, norm, ReLU, 3x3, norm, ReLU, 1x1, norm."""
+        x = self.relu(self.bn1(self.conv1(x)))
+        x = self.relu(self.bn2(self.conv2(x)))
+        return self.bn3(self.conv3(x))

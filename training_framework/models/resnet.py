@@ -1,0 +1,188 @@
+"""ResNet and its variants, with torchvision's parameter names and two stems."""
+
+import difflib
+from collections.abc import Sequence
+from typing import Final, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from training_framework.errors import UserError
+from training_framework.models.blocks import BasicBlock, Bottleneck, ResidualBlock
+
+__all__ = ["MODELS", "ModelVariant", "ResNet", "Stem", "build_model", "choose_stem"]
+
+Stem = Literal["cifar", "imagenet"]
+
+STAGE_CHANNELS: Final = (64, 128, 256, 512)
+IMAGENET_STEM_REDUCTION: Final = 4
+CIFAR_STEM_MAX_PIXELS: Final = 64
+
+
+class ModelVariant(NamedTuple):
+    """What tells one ResNet from another."""
+
+    block: type[ResidualBlock]
+    blocks_per_stage: tuple[int, int, int, int]
+
+
+MODELS: Final[dict[str, ModelVariant]] = {
+    "resnet10": ModelVariant(BasicBlock, (1, 1, 1, 1)),
+    "resnet18": ModelVariant(BasicBlock, (2, 2, 2, 2)),
+    "resnet34": ModelVariant(BasicBlock, (3, 4, 6, 3)),
+    "resnet50": ModelVariant(Bottleneck, (3, 4, 6, 3)),
+    "resnet101": ModelVariant(Bottleneck, (3, 4, 23, 3)),
+    "resnet152": ModelVariant(Bottleneck, (3, 8, 36, 3)),
+}
+
+
+class ResNet(nn.Module):
+    """A residual network: stem, four stages, global average, linear head.
+
+    Deterministic given `torch.manual_seed`; the random numbers are drawn in torchvision's order.
+
+    Args:
+        block: `BasicBlock` or `Bottleneck`.
+        blocks_per_stage: Number of blocks in each of the four stages.
+        num_classes: Width of the head.
+        stem: `imagenet`: 7x7 convolution of stride 2 and 3x3 max-pool of stride 2; `cifar`: 3x3
+            convolution of stride 1 and no pool.
+        share_early_weights: In every block of the first stage the second convolution uses the
+            first one's weight: one Parameter under both names. Only with `BasicBlock`.
+        zero_init_last_norm: Start each block as the identity (Goyal et al., arXiv 1706.02677,
+            section 5.1).
+    """
+
+    def __init__(
+        self,
+        block: type[ResidualBlock],
+        blocks_per_stage: Sequence[int],
+        *,
+        num_classes: int,
+        stem: Stem = "imagenet",
+        share_early_weights: bool = False,
+        zero_init_last_norm: bool = False,
+    ) -> None:
+        super().__init__()
+        width = STAGE_CHANNELS[0]
+        self.conv1: nn.Conv2d
+        self.maxpool: nn.Module
+        if stem == "imagenet":
+            self.conv1 = nn.Conv2d(3, width, 7, stride=2, padding=3, bias=False)
+            self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
+        else:
+            self.conv1 = nn.Conv2d(3, width, 3, padding=1, bias=False)
+            self.maxpool = nn.Identity()
+        self.bn1 = nn.BatchNorm2d(width)
+        self.relu = nn.ReLU(inplace=True)
+        stages: list[nn.Sequential] = []
+        for channels, blocks, stride in zip(
+            STAGE_CHANNELS, blocks_per_stage, (1, 2, 2, 2), strict=True
+        ):
+            stages.append(_stage(block, width, channels, blocks=blocks, stride=stride))
+            width = channels * block.expansion
+        self.layer1, self.layer2, self.layer3, self.layer4 = stages
+        self.avgpool = nn.AdaptiveAvgPool2d((1, 1))
+        self.fc = nn.Linear(width, num_classes)
+        self._initialize(zero_init_last_norm=zero_init_last_norm)
+        if share_early_weights:
+            self._share_early_weights()
+
+    def _initialize(self, *, zero_init_last_norm: bool) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            elif isinstance(module, ResidualBlock) and zero_init_last_norm:
+                nn.init.zeros_(module.last_norm.weight)
+
+    def _share_early_weights(self) -> None:
+        for block in self.layer1:
+            if not isinstance(block, BasicBlock):
+                basic = [name for name, variant in MODELS.items() if variant.block is BasicBlock]
+                raise UserError(
+                    "share_early_weights needs two convolutions of one shape in a block, "
+                    "and a Bottleneck block has none",
+                    f"choose {', '.join(basic[:-1])} or {basic[-1]}, or turn it off",
+                )
+            block.conv2.weight = block.conv1.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images (N, 3, H, W), normalized, to logits (N, num_classes)."""
+        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        return self.fc(torch.flatten(self.avgpool(x), 1))
+
+
+def _stage(
+    block: type[ResidualBlock], in_channels: int, channels: int, *, blocks: int, stride: int
+) -> nn.Sequential:
+    first = block(in_channels, channels, stride)
+    rest = [block(channels * block.expansion, channels, 1) for _ in range(1, blocks)]
+    return nn.Sequential(first, *rest)
+
+
+def build_model(
+    name: str,
+    *,
+    num_classes: int,
+    stem: Stem,
+    share_early_weights: bool = False,
+    zero_init_last_norm: bool = False,
+) -> ResNet:
+    """Build a variant of `MODELS`, freshly initialized.
+
+    Args:
+        name: Key of `MODELS`.
+        num_classes: Width of the head, at least 1.
+        stem: `cifar` or `imagenet`; see `ResNet` and `choose_stem`.
+        share_early_weights: See `ResNet`.
+        zero_init_last_norm: See `ResNet`.
+
+    Raises:
+        UserError: Unknown name or stem, `num_classes` below 1, or shared weights with a model
+            that has none to share.
+    """
+    if name not in MODELS:
+        near = difflib.get_close_matches(name, MODELS, n=1)
+        cure = f"did you mean '{near[0]}'?" if near else f"choose one of {', '.join(MODELS)}"
+        raise UserError(f"unknown model '{name}'", cure)
+    if stem not in ("cifar", "imagenet"):
+        raise UserError(f"unknown stem '{stem}'", "choose cifar or imagenet")
+    if num_classes < 1:
+        raise UserError(f"num_classes is {num_classes}", "give the number of classes, 1 or more")
+    variant = MODELS[name]
+    return ResNet(
+        variant.block,
+        variant.blocks_per_stage,
+        num_classes=num_classes,
+        stem=stem,
+        share_early_weights=share_early_weights,
+        zero_init_last_norm=zero_init_last_norm,
+    )
+
+
+def choose_stem(image_size: int, enlarged: int = 1) -> tuple[Stem, str]:
+    """Choose the stem for pictures of a size.
+
+    Args:
+        image_size: Side in pixels of the square images as the model sees them.
+        enlarged: How many times the originals were enlarged to `image_size`; 1 for not at all.
+
+    Returns:
+        The stem, and the reason in one line.
+    """
+    original_size = image_size // enlarged
+    if enlarged >= IMAGENET_STEM_REDUCTION:
+        return "imagenet", (
+            f"{image_size} px pictures hold {original_size} px of detail (enlarged {enlarged}x): "
+            f"reducing them {IMAGENET_STEM_REDUCTION}x loses none"
+        )
+    if original_size <= CIFAR_STEM_MAX_PIXELS:
+        return "cifar", (
+            f"{original_size} px of detail is at most {CIFAR_STEM_MAX_PIXELS}: "
+            f"reducing it {IMAGENET_STEM_REDUCTION}x would lose too much"
+        )
+    return "imagenet", (
+        f"{original_size} px of detail is more than {CIFAR_STEM_MAX_PIXELS}: "
+        f"reducing it {IMAGENET_STEM_REDUCTION}x saves 16x the work"
+    )

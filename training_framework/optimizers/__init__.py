@@ -1,0 +1,111 @@
+"""Optimizers, the groups of parameters they see, learning-rate schedules and weight averages."""
+
+import functools
+from typing import Any
+
+import torch
+from torch import nn
+
+from training_framework.errors import UserError
+from training_framework.optimizers.averaging import WeightAverage
+from training_framework.optimizers.parameter_groups import parameter_groups
+from training_framework.optimizers.schedules import SCHEDULES, Schedule, build_schedule
+
+__all__ = [
+    "OPTIMIZERS",
+    "SCHEDULES",
+    "Schedule",
+    "WeightAverage",
+    "build_optimizer",
+    "build_schedule",
+    "has_fused_optimizer",
+    "parameter_groups",
+]
+
+OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
+    "sgd": torch.optim.SGD,
+    "adam": torch.optim.Adam,
+    "adamw": torch.optim.AdamW,
+}
+
+
+def build_optimizer(
+    model: nn.Module,
+    *,
+    name: str,
+    lr: float,
+    momentum: float = 0.0,
+    nesterov: bool = False,
+    weight_decay: float = 0.0,
+    decay_norm_and_bias: bool = False,
+    beta1: float = 0.9,
+    beta2: float = 0.999,
+    eps: float = 1e-8,
+    fused: bool = False,
+) -> torch.optim.Optimizer:
+    """A torch optimizer over the trainable parameters of `model`.
+
+    Args:
+        model: The network, on the device it will train on.
+        name: A key of OPTIMIZERS.
+        lr: Peak learning rate, which a schedule multiplies.
+        momentum: For sgd; the others do not read it.
+        nesterov: Nesterov's momentum, for sgd alone.
+        weight_decay: Weight decay: added to the gradient by sgd and adam, decoupled from it in
+            adamw (arXiv 1711.05101).
+        decay_norm_and_bias: Apply it to norms and biases too; see `parameter_groups`.
+        beta1: Decay of the first moment, for adam and adamw.
+        beta2: Decay of the second moment, for adam and adamw.
+        eps: Keeps the denominators of adam and adamw above zero.
+        fused: torch's fused implementation: one pass over the weights instead of one for every
+            arithmetic operation. Without it, torch's foreach implementation.
+
+    Raises:
+        UserError: Unknown optimizer, nesterov where it does not apply, nothing to train, or fused
+            on a device that has no such implementation.
+    """
+    if name not in OPTIMIZERS:
+        raise UserError(f"unknown optimizer {name!r}", f"choose one of {', '.join(OPTIMIZERS)}")
+    if nesterov and name != "sgd":
+        raise UserError(f"nesterov is for sgd but optimizer is {name}", "drop nesterov or use sgd")
+    if nesterov and momentum == 0:
+        raise UserError("nesterov needs momentum above 0", "raise momentum or drop nesterov")
+    groups = parameter_groups(
+        model, weight_decay=weight_decay, decay_norm_and_bias=decay_norm_and_bias
+    )
+    if not groups:
+        raise UserError("the model has no trainable parameter", "unfreeze a part of it")
+    device_type = groups[0]["params"][0].device.type
+    if fused and not has_fused_optimizer(name, device_type):
+        raise UserError(
+            f"fused_optimizer is on but this PyTorch has no fused {name} for {device_type}",
+            "set fused_optimizer to auto or false",
+        )
+    # foreach is spelled out because fused=False alone selects the loop over single tensors.
+    options: dict[str, Any] = {"lr": lr, "fused": True} if fused else {"lr": lr, "foreach": True}
+    if name == "sgd":
+        options |= {"momentum": momentum, "nesterov": nesterov}
+    else:
+        options |= {"betas": (beta1, beta2), "eps": eps}
+    return OPTIMIZERS[name](groups, **options)
+
+
+@functools.cache
+def has_fused_optimizer(name: str, device_type: str) -> bool:
+    """Whether torch's fused implementation of the optimizer runs on that type of device.
+
+    Found by making one step of one weight: torch's own list of devices is private, and the
+    kernels came to the optimizers at different versions.
+
+    Args:
+        name: A key of OPTIMIZERS.
+        device_type: `cpu`, `cuda`, `mps`, ...
+    """
+    try:
+        weight = torch.zeros(1, device=device_type, requires_grad=True)
+        weight.grad = torch.ones_like(weight)
+        OPTIMIZERS[name]([weight], lr=1.0, fused=True).step()  # type: ignore[call-arg]
+    except (RuntimeError, NotImplementedError, AssertionError):
+        # AssertionError: "Torch not compiled with CUDA enabled".
+        return False
+    return True

@@ -1,0 +1,6 @@
+"""What will run, decided once, with a reason for every choice."""
+
+from training_framework.plan.planner import make_plan
+from training_framework.plan.train_plan import Choice, TrainPlan
+
+__all__ = ["Choice", "TrainPlan", "make_plan"]

@@ -1,0 +1,252 @@
+"""Choices that follow from the machine: device, precision, layout, compiler, processes."""
+
+from typing import Literal
+
+from training_framework.config import TrainConfig
+from training_framework.dataset_facts import DatasetFacts
+from training_framework.errors import UserError
+from training_framework.hardware import Accelerator, Hardware
+from training_framework.plan.train_plan import Choices
+from training_framework.precision import Precision
+
+__all__ = ["MachineChoices"]
+
+# The set must leave most of the memory to weights, activations and everything else.
+RESIDENT_SHARE_OF_MEMORY = 0.25
+# A compiled step has to run often enough to earn back the time that compiling takes.
+COMPILE_FROM_STEPS = 2000
+MOST_LOADER_WORKERS = 16
+
+
+class MachineChoices:
+    """What the machine decides, for one configuration; each method notes its choice and reason."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        hardware: Hardware,
+        facts: DatasetFacts,
+        *,
+        world_size: int,
+        local_world_size: int,
+        choices: Choices,
+    ) -> None:
+        self.config = config
+        self.hardware = hardware
+        self.facts = facts
+        self.world_size = world_size
+        self.local_world_size = local_world_size
+        self.note = choices.note
+        self.accelerators = self._accelerators()
+        self._check_processes()
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the run is not on the CPU."""
+        return bool(self.accelerators)
+
+    @property
+    def on_cuda(self) -> bool:
+        """Whether the run is on a CUDA (or ROCm) device."""
+        return self.on_gpu and self.accelerators[0].kind == "cuda"
+
+    def _accelerators(self) -> tuple[Accelerator, ...]:
+        wanted = self.config.accelerator
+        usable = self.hardware.usable
+        faults = [f"{gpu.name} {gpu.fault}" for gpu in self.hardware.accelerators if gpu.fault]
+        name = self.hardware.cpu_name
+        if wanted == "cpu":
+            self.note("device", "cpu", f"asked for; {name}")
+            return ()
+        if usable:
+            chosen = usable[: self.local_world_size]
+            self.note("device", chosen[0].kind, f"{chosen[0].name}, usable by this PyTorch")
+            return chosen
+        if wanted == "gpu":
+            fault = faults[0] if faults else "this PyTorch finds no GPU"
+            raise UserError(
+                f"accelerator: gpu: {fault}", "or use accelerator: auto to go on on the CPU"
+            )
+        why = f"goes on on the CPU, since {faults[0]}" if faults else f"no GPU found; {name}"
+        self.note("device", "cpu", why)
+        return ()
+
+    def _check_processes(self) -> None:
+        devices = self.config.devices
+        if devices not in ("auto", self.world_size):
+            if self.world_size == 1:
+                raise UserError(
+                    f"devices: {devices} needs one process a device",
+                    f"start it with torchrun --nproc-per-node={devices} "
+                    "-m training_framework train ...",
+                )
+            raise UserError(
+                f"devices is {devices} but torchrun started {self.world_size} processes",
+                f"use devices: auto, or --nproc-per-node={devices}",
+            )
+        if self.on_gpu and len(self.accelerators) < self.local_world_size:
+            raise UserError(
+                f"torchrun started {self.local_world_size} processes on this machine, which has "
+                f"{len(self.accelerators)} usable GPU(s)",
+                f"use --nproc-per-node={len(self.accelerators)}, or accelerator: cpu",
+            )
+        if self.config.batch_size % self.world_size:
+            raise UserError(
+                f"batch_size {self.config.batch_size} cannot be shared equally by "
+                f"{self.world_size} processes",
+                f"use a multiple of {self.world_size}",
+            )
+        if self.world_size > 1:
+            backend = "NCCL" if self.on_cuda else "gloo"
+            self.note("strategy", "ddp", f"{self.world_size} processes of torchrun, {backend}")
+
+    def precision(self) -> Precision:
+        """What the forward pass computes in."""
+        wanted = self.config.precision
+        if wanted not in ("auto", "mixed"):
+            self.note("precision", wanted, "asked for" + self._emulation_note(wanted))
+            return wanted
+        if self.on_gpu:
+            gpu = self.accelerators[0]
+            if gpu.kind not in ("cuda", "xpu") and wanted == "auto":
+                self.note("precision", "32", f"mixed precision is not proven on {gpu.kind}")
+                return "32"
+            half: Literal["bf16-mixed", "16-mixed"] = "bf16-mixed" if gpu.bf16 else "16-mixed"
+            why = "computes bf16" if gpu.bf16 else "has no bf16; fp16 with gradient scaling"
+            self.note("precision", half, f"{gpu.name} {why}")
+            return half
+        if self.hardware.cpu_bf16:
+            sets = ", ".join(s for s in self.hardware.instruction_sets if "bf16" in s or s == "amx")
+            self.note("precision", "bf16-mixed", f"the CPU computes bf16 itself ({sets})")
+            return "bf16-mixed"
+        if wanted == "mixed":
+            self.note("precision", "bf16-mixed", "asked for" + self._emulation_note(wanted))
+            return "bf16-mixed"
+        self.note(
+            "precision", "32", "the CPU has neither avx512_bf16 nor amx, and would emulate bf16"
+        )
+        return "32"
+
+    def _emulation_note(self, wanted: str) -> str:
+        if self.on_gpu or wanted == "32" or (self.hardware.cpu_bf16 and wanted != "16-mixed"):
+            return ""
+        kind = "fp16" if wanted == "16-mixed" else "bf16"
+        return f"; this CPU emulates {kind}, which is slower than precision 32"
+
+    def channels_last(self) -> bool:
+        """Whether the channels lie last in memory."""
+        if self.config.channels_last != "auto":
+            self.note("channels_last", self.config.channels_last, "asked for")
+            return self.config.channels_last
+        on = not (self.on_gpu and self.accelerators[0].kind == "mps")
+        why = "the layout convolutions prefer here" if on else "no gain on mps"
+        self.note("channels_last", on, why)
+        return on
+
+    def compile(self, total_steps: int) -> tuple[bool, str]:
+        """Whether torch.compile is used, and its mode."""
+        mode = self.config.compile_mode
+        mode = mode or ("reduce-overhead" if self.on_cuda else "default")
+        if self.config.compile != "auto":
+            self.note("compile", self.config.compile, f"asked for; mode {mode}")
+            return self.config.compile, mode
+        if not self.on_cuda:
+            self.note("compile", False, "takes long and gains little off a CUDA GPU")
+            return False, mode
+        worth = total_steps >= COMPILE_FROM_STEPS
+        comparison = "are enough" if worth else "are too few"
+        self.note("compile", worth, f"{total_steps:,} steps {comparison} to repay compiling")
+        return worth, mode
+
+    def fused_optimizer(self) -> bool:
+        """Whether torch's fused optimizer is used."""
+        if self.config.fused_optimizer != "auto":
+            self.note("fused_optimizer", self.config.fused_optimizer, "asked for")
+            return self.config.fused_optimizer
+        self.note("fused_optimizer", True, "one kernel for the whole update")
+        return True
+
+    def small_map_convolutions(self, stem: str, image_size: int, precision: str) -> bool:
+        """Whether convolutions on maps of a few pixels become matrix products."""
+        if self.config.small_map_convolutions != "auto":
+            self.note("small_map_convolutions", self.config.small_map_convolutions, "asked for")
+            return self.config.small_map_convolutions
+        last_map = image_size // (32 if stem == "imagenet" else 8)
+        on = not self.on_gpu and precision == "32" and last_map <= 2
+        if on:
+            self.note(
+                "small_map_convolutions", True, f"the last maps are {last_map} px: mostly padding"
+            )
+        return on
+
+    def synchronize_norms(self) -> bool:
+        """Whether batch norm sees the batches of all processes."""
+        if self.config.sync_batchnorm and self.world_size == 1:
+            self.note("sync_batchnorm", False, "one process: nothing to synchronize")
+            return False
+        return self.config.sync_batchnorm
+
+    def resident_data(self) -> bool:
+        """Whether the data set lies whole in the device's memory."""
+        wanted, facts = self.config.resident_data, self.facts
+        if facts.storage == "loader":
+            return False
+        if facts.storage == "files":
+            if wanted is True:
+                raise UserError(
+                    "resident_data: true needs images held as arrays, and a folder's are files",
+                    "use resident_data: auto",
+                )
+            self.note("resident_data", False, "image files are decoded by loader processes")
+            return False
+        size = f"{facts.array_bytes / 2**20:,.0f} MB of images"
+        if wanted != "auto":
+            self.note("resident_data", wanted, f"asked for; {size}")
+            return wanted
+        gpu_bytes = self.accelerators[0].memory_bytes if self.on_gpu else 0
+        memory = gpu_bytes or self.hardware.memory_bytes // self.local_world_size
+        fits = facts.array_bytes <= RESIDENT_SHARE_OF_MEMORY * memory
+        where = f"{memory / 2**30:,.0f} GB of memory"
+        self.note("resident_data", fits, f"{size} {'fit' if fits else 'do not fit'} {where}")
+        return fits
+
+    def num_workers(self, resident: bool) -> int:
+        """Loader processes."""
+        wanted = self.config.num_workers
+        if self.facts.storage == "loader":
+            return 0
+        if resident:
+            if wanted not in ("auto", 0):
+                self.note("num_workers", 0, "the data is resident: nothing is left to load")
+            return 0
+        if wanted != "auto":
+            self.note("num_workers", wanted, "asked for")
+            return wanted
+        cores = max(1, self.hardware.cores // self.local_world_size)
+        if self.on_gpu:
+            workers = min(cores, MOST_LOADER_WORKERS)
+            self.note("num_workers", workers, f"{cores} cores for each process")
+        else:
+            workers = 1
+            self.note("num_workers", workers, "the step needs the cores and is slower")
+        return workers
+
+    def pin_memory(self, resident: bool) -> bool:
+        """Whether host batches lie in page-locked memory."""
+        if self.config.pin_memory == "auto":
+            return self.on_cuda and not resident
+        if self.config.pin_memory and not self.on_cuda:
+            self.note("pin_memory", False, "no CUDA device to copy to")
+            return False
+        return self.config.pin_memory
+
+    def threads(self) -> int:
+        """CPU threads of this process."""
+        if self.config.threads != "auto":
+            self.note("threads", self.config.threads, "asked for")
+            return self.config.threads
+        threads = max(1, self.hardware.cores // self.local_world_size)
+        self.note(
+            "threads", threads, f"{self.hardware.cores} cores, {self.local_world_size} process(es)"
+        )
+        return threads

@@ -1,0 +1,198 @@
+"""From what is asked, what the machine is and what the data is, to what runs."""
+
+import math
+from typing import Any, Literal
+
+from training_framework.config import TrainConfig
+from training_framework.dataset_facts import DatasetFacts
+from training_framework.errors import UserError
+from training_framework.hardware import Hardware
+from training_framework.plan.machine import MachineChoices
+from training_framework.plan.train_plan import Choices, TrainPlan
+
+__all__ = ["make_plan"]
+
+LARGEST_CIFAR_STEM_PIXELS = 64
+LEARNING_RATE_PER_64_IMAGES = 0.1
+SMALLEST_EVALUATION_BATCH = 64
+
+
+def make_plan(
+    config: TrainConfig,
+    hardware: Hardware,
+    facts: DatasetFacts,
+    *,
+    world_size: int = 1,
+    local_world_size: int = 1,
+    batches_per_epoch: int | None = None,
+) -> TrainPlan:
+    """Decide everything that the configuration leaves open.
+
+    Args:
+        world_size: Processes that train together (torchrun's WORLD_SIZE).
+        local_world_size: Those of them on this machine.
+        batches_per_epoch: Where the user's own loader says so; else from the images.
+
+    Raises:
+        UserError: What is asked cannot be done here.
+    """
+    choices = Choices()
+    machine = MachineChoices(
+        config,
+        hardware,
+        facts,
+        world_size=world_size,
+        local_world_size=local_world_size,
+        choices=choices,
+    )
+    durations = _durations(config, facts, world_size, batches_per_epoch, choices)
+    precision = machine.precision()
+    stem = _stem(config, facts, choices)
+    compiled, compile_mode = machine.compile(durations["total_steps"])
+    resident = machine.resident_data()
+    return TrainPlan(
+        device=machine.accelerators[0].kind if machine.on_gpu else "cpu",
+        device_indices=tuple(gpu.index for gpu in machine.accelerators),
+        device_name=machine.accelerators[0].name if machine.on_gpu else hardware.cpu_name,
+        world_size=world_size,
+        stem=stem,
+        num_classes=_num_classes(config, facts),
+        image_size=facts.image_size,
+        epochs=config.epochs,
+        accumulate_grad_batches=config.accumulate_grad_batches,
+        lr=_learning_rate(config, durations["images_per_step"], choices),
+        nesterov=_nesterov(config),
+        precision=precision,
+        channels_last=machine.channels_last(),
+        compile=compiled,
+        compile_mode=compile_mode,
+        fused_optimizer=machine.fused_optimizer(),
+        small_map_convolutions=machine.small_map_convolutions(stem, facts.image_size, precision),
+        synchronize_norms=machine.synchronize_norms(),
+        resident_data=resident,
+        num_workers=machine.num_workers(resident),
+        pin_memory=machine.pin_memory(resident),
+        threads=machine.threads(),
+        flip=_flip(config, facts, choices),
+        crop_padding=_crop_padding(config, facts),
+        choices=tuple(choices),
+        **durations,
+    )
+
+
+def _durations(
+    config: TrainConfig,
+    facts: DatasetFacts,
+    world_size: int,
+    given_batches: int | None,
+    choices: Choices,
+) -> dict[str, Any]:
+    batch = config.batch_size
+    if given_batches is not None:
+        batches = given_batches
+    elif facts.train_images < batch:
+        batches = 1
+        choices.note(
+            "batch", facts.train_images, f"the whole training set, fewer than {batch} images"
+        )
+    else:
+        batches = facts.train_images // batch
+    steps = math.ceil(batches / config.accumulate_grad_batches)
+    total = steps * config.epochs
+    warmup = config.warmup_steps
+    if config.warmup_epochs is not None:
+        warmup = round(config.warmup_epochs * steps)
+    interval = config.val_check_interval
+    return {
+        "global_batch_size": batch,
+        "device_batch_size": batch // world_size,
+        # Without a backward pass, a batch takes little memory, and tiny ones are slow.
+        "evaluation_batch_size": max(batch, SMALLEST_EVALUATION_BATCH * world_size),
+        "images_per_step": batch * config.accumulate_grad_batches,
+        "batches_per_epoch": batches,
+        "steps_per_epoch": steps,
+        "total_steps": total,
+        "warmup_steps": warmup,
+        "step_size_steps": max(1, round(config.step_size * steps)),
+        "milestones_steps": tuple(round(epoch * steps) for epoch in config.milestones),
+        "evaluation_interval_steps": (
+            float(interval) if isinstance(interval, int) else max(1.0, interval * steps)
+        ),
+    }
+
+
+def _stem(
+    config: TrainConfig, facts: DatasetFacts, choices: Choices
+) -> Literal["cifar", "imagenet"]:
+    image_size = facts.image_size
+    wanted = config.stem
+    if wanted != "auto":
+        choices.note("stem", wanted, "asked for")
+        return wanted
+    enlarged = facts.enlarged
+    if image_size > LARGEST_CIFAR_STEM_PIXELS:
+        choices.note("stem", "imagenet", f"{image_size} px images are large")
+        return "imagenet"
+    if enlarged >= 4:
+        reason = (
+            f"{image_size // enlarged} px originals enlarged {enlarged}x: "
+            "reducing 4x at once loses nothing"
+        )
+        choices.note("stem", "imagenet", reason)
+        return "imagenet"
+    choices.note("stem", "cifar", f"{image_size} px images are small")
+    return "cifar"
+
+
+def _num_classes(config: TrainConfig, facts: DatasetFacts) -> int:
+    wanted, found = config.num_classes, facts.num_classes
+    if wanted is not None and found and wanted != found:
+        raise UserError(
+            f"num_classes is {wanted} but {facts.name} has {found} classes",
+            "drop num_classes, or name the data that has as many",
+        )
+    if not found and wanted is None:
+        raise UserError(
+            "num_classes is not known from a DataLoader", "set num_classes (NUM_CLASSES)"
+        )
+    return wanted or found
+
+
+def _learning_rate(config: TrainConfig, images_per_step: int, choices: Choices) -> float:
+    if config.lr != "auto":
+        return config.lr
+    if config.optimizer == "sgd":
+        lr = LEARNING_RATE_PER_64_IMAGES * images_per_step / 64
+        reason = f"{LEARNING_RATE_PER_64_IMAGES} for every 64 images of a step"
+    else:
+        lr = 1e-3 * math.sqrt(images_per_step / 256)
+        reason = "0.001 at 256 images a step, with the root of the batch"
+    choices.note("lr", f"{lr:.4g}", reason)
+    return lr
+
+
+def _nesterov(config: TrainConfig) -> bool:
+    if config.nesterov == "auto":
+        return config.optimizer == "sgd" and config.momentum > 0
+    return config.nesterov
+
+
+def _flip(
+    config: TrainConfig, facts: DatasetFacts, choices: Choices
+) -> Literal["none", "random", "alternating"]:
+    if facts.storage == "loader":
+        return "none"
+    if config.flip != "auto":
+        return config.flip
+    flip: Literal["none", "random"] = "random" if facts.flip else "none"
+    why = "mirrored images keep their class" if facts.flip else "a mirror changes the class"
+    choices.note("flip", flip, why)
+    return flip
+
+
+def _crop_padding(config: TrainConfig, facts: DatasetFacts) -> int:
+    if facts.storage == "loader":
+        return 0
+    if config.crop_padding != "auto":
+        return config.crop_padding
+    return facts.crop_padding

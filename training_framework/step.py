@@ -1,0 +1,134 @@
+"""One optimizer step: forward, loss, backward over a group of batches, then one update."""
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from training_framework.loss import classification_loss
+from training_framework.metrics import ClassificationSums
+from training_framework.optimizers import WeightAverage
+from training_framework.precision import Precision, autocast
+
+__all__ = ["TrainStep"]
+
+
+class TrainStep:
+    """Makes optimizer steps and never waits for the device while doing so.
+
+    A step is `accumulate` for each batch of a group, then `update`. With fp16 the order is:
+    unscale, clip, step, once a group. (With fp16 and an optimizer that is not fused, torch's
+    GradScaler reads one flag from the device in every step.)
+
+    Args:
+        model: The network, in DDP or not, on its device and in its memory format.
+        optimizer: Over the model's parameters.
+        device_type: `cpu`, `cuda`, ...
+        precision: What the forward pass computes in; weights stay in fp32.
+        label_smoothing: Of the training loss, 0 to 1.
+        grad_clip_val: Largest norm of the gradient; None does not clip.
+        sums: Where loss and hits of the training batches gather.
+        average: Weight average to keep up to date.
+        compile_mode: torch.compile's mode for forward and loss; None runs them eagerly.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        device_type: str,
+        precision: Precision = "32",
+        label_smoothing: float = 0.0,
+        grad_clip_val: float | None = None,
+        sums: ClassificationSums | None = None,
+        average: WeightAverage | None = None,
+        compile_mode: str | None = None,
+    ) -> None:
+        self.model = model
+        self.optimizer = optimizer
+        self.average = average
+        self.sums = sums
+        self.scaler = torch.amp.GradScaler(device_type, enabled=precision == "16-mixed")
+        self.grad_norm: Tensor | None = None
+        self._device_type = device_type
+        self._precision: Precision = precision
+        self._label_smoothing = label_smoothing
+        self._grad_clip_val = grad_clip_val
+        self._parameters = [
+            parameter for group in optimizer.param_groups for parameter in group["params"]
+        ]
+        self._forward: Callable[..., tuple[Tensor, Tensor]] = self._logits_and_loss
+        if compile_mode is not None:
+            self._forward = torch.compile(self._logits_and_loss, mode=compile_mode)
+        self._replays_graphs = compile_mode in ("reduce-overhead", "max-autotune")
+
+    def _logits_and_loss(
+        self, images: Tensor, labels: Tensor, mixed: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor]:
+        with autocast(self._device_type, self._precision):
+            logits = self.model(images)
+        loss = classification_loss(
+            logits, labels, label_smoothing=self._label_smoothing, mixed=mixed
+        )
+        return logits, loss
+
+    def accumulate(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        mixed: tuple[Tensor, Tensor] | None = None,
+        *,
+        group_size: int = 1,
+        last_of_group: bool = True,
+    ) -> None:
+        """Add one batch's gradient to the step's.
+
+        Args:
+            images: (N, C, H, W) float.
+            labels: (N,) int64.
+            mixed: The other labels, (N,) int64, and the own labels' share, a scalar, where images
+                were mixed.
+            group_size: Batches of this step: the gradient is their mean.
+            last_of_group: Whether `update` comes next; until then DDP keeps gradients to itself.
+        """
+        if self._replays_graphs:
+            torch.compiler.cudagraph_mark_step_begin()
+        with self._synchronization(last_of_group):
+            logits, loss = self._forward(images, labels, mixed)
+            self.scaler.scale(loss if group_size == 1 else loss / group_size).backward()
+        if self.sums is not None:
+            self.sums.update(logits.detach(), labels, loss.detach())
+
+    def _synchronization(self, last_of_group: bool) -> contextlib.AbstractContextManager[Any]:
+        if not last_of_group and isinstance(self.model, DistributedDataParallel):
+            return self.model.no_sync()
+        return contextlib.nullcontext()
+
+    def update(self, lr: float, *, step: int, measure_grad_norm: bool = False) -> None:
+        """Move the weights by the gathered gradient and forget it.
+
+        Args:
+            lr: Learning rate of this step.
+            step: Optimizer steps made before, counted from 0.
+            measure_grad_norm: Keep the gradient's norm before clipping in `grad_norm`, a scalar on
+                the device.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        if self._grad_clip_val is not None or measure_grad_norm:
+            self.scaler.unscale_(self.optimizer)
+            gradients = [p.grad for p in self._parameters if p.grad is not None]
+            self.grad_norm = torch.nn.utils.get_total_norm(gradients)
+            if self._grad_clip_val is not None:
+                torch.nn.utils.clip_grads_with_norm_(
+                    self._parameters, self._grad_clip_val, self.grad_norm
+                )
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.average is not None:
+            self.average.update(self.model, step)
