@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-__all__ = ["forward_flops_per_image", "training_flops_per_image"]
+__all__ = ["forward_flops_per_image", "meta_copy", "training_flops_per_image"]
 
 
 def forward_flops_per_image(model: nn.Module, image_size: int) -> int:
@@ -40,7 +40,7 @@ def training_flops_per_image(model: nn.Module, image_size: int) -> int:
 
 def _count(model: nn.Module, image_size: int, *, backward: bool) -> int:
     # In evaluation mode neither norms that talk to other processes nor recomputation run.
-    shape_only = _without_storage(model).eval()
+    shape_only = meta_copy(model).eval()
     image = torch.empty(1, 3, image_size, image_size, device="meta")
     with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(backward):
         output = shape_only(image)
@@ -49,13 +49,12 @@ def _count(model: nn.Module, image_size: int, *, backward: bool) -> int:
     return counter.get_total_flops()
 
 
-def _without_storage(model: nn.Module) -> nn.Module:
-    """A copy of the model on the meta device, made without copying a single weight."""
+def meta_copy(model: nn.Module) -> nn.Module:
+    """A copy of the model on the meta device: shapes without storage, no weight is copied."""
     copies: dict[int, object] = {}
     for parameter in model.parameters():
         meta = torch.empty_like(parameter, device="meta")
         copies[id(parameter)] = nn.Parameter(meta, requires_grad=parameter.requires_grad)
     for buffer in model.buffers():
         copies[id(buffer)] = torch.empty_like(buffer, device="meta")
-    # Gradients would be copied too, if they were not parts of the parameters replaced above.
     return copy.deepcopy(model, copies)

@@ -87,10 +87,12 @@ class TrainingRun:
             _check_resumption(config, self.checkpoint)
         self.hardware = detect_hardware()
         self.source: Dataset | tuple[Iterable[Any], Iterable[Any] | None]
+        batches = None
         if train_loader is None:
             self.source = open_configured_dataset(config)
             self.facts = self.source.facts
         else:
+            batches = _length(train_loader)
             self.source = (train_loader, val_loader)
             self.facts = foreign_facts(train_loader, val_loader, config.num_classes)
         self.plan = make_plan(
@@ -99,7 +101,7 @@ class TrainingRun:
             self.facts,
             world_size=self.processes.world_size,
             local_world_size=self.processes.local_world_size,
-            batches_per_epoch=None if train_loader is None else _length(train_loader),
+            batches_per_epoch=batches,
         )
         self.device = self.plan.torch_device(self.processes.local_rank)
 

@@ -81,7 +81,7 @@ class EfficientResNet18Trainer:
 
     Args:
         config: As for `main`. Its `model` is trained: ResNet-18 unless it says otherwise.
-        model: Your own network instead, from (N, 3, H, W) float images to (N, classes) scores.
+        network: Your own network instead of the configured `model`, from (N, 3, H, W) float images to (N, classes) scores.
         **overrides: Settings that win over the configuration's.
 
     Attributes:
@@ -94,11 +94,11 @@ class EfficientResNet18Trainer:
         self,
         config: TrainConfig | type[Config] | str | Path | None = None,
         *,
-        model: nn.Module | None = None,
+        network: nn.Module | None = None,
         **overrides: Any,
     ) -> None:
         self.config = _as_train_config(config, overrides)
-        self.model = model
+        self.model = network
         self.plan: TrainPlan | None = None
 
     def train(

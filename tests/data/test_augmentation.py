@@ -67,9 +67,10 @@ def test_padding_that_cannot_be_reflected_is_an_error() -> None:
         augmentation.pad_and_crop(_pixels(), 9, zeros, zeros)
 
 
+@pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
 @pytest.mark.parametrize("size", [1, 4, 5])
-def test_cutout_equals_a_loop_over_pixels(size: int) -> None:
-    images = _pixels().float() + 1
+def test_cutout_equals_a_loop_over_pixels(size: int, memory_format: torch.memory_format) -> None:
+    images = (_pixels().float() + 1).contiguous(memory_format=memory_format)
     centers_y, centers_x = torch.tensor([0, 8, 4, 3, 2, 7]), torch.tensor([0, 11, 5, 6, 10, 1])
     cut = augmentation.cutout(images, size, centers_y, centers_x)
     expected = images.clone()
@@ -79,6 +80,7 @@ def test_cutout_equals_a_loop_over_pixels(size: int) -> None:
             for column in range(max(0, left), min(12, left + size)):
                 image[:, row, column] = 0
     assert torch.equal(cut, expected)
+    assert cut.is_contiguous(memory_format=memory_format)
 
 
 def test_random_erasing_takes_its_share_of_images_and_of_their_area() -> None:

@@ -1,6 +1,5 @@
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
@@ -106,7 +105,7 @@ def test_resizing_a_split_equals_torchs_float_interpolation() -> None:
     split = _split(size=8)
     resized = split.resized(20)
     exact = torch.nn.functional.interpolate(split.images.double(), (20, 20), mode="bilinear")
-    assert np.abs(resized.images.double() - exact).max() <= 1
+    assert (resized.images.double() - exact).abs().max() < 1.01
     assert split.resized(8) is split
 
 

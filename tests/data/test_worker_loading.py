@@ -104,7 +104,7 @@ def test_truncated_file_is_one_line_that_names_it(split: FileSplit, num_workers:
 
 def test_missing_file_is_an_error_that_names_it(split: FileSplit) -> None:
     (split.root / split.paths[0]).unlink()
-    with pytest.raises(UserError, match="bild-ü-0.*No such file"):
+    with pytest.raises(UserError, match=r"bild-ü-0.*No such file"):
         list(_loader(split, train=False).epoch(0))
 
 

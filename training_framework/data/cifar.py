@@ -182,6 +182,11 @@ def _latin1(text: str, encoding: str) -> bytes:
     return text.encode(encoding)
 
 
+def _empty_bytes() -> bytes:
+    """What the old protocols write `b""` as: a call of `bytes`, which here takes no argument."""
+    return b""
+
+
 def _admitted() -> dict[tuple[str, str], Callable[..., Any]]:
     """What a pickled dictionary of arrays and bytes is built with, by its pickled names."""
     reconstruct: Any = np.empty(0).__reduce__()[0]
@@ -191,6 +196,8 @@ def _admitted() -> dict[tuple[str, str], Callable[..., Any]]:
         ("numpy", "ndarray"): np.ndarray,
         ("numpy", "dtype"): np.dtype,
         ("_codecs", "encode"): _latin1,
+        ("__builtin__", "bytes"): _empty_bytes,
+        ("builtins", "bytes"): _empty_bytes,
     }
     for core in ("numpy.core", "numpy._core"):
         admitted[f"{core}.multiarray", "_reconstruct"] = reconstruct

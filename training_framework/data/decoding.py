@@ -36,6 +36,7 @@ IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".
 MAX_PIXELS = 178_956_970  # where Pillow, too, takes a picture for a decompression bomb
 
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
+_JPEG_ERRORS = (ValueError, KeyError)  # KeyError where the header ends before the sampling factors
 _CROP_ATTEMPTS = 10
 _RESIZED_PER_CROPPED = 256 / 224
 _LONGEST_SIDES = 4
@@ -64,8 +65,8 @@ def image_shape(data: bytes, path: Path | str) -> tuple[int, int]:
     """
     if _is_jpeg(data):
         try:
-            height, width, _, _ = simplejpeg.decode_jpeg_header(data, strict=False)
-        except ValueError:
+            height, width, _, _ = simplejpeg.decode_jpeg_header(data)
+        except _JPEG_ERRORS:
             height, width = _pillow_shape(data, path)
     else:
         height, width = _pillow_shape(data, path)
@@ -101,7 +102,7 @@ def decode_image(
                 return simplejpeg.decode_jpeg(
                     data, min_height=-(-height // factor), min_width=-(-width // factor)
                 )
-        except ValueError:
+        except _JPEG_ERRORS:
             pass  # Pillow takes some files that are unusual but whole, and explains the others
     return _decode_with_pillow(data, path)
 
@@ -135,10 +136,10 @@ def decode_random_resized_crop(
     least = (math.ceil(height * size / box.height), math.ceil(width * size / box.width))
     pixels = decode_image(data, path, min_size=least)
     down, across = pixels.shape[0] / height, pixels.shape[1] / width
-    top, left = int(box.top * down), int(box.left * across)
-    bottom = top + max(1, round(box.height * down))
-    right = left + max(1, round(box.width * across))
-    return resize(pixels[top:bottom, left:right], size, size)
+    crop_height, crop_width = max(1, round(box.height * down)), max(1, round(box.width * across))
+    top = min(round(box.top * down), pixels.shape[0] - crop_height)
+    left = min(round(box.left * across), pixels.shape[1] - crop_width)
+    return resize(pixels[top : top + crop_height, left : left + crop_width], size, size)
 
 
 def decode_center_crop(data: bytes, path: Path | str, *, size: int) -> Pixels:

@@ -68,7 +68,7 @@ class ForeignLoader:
         seen = 0
         for number, item in enumerate(self._loader):
             images, labels = self._checked(number, item)
-            indices = torch.arange(seen, seen + len(labels))
+            indices = torch.arange(seen, seen + len(labels), device=self._device)
             seen += len(labels)
             yield Batch(images, labels, indices)
 

@@ -1,1 +1,22 @@
 """ResNets: building them, loading and saving their weights, and changing them for speed."""
+
+from training_framework.models.resnet import MODELS, ResNet, Stem, build_model
+from training_framework.models.surgery import (
+    checkpoint_activations,
+    synchronize_norms,
+    use_small_map_convolutions,
+)
+from training_framework.models.weights import load_weights, read_metadata, save_weights
+
+__all__ = [
+    "MODELS",
+    "ResNet",
+    "Stem",
+    "build_model",
+    "checkpoint_activations",
+    "load_weights",
+    "read_metadata",
+    "save_weights",
+    "synchronize_norms",
+    "use_small_map_convolutions",
+]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-__all__ = ["SmallMapConv2d"]
+__all__ = ["SmallMapConv2d", "is_small_map"]
 
 
 class _Window(NamedTuple):
@@ -142,7 +142,9 @@ class _PointwiseConvolution(torch.autograd.Function):
                 product = pixels
             grad_x = product.permute(0, 3, 1, 2)
         if ctx.needs_input_grad[1]:
-            grad_weight = (grad.t() @ rows).view_as(weight).to(weight.dtype)
+            # DDP wants the parameter's strides; in memory both layouts have the same order.
+            product = (grad.t() @ rows).to(weight.dtype)
+            grad_weight = product.as_strided(weight.shape, weight.stride())
         return grad_x, grad_weight, None
 
 
@@ -192,19 +194,51 @@ class SmallMapConv2d(nn.Conv2d):
         return output if in_channels_last else output.contiguous()
 
     def _is_faster_as_products(self, input: Tensor) -> bool:
-        """What measurements on two cores (AVX-512, torch 2.13, batches of 16 to 512) say."""
         if input.device.type != "cpu" or input.dim() != 4 or not input.numel():
             return False
-        height, width = input.shape[2:]
+        if input.dtype != self.weight.dtype and not torch.is_autocast_enabled("cpu"):
+            return False  # torch's convolution says what is wrong
         half = _compute_dtype(input).itemsize < 4
-        if self.kernel_size == (1, 1):
-            return height * width <= (4 if half else 64)
-        axes = [
-            _windows(size, self.kernel_size[0], self.stride[0], self.padding[0])
-            for size in (height, width)
-        ]
-        if all(len(windows) == 1 for windows in axes):
-            return True
-        # Smaller batches do not pay for gathering the taps of each output pixel.
-        few = all(windows[-1].last <= 2 for windows in axes)
-        return few and not half and len(input) >= 64
+        return is_small_map(self, *input.shape[2:], batch_size=len(input), half_precision=half)
+
+
+def is_small_map(
+    convolution: nn.Conv2d,
+    height: int,
+    width: int,
+    *,
+    batch_size: int | None = None,
+    half_precision: bool = False,
+) -> bool:
+    """Whether a convolution of such maps is faster as matrix products on a CPU.
+
+    The limits are what measurements on two cores say (AVX-512, torch 2.13, batches of 16 to 512).
+
+    Args:
+        convolution: Its settings decide too: groups, dilation or a bias are left to `nn.Conv2d`.
+        height: Of the input, in pixels.
+        width: Of the input, in pixels.
+        batch_size: Images in a batch; None if there may be many.
+        half_precision: Whether it is computed in 16 bits.
+    """
+    kernel, stride, padding = convolution.kernel_size, convolution.stride, convolution.padding
+    if (
+        isinstance(padding, str)
+        or any(len(set(sides)) > 1 for sides in (kernel, stride, padding))
+        or convolution.groups != 1
+        or convolution.dilation != (1, 1)
+        or convolution.bias is not None
+        or convolution.padding_mode != "zeros"
+    ):
+        return False
+    if kernel == (1, 1):
+        return padding == (0, 0) and height * width <= (4 if half_precision else 64)
+    axes = [_windows(size, kernel[0], stride[0], padding[0]) for size in (height, width)]
+    if any(window.start >= window.stop for windows in axes for window in windows) or not all(axes):
+        return False
+    if all(len(windows) == 1 for windows in axes):
+        return True
+    # Where output pixels see different parts of the map, a product for each is worth its overhead
+    # for few of them and many images.
+    few = all(windows[-1].last <= 2 for windows in axes)
+    return few and not half_precision and (batch_size is None or batch_size >= 64)

@@ -5,13 +5,17 @@ none, it warns.
 """
 
 import warnings
+from collections.abc import Callable
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from training_framework.flops import meta_copy
 from training_framework.models.blocks import ResidualBlock
+from training_framework.models.small_maps import SmallMapConv2d, is_small_map
 from training_framework.models.synchronized_norm import SynchronizedBatchNorm2d
 
-__all__ = ["checkpoint_activations", "synchronize_norms"]
+__all__ = ["checkpoint_activations", "synchronize_norms", "use_small_map_convolutions"]
 
 
 def synchronize_norms(model: nn.Module, device_type: str) -> int:
@@ -59,6 +63,56 @@ def checkpoint_activations(model: nn.Module) -> int:
         block.recompute_activations = True
     _warn_if_none(len(blocks), "checkpoint_activations: the model has no residual blocks")
     return len(blocks)
+
+
+def use_small_map_convolutions(model: nn.Module, image_size: int) -> int:
+    """On CPUs, compute convolutions over maps of a few pixels as matrix products.
+
+    When to use it: training on a CPU with small pictures and the ImageNet stem, in channels_last.
+    What it computes stays the same up to rounding, and so do the names in the state dict; on other
+    devices and for other maps the ordinary convolution runs. Its price: the model can be
+    differentiated only once.
+
+    Args:
+        model: Its `Conv2d` modules that see small maps are replaced.
+        image_size: Side in pixels of the square images it is to be used with.
+
+    Returns:
+        Number of convolutions replaced; 0 comes with a warning.
+    """
+    map_sizes = _map_sizes(model, image_size)
+    replaced = 0
+    for parent_name, parent in list(model.named_modules()):
+        for name, child in list(parent.named_children()):
+            map_size = map_sizes.get(f"{parent_name}.{name}" if parent_name else name)
+            if type(child) is nn.Conv2d and map_size and is_small_map(child, *map_size):
+                setattr(parent, name, SmallMapConv2d.from_convolution(child))
+                replaced += 1
+    _warn_if_none(
+        replaced,
+        f"use_small_map_convolutions: no convolution sees a small map at {image_size} px",
+    )
+    return replaced
+
+
+def _map_sizes(model: nn.Module, image_size: int) -> dict[str, tuple[int, int]]:
+    """Height and width of each convolution's input, by module name."""
+    sizes: dict[str, tuple[int, int]] = {}
+
+    def record(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            height, width = inputs[0].shape[-2:]
+            sizes[name] = (height, width)
+
+        return hook
+
+    shapes_only = meta_copy(model).eval()
+    for name, module in shapes_only.named_modules():
+        if isinstance(module, nn.Conv2d):
+            module.register_forward_pre_hook(record(name))
+    with torch.no_grad():
+        shapes_only(torch.empty(1, 3, image_size, image_size, device="meta"))
+    return sizes
 
 
 def _warn_if_none(changed: int, message: str) -> None:

@@ -272,7 +272,10 @@ def _recognize(tensors: Mapping[str, Tensor]) -> tuple[str, Stem] | None:
 
     stems: tuple[Stem, ...] = ("cifar", "imagenet")
     shapes = shapes_of(tensors)
-    for name in MODELS:
+    blocks = {tuple(name.split(".")[:2]) for name in shapes if name.startswith("layer")}
+    for name, variant in MODELS.items():
+        if len(blocks) != sum(variant.blocks_per_stage):
+            continue
         for stem in stems:
             with torch.device("meta"):
                 candidate = build_model(name, num_classes=1, stem=stem)

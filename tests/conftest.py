@@ -1,0 +1,28 @@
+"""What all tests share: few threads, and a clean working directory for those that write."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from training_framework.config.config import Config
+
+
+@pytest.fixture
+def in_tmp_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working directory, so that runs write nowhere else."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(autouse=True)
+def _same_state_for_every_test() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+    Config.reset()

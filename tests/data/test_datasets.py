@@ -1,0 +1,62 @@
+from pathlib import Path
+
+import pytest
+
+from training_framework.data import DATASETS, detect_dataset, open_dataset
+from training_framework.data.splits import SyntheticSplit
+from training_framework.errors import UserError
+
+
+def test_synthetic_set_has_the_asked_sizes() -> None:
+    dataset = open_dataset(
+        "synthetic",
+        image_size=20,
+        num_classes=7,
+        synthetic_train_images=50,
+        synthetic_val_images=10,
+        seed=4,
+    )
+    assert dataset.facts.num_classes == 7
+    assert dataset.facts.array_bytes == 60 * 3 * 20 * 20
+    assert isinstance(dataset.train, SyntheticSplit)
+    assert isinstance(dataset.val, SyntheticSplit)
+    assert (len(dataset.train), len(dataset.val)) == (50, 10)
+    assert dataset.train.materialize("cpu").images.shape == (50, 3, 20, 20)
+    assert dataset.train.stream != dataset.val.stream
+
+
+def test_unknown_name_suggests_the_nearest() -> None:
+    with pytest.raises(UserError, match="'cifar-10'; did you mean 'cifar10'"):
+        open_dataset("cifar-10")
+    with pytest.raises(UserError, match=f"choose from {', '.join(DATASETS)}"):
+        open_dataset("xyz")
+
+
+def test_another_number_of_classes_is_an_error() -> None:
+    assert open_dataset("digits", num_classes=10).facts.num_classes == 10
+    with pytest.raises(UserError, match="num_classes is 5, but digits has 10 classes"):
+        open_dataset("digits", num_classes=5)
+
+
+@pytest.mark.parametrize(
+    ("paths", "expected"),
+    [
+        (["train/a/1.jpg", "val/a/1.jpg"], "folder"),
+        (["train/a/1.jpg", "test/a/1.jpg"], "folder"),
+        (["cifar-10-batches-py/data_batch_1", "cifar-10-batches-py/test_batch"], "cifar10"),
+        (["cifar-100-python/train", "cifar-100-python/test"], "cifar100"),
+        (["train", "test"], "cifar100"),
+    ],
+)
+def test_what_a_folder_holds_is_detected(tmp_path: Path, paths: list[str], expected: str) -> None:
+    for path in paths:
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).touch()
+    assert detect_dataset(tmp_path) == expected
+
+
+def test_unknown_and_missing_folders_are_errors_that_name_them(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=rf"{tmp_path} holds no known data set; .*train/ and val/"):
+        detect_dataset(tmp_path)
+    with pytest.raises(UserError, match="gone is no folder"):
+        detect_dataset(tmp_path / "gone")

@@ -1,0 +1,233 @@
+import dataclasses
+
+import pytest
+
+from training_framework.config import TrainConfig
+from training_framework.dataset_facts import DatasetFacts
+from training_framework.errors import UserError
+from training_framework.hardware import Accelerator, Hardware
+from training_framework.plan import make_plan
+
+FACTS = DatasetFacts(
+    name="cifar10",
+    train_images=50_000,
+    val_images=10_000,
+    class_names=tuple("abcdefghij"),
+    image_size=32,
+    storage="arrays",
+    array_bytes=60_000 * 3072,
+    mean=(0.5, 0.5, 0.5),
+    std=(0.2, 0.2, 0.2),
+    crop_padding=4,
+)
+CPU = Hardware(
+    cpu_name="plain CPU",
+    cores=8,
+    instruction_sets=("avx2",),
+    memory_bytes=16 * 2**30,
+    accelerators=(),
+)
+OLD_GPU = Accelerator(
+    kind="cuda", name="GeForce GTX 1080", memory_bytes=8 * 2**30, fault="has capability 6.1; cure"
+)
+NEW_GPU = Accelerator(kind="cuda", name="NVIDIA H200", memory_bytes=140 * 2**30, bf16=True)
+FP16_GPU = Accelerator(kind="cuda", name="Tesla V100", memory_bytes=16 * 2**30)
+
+
+def plan(hardware=CPU, facts=FACTS, world_size=1, local_world_size=1, batches=None, **settings):
+    return make_plan(
+        TrainConfig(**settings),
+        hardware,
+        facts,
+        world_size=world_size,
+        local_world_size=local_world_size,
+        batches_per_epoch=batches,
+    )
+
+
+def with_gpus(*gpus):
+    return dataclasses.replace(CPU, accelerators=gpus)
+
+
+def reason(made, name):
+    return next(choice.reason for choice in made.choices if choice.name == name)
+
+
+def test_a_gpu_without_kernels_is_named_and_the_run_goes_on_on_the_cpu():
+    made = plan(with_gpus(OLD_GPU))
+    assert made.device == "cpu"
+    assert "GeForce GTX 1080 has capability 6.1" in reason(made, "device")
+
+
+def test_asking_for_a_gpu_without_kernels_is_an_error_with_the_cure():
+    with pytest.raises(UserError, match=r"GTX 1080 has capability 6.1; cure; or use accelerator"):
+        plan(with_gpus(OLD_GPU), accelerator="gpu")
+
+
+def test_a_usable_gpu_beside_an_unusable_one_is_the_one_used():
+    second = dataclasses.replace(NEW_GPU, index=1)
+    made = plan(with_gpus(OLD_GPU, second))
+    assert (made.device, made.device_indices) == ("cuda", (1,))
+    assert str(made.torch_device(0)) == "cuda:1"
+
+
+@pytest.mark.parametrize(
+    ("hardware", "asked", "planned"),
+    [
+        (CPU, "auto", "32"),
+        (CPU, "mixed", "bf16-mixed"),
+        (CPU, "16-mixed", "16-mixed"),
+        (dataclasses.replace(CPU, instruction_sets=("amx",)), "auto", "bf16-mixed"),
+        (dataclasses.replace(CPU, instruction_sets=("avx512_bf16",)), "auto", "bf16-mixed"),
+        (with_gpus(NEW_GPU), "auto", "bf16-mixed"),
+        (with_gpus(FP16_GPU), "auto", "16-mixed"),
+        (with_gpus(FP16_GPU), "mixed", "16-mixed"),
+        (with_gpus(NEW_GPU), "32", "32"),
+        (with_gpus(Accelerator(kind="mps", name="M3")), "auto", "32"),
+    ],
+)
+def test_precision_follows_what_the_device_computes(hardware, asked, planned):
+    made = plan(hardware, precision=asked)
+    assert made.precision == planned
+    assert reason(made, "precision")
+
+
+def test_emulated_precision_is_called_slow():
+    assert "emulates bf16" in reason(plan(precision="bf16-mixed"), "precision")
+    bf16_cpu = dataclasses.replace(CPU, instruction_sets=("amx",))
+    assert "emulates" not in reason(plan(bf16_cpu, precision="bf16-mixed"), "precision")
+
+
+def test_durations_become_steps():
+    made = plan(
+        batch_size=128,
+        accumulate_grad_batches=4,
+        epochs=10,
+        warmup_epochs=1.5,
+        scheduler="multi_step",
+        milestones=(2.0, 4.5),
+    )
+    assert made.batches_per_epoch == 390
+    assert made.steps_per_epoch == 98  # 97 groups of four and one of two
+    assert made.total_steps == 980
+    assert made.warmup_steps == 147
+    assert made.milestones_steps == (196, 441)
+    assert made.images_per_step == 512
+
+
+def test_a_set_smaller_than_a_batch_is_one_batch():
+    small = dataclasses.replace(FACTS, train_images=100)
+    made = plan(facts=small, batch_size=128, epochs=2)
+    assert (made.batches_per_epoch, made.total_steps) == (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("interval", "steps_per_epoch", "expected"),
+    [
+        (0.5, 7, [4, 7, 11, 14]),
+        (1.0, 7, [7, 14]),
+        (2.0, 7, [14]),
+        (3, 7, [3, 6, 9, 12, 14]),
+        (0.1, 30, list(range(3, 61, 3))),
+        (0.01, 7, list(range(1, 15))),
+        (50, 7, [14]),
+    ],
+)
+def test_evaluations_come_at_fractions_of_an_epoch_and_after_the_last_step(
+    interval, steps_per_epoch, expected
+):
+    facts = dataclasses.replace(FACTS, train_images=steps_per_epoch * 10)
+    made = plan(facts=facts, batch_size=10, epochs=2, val_check_interval=interval)
+    found = [step for step in range(1, made.total_steps + 1) if made.evaluates_after(step)]
+    assert found == expected
+
+
+@pytest.mark.parametrize(
+    ("stem", "image_size", "enlarged", "planned"),
+    [
+        ("auto", 32, 1, "cifar"),
+        ("auto", 64, 1, "cifar"),
+        ("auto", 224, 1, "imagenet"),
+        ("auto", 32, 4, "imagenet"),
+        ("cifar", 224, 1, "cifar"),
+        ("imagenet", 32, 1, "imagenet"),
+    ],
+)
+def test_stem_follows_the_image_size_unless_said(stem, image_size, enlarged, planned):
+    facts = dataclasses.replace(FACTS, image_size=image_size, enlarged=enlarged)
+    assert plan(facts=facts, stem=stem).stem == planned
+
+
+def test_learning_rate_follows_the_images_of_a_step():
+    assert plan(batch_size=64, lr=0.3).lr == 0.3
+    doubled = plan(batch_size=64, accumulate_grad_batches=2).lr
+    assert doubled == plan(batch_size=128).lr == 2 * plan(batch_size=64).lr
+    assert plan(batch_size=256, optimizer="adamw").lr == 1e-3
+
+
+def test_data_that_does_not_fit_is_not_resident():
+    assert plan().resident_data
+    large = dataclasses.replace(FACTS, array_bytes=5 * 2**30)
+    assert not plan(facts=large).resident_data
+    assert plan(with_gpus(NEW_GPU), facts=large).resident_data
+    assert plan(facts=large, resident_data=True).resident_data
+    assert not plan(resident_data=False).resident_data
+
+
+def test_files_are_loaded_by_workers():
+    files = dataclasses.replace(FACTS, storage="files", array_bytes=0)
+    assert plan(facts=files).num_workers == 1
+    assert plan(with_gpus(NEW_GPU), facts=files).num_workers == 8
+    shared = plan(
+        with_gpus(NEW_GPU, NEW_GPU), facts=files, world_size=2, local_world_size=2, batch_size=64
+    )
+    assert shared.num_workers == 4
+    assert plan(facts=files, num_workers=3).num_workers == 3
+    with pytest.raises(UserError, match="resident_data"):
+        plan(facts=files, resident_data=True)
+
+
+def test_compiling_waits_for_a_gpu_and_a_long_run():
+    assert not plan(epochs=200).compile
+    assert not plan(with_gpus(NEW_GPU), epochs=1).compile
+    made = plan(with_gpus(NEW_GPU), epochs=200)
+    assert made.compile
+    assert made.compile_mode == "reduce-overhead"
+    assert plan(compile=True).compile_mode == "default"
+
+
+def test_processes_share_batch_and_threads():
+    made = plan(world_size=4, local_world_size=2, batch_size=64)
+    assert (made.device_batch_size, made.threads) == (16, 4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"devices": 2}, "torchrun --nproc-per-node=2"),
+        ({"devices": 2, "world_size": 4, "local_world_size": 4}, "devices is 2 but torchrun"),
+        ({"world_size": 3, "local_world_size": 3, "batch_size": 64}, "multiple of 3"),
+        ({"num_classes": 5}, "num_classes is 5 but cifar10 has 10"),
+        ({"accelerator": "gpu"}, "finds no GPU"),
+        (
+            {"hardware": with_gpus(NEW_GPU), "world_size": 2, "local_world_size": 2},
+            "1 usable GPU",
+        ),
+    ],
+)
+def test_what_cannot_be_done_here_is_an_error_with_the_cure(arguments, message):
+    with pytest.raises(UserError, match=message):
+        plan(**arguments)
+
+
+def test_pinned_memory_is_for_cuda_loaders():
+    files = dataclasses.replace(FACTS, storage="files", array_bytes=0)
+    assert plan(with_gpus(NEW_GPU), facts=files).pin_memory
+    assert not plan(with_gpus(NEW_GPU)).pin_memory
+    assert not plan(facts=files, pin_memory=True).pin_memory
+
+
+def test_a_users_loader_is_not_augmented():
+    facts = dataclasses.replace(FACTS, storage="loader")
+    made = plan(facts=facts, batches=7, flip="random", crop_padding=4)
+    assert (made.flip, made.crop_padding, made.batches_per_epoch) == ("none", 0, 7)
