@@ -1,3 +1,5 @@
+import os
+
 import pytest
 import torch
 
@@ -42,16 +44,20 @@ def test_this_machine_is_described():
     assert len(found.usable) <= len(found.accelerators)
 
 
-def test_a_container_quota_limits_the_cores(tmp_path, monkeypatch):
-    for text, expected in (("100000 100000", 1), ("50000 100000", 1), ("max 100000", None)):
-        (tmp_path / "cpu.max").write_text(text)
-        real = hardware.Path
-        monkeypatch.setattr(
-            hardware, "Path", lambda p, real=real: real(tmp_path / "cpu.max") if "cgroup" in p else real(p)
-        )  # fmt: skip
-        cores = hardware._usable_cores()
-        monkeypatch.setattr(hardware, "Path", real)
-        assert cores == (expected or len(hardware.os.sched_getaffinity(0)))
+@pytest.mark.parametrize(
+    ("text", "cores"),
+    [("100000 100000", 1), ("50000 100000", 1), ("max 100000", None), ("nonsense", None)],
+)
+def test_a_container_quota_limits_the_cores(tmp_path, monkeypatch, text, cores):
+    (tmp_path / "cpu.max").write_text(text)
+    monkeypatch.setattr(hardware, "CPU_QUOTA_FILE", tmp_path / "cpu.max")
+    assert detect_hardware().cores == (cores or len(os.sched_getaffinity(0)))
+
+
+def test_a_container_limit_limits_the_memory(tmp_path, monkeypatch):
+    (tmp_path / "memory.max").write_text("123456789\n")
+    monkeypatch.setattr(hardware, "MEMORY_LIMIT_FILE", tmp_path / "memory.max")
+    assert detect_hardware().memory_bytes == 123456789
 
 
 def test_bf16_is_known_from_the_instruction_sets():

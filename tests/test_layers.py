@@ -29,7 +29,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 def unit_of(module: str) -> str:
     """`plan.machine` belongs to `plan`; `optimizers.schedules` stands for itself."""
     named = {unit for layer in LAYERS for unit in layer}
-    return module if module in named else module.split(".")[0]
+    return module if module in named else module.partition(".")[0]
 
 
 def layer_of(unit: str) -> int:
@@ -57,10 +57,10 @@ def imported(file: Path) -> set[str]:
 def test_imports_point_downwards(file):
     module = module_name(file)
     unit = unit_of(module)
-    package = module.split(".")[0]
+    package = module.partition(".")[0]
     for name in imported(file):
         other = unit_of(name)
-        if name.split(".")[0] == package:
+        if name.partition(".")[0] == package:
             continue
         assert layer_of(other) < layer_of(unit), f"{module} must not import {name}"
 
@@ -69,7 +69,7 @@ def test_every_module_has_a_layer_and_a_telling_name():
     for file in FILES:
         module = module_name(file)
         assert any(unit_of(module) in layer for layer in LAYERS), module
-        assert module.split(".")[-1] not in {"utils", "util", "helpers", "common", "misc"}
+        assert module.rpartition(".")[2] not in {"utils", "util", "helpers", "common", "misc"}
 
 
 def test_modules_stay_readable():

@@ -4,7 +4,6 @@ import os
 import pickle
 import re
 import shutil
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,9 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     Args:
         path: The file, in an existing folder.
         state: Tensors, numbers, text, lists and dicts; nothing that only code could rebuild.
+
+    Raises:
+        UserError: There is no space, or the folder cannot be written to.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
@@ -37,11 +39,21 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
         temporary.replace(path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise UserError(
-            f"{path}: the checkpoint cannot be written ({error.strerror or error})",
-            "free some space or give another --output-dir; the checkpoint before it is kept",
-        ) from None
+        raise _unwritable(path, error) from None
+    except RuntimeError as error:
+        # torch trips over the write that failed, whose own error stands behind it.
+        temporary.unlink(missing_ok=True)
+        if not isinstance(error.__context__, OSError):
+            raise
+        raise _unwritable(path, error.__context__) from None
     _flush_directory(path.parent)
+
+
+def _unwritable(path: Path, error: OSError) -> UserError:
+    return UserError(
+        f"{path}: the checkpoint cannot be written ({error.strerror or error})",
+        "free some space or give another --output-dir; the checkpoint before it is kept",
+    )
 
 
 def _flush_directory(directory: Path) -> None:
@@ -66,27 +78,37 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         )
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, OSError, EOFError, ValueError, KeyError, pickle.UnpicklingError,
-            zipfile.BadZipFile) as error:  # fmt: skip
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(
-            f"{path}: cannot be read as a checkpoint ({reason[:120]})",
-            "it is damaged or no checkpoint; take another one from the same folder",
-        ) from None
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL (\w[\w.]*)", str(error))
+        raise _unreadable(path, f"it holds code: {found[1]}" if found else "damaged") from None
+    except Exception as error:  # a damaged pickle raises whatever its bytes happen to say
+        reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+        raise _unreadable(path, reason[:120]) from None
     if not isinstance(state, dict) or "format_version" not in state:
         raise UserError(
             f"{path}: is no checkpoint of this framework",
             "to start from bare weights give them as --weights",
         )
     version = state["format_version"]
-    missing = [name for name in _REQUIRED if name not in state]
-    if version != FORMAT_VERSION or missing:
-        why = f"lacks {missing[0]!r}" if missing else f"has format version {version!r}"
+    if version != FORMAT_VERSION:
         raise UserError(
-            f"{path}: {why}, and this version of the framework reads {FORMAT_VERSION}",
+            f"{path}: has format version {version!r}, and this version of the framework reads "
+            f"{FORMAT_VERSION}",
             "read it with the version that wrote it",
         )
+    missing = [name for name in _REQUIRED if name not in state]
+    if missing:
+        raise UserError(
+            f"{path}: is incomplete: it lacks {missing[0]!r}", "take another checkpoint"
+        )
     return state
+
+
+def _unreadable(path: Path, reason: str) -> UserError:
+    return UserError(
+        f"{path}: cannot be read as a checkpoint ({reason})",
+        "it is damaged or no checkpoint; take another one from the same folder",
+    )
 
 
 class CheckpointKeeper:
@@ -156,5 +178,14 @@ class CheckpointKeeper:
         try:
             os.link(self.last, path)
         except OSError:  # a file system without hard links
-            shutil.copyfile(self.last, path)
+            self._copy(path)
         _flush_directory(self.directory)
+
+    def _copy(self, path: Path) -> None:
+        temporary = path.with_name(f".{path.name}.tmp")
+        try:
+            shutil.copyfile(self.last, temporary)
+            temporary.replace(path)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            raise _unwritable(path, error) from None

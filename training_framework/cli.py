@@ -5,12 +5,17 @@ values of YAML files go, so both have one set of names, checks and error message
 """
 
 import argparse
+import difflib
+import errno
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from training_framework import __version__
+from training_framework.config.flags import add_config_flags, given_settings
 from training_framework.errors import UserError
 
 __all__ = ["main"]
@@ -20,10 +25,34 @@ SIGNAL_EXIT_CODES = {"SIGINT": 130, "SIGTERM": 143}
 
 
 class _Parser(argparse.ArgumentParser):
-    """Reports a wrong command line in one line, with the nearest flag."""
+    """Reports a wrong command line in one line, with the nearest command or flag."""
 
     def error(self, message: str) -> NoReturn:
+        wrong = re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message)
+        if wrong:
+            commands = re.findall(r"[\w-]+", wrong[2])
+            raise UserError(
+                f"{self.prog}: no command is called {wrong[1]!r}",
+                _nearest_of(wrong[1], commands, f"choose from {', '.join(commands)}"),
+            )
         raise UserError(f"{self.prog}: {message}", f"`{self.prog} --help` explains")
+
+    def refuse(self, unknown: str) -> NoReturn:
+        """Report an argument that no flag or position of this command takes."""
+        listing = f"`{self.prog} --help` lists all"
+        if unknown.startswith("-"):
+            flag, _, _ = unknown.partition("=")
+            known = [name for name in self._option_string_actions if name.startswith("--")]
+            cure = _nearest_of(flag.replace("_", "-"), known, listing)
+            raise UserError(f"{self.prog}: unknown flag {flag}", cure)
+        if Path(unknown).suffix in (".yaml", ".yml"):
+            listing = f"did you mean --config {unknown}?"
+        raise UserError(f"{self.prog}: unexpected argument {unknown!r}", listing)
+
+
+def _nearest_of(name: str, valid: Sequence[str], otherwise: str) -> str:
+    match = difflib.get_close_matches(name, valid, n=1, cutoff=0.6)
+    return f"did you mean {match[0]}?" if match else otherwise
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -37,18 +66,57 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        options = _parser().parse_args(arguments)
-        return int(options.run(options) or 0)
+        options, unknown = _parser().parse_known_args(arguments)
+        if unknown:
+            options.parser.refuse(unknown[0])
+        status = int(options.run(options) or 0)
+        sys.stdout.flush()  # here, where a reader that has left is no surprise
+        return status
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":  # of several processes one says it
-            print(f"error: {error}", file=sys.stderr)
-        return USAGE_ERROR
+        return _report(error)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return SIGNAL_EXIT_CODES["SIGINT"]
     except BrokenPipeError:  # the reader of our output has left, as `| head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except (OSError, RuntimeError, MemoryError) as error:
+        shortage = _shortage(error)
+        if shortage is None:
+            raise
+        return _report(shortage)
+
+
+def _report(error: UserError) -> int:
+    """Say it in one line; of several processes that meet the same, the first one does."""
+    first = True
+    if "RANK" in os.environ:
+        from training_framework.distributed import is_first_to_say
+
+        first = is_first_to_say(str(error))
+    if first:
+        print(f"error: {error}", file=sys.stderr)
+    return USAGE_ERROR
+
+
+def _shortage(error: Exception) -> UserError | None:
+    """The user's error behind a disk or a memory that is full; None for any other."""
+    if isinstance(error, OSError):
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
+            return None
+        return UserError(
+            f"{error.filename or 'a file of the run'}: cannot be written to ({error.strerror})",
+            "make room there; a run goes on from its last.ckpt with --resume",
+        )
+    text = str(error)
+    # PyTorch's words for the CPU; its class for other devices; numpy's class.
+    known = "can't allocate memory" in text or type(error).__name__ == "OutOfMemoryError"
+    if not known and not isinstance(error, MemoryError):
+        return None
+    return UserError(
+        f"memory is full: {text.partition('. Error code')[0].partition('. GPU')[0]}",
+        "lower batch_size or img_size, set activation_checkpointing, or set resident_data to false",
+    )
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -57,6 +125,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Train ResNets as fast as the machine allows, and measure it.",
         allow_abbrev=False,
     )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(
         title="commands", metavar="COMMAND", required=True, parser_class=_Parser
     )
@@ -72,25 +141,26 @@ def _command(commands: Any, name: str, run: Any, summary: str) -> argparse.Argum
     parser: argparse.ArgumentParser = commands.add_parser(
         name, help=summary, description=summary, allow_abbrev=False
     )
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, parser=parser)
     return parser
 
 
 def _add_train(commands: Any) -> None:
     parser = _command(commands, "train", _train, "train a ResNet")
-    _add_config_flags(parser)
+    add_config_flags(parser)
 
 
 def _add_plan(commands: Any) -> None:
     parser = _command(commands, "plan", _plan, "show what would run here and why; train nothing")
-    _add_config_flags(parser)
+    add_config_flags(parser)
 
 
 def _add_evaluate(commands: Any) -> None:
     parser = _command(commands, "evaluate", _evaluate, "evaluate a checkpoint on a data set")
     parser.add_argument("checkpoint", type=Path, help=".ckpt or weights.safetensors of a run")
-    _add_config_flags(
-        parser, ("data", "data_root", "batch_size", "accelerator", "precision", "num_workers")
+    add_config_flags(
+        parser,
+        ("data", "data_root", "batch_size", "accelerator", "precision", "threads", "num_workers"),
     )
 
 
@@ -99,7 +169,7 @@ def _add_predict(commands: Any) -> None:
     parser.add_argument("checkpoint", type=Path, help=".ckpt or weights.safetensors of a run")
     parser.add_argument("pictures", type=Path, nargs="+", help="image files, or folders of them")
     parser.add_argument("--top", type=int, default=3, help="classes to show for each (3)")
-    _add_config_flags(parser, ("accelerator", "precision"))
+    add_config_flags(parser, ("accelerator", "precision", "threads"))
 
 
 def _add_data(commands: Any) -> None:
@@ -116,80 +186,12 @@ def _add_data(commands: Any) -> None:
     subset.add_argument("--seed", type=int, default=0, help="seed of the choice (0)")
 
 
-def _add_config_flags(parser: argparse.ArgumentParser, keys: Sequence[str] | None = None) -> None:
-    """A flag for every key of TrainConfig, or for the given ones; unset flags leave no trace."""
-    from training_framework.config.names import ALIASES
-    from training_framework.config.schema import TrainConfig, sections
-
-    if keys is None:
-        parser.add_argument(
-            "--config", metavar="FILE", help="YAML file, or the name of a shipped one"
-        )
-    names = {key: [key, *(a for a, target in ALIASES.items() if target == key)] for key in
-             TrainConfig.model_fields}  # fmt: skip
-    for section, members in sections().items():
-        group = parser.add_argument_group(section)
-        for key in members:
-            if keys is not None and key not in keys:
-                continue
-            field = TrainConfig.model_fields[key]
-            default = "" if field.default is None else f" ({_shown(field.default)})"
-            for name in names[key]:
-                group.add_argument(
-                    _flag(name),
-                    dest=f"setting:{name}",
-                    default=argparse.SUPPRESS,
-                    nargs="?",
-                    const="true",
-                    metavar="VALUE",
-                    help=(field.description or "").replace("%", "%%") + default
-                    if name == key
-                    else argparse.SUPPRESS,
-                )
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
-
-
-def _flag(key: str) -> str:
-    return "--" + key.replace("_", "-")
-
-
-def _overrides(options: argparse.Namespace) -> dict[str, Any]:
-    """The settings given as flags, with the types that YAML would give them."""
-    settings = {}
-    for name, text in vars(options).items():
-        _, found, key = name.partition("setting:")
-        if found:
-            settings[key] = _value(key, text)
-    return settings
-
-
-def _value(key: str, text: str) -> Any:
-    import yaml
-
-    from training_framework.config.inheritance import parse_yaml
-    from training_framework.config.names import canonical
-
-    if text in ("null", "none", "None") and text == "null":
-        return None
-    if canonical(key, None)[0] == "milestones":
-        text = f"[{text.strip('[]')}]"
-    elif canonical(key, None)[0] in ("name", "data_root", "output_dir", "weights", "resume"):
-        return text
-    try:
-        return parse_yaml(text)
-    except (yaml.YAMLError, ValueError):
-        return text
-
-
 def _configuration(options: argparse.Namespace) -> Any:
     from training_framework.train import configure
 
-    return configure(getattr(options, "config", None), _overrides(options), source="command line")
+    return configure(
+        getattr(options, "config", None), given_settings(options), source="command line"
+    )
 
 
 def _train(options: argparse.Namespace) -> int:
@@ -203,17 +205,23 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _plan(options: argparse.Namespace) -> None:
+    from training_framework.distributed import Processes
     from training_framework.summary import plan_lines
     from training_framework.train import plan_for
 
-    print("\n".join(plan_lines(*plan_for(_configuration(options)))))
+    lines = plan_lines(*plan_for(_configuration(options)))
+    if Processes.from_environment().is_first:
+        print("\n".join(lines))
 
 
 def _evaluate(options: argparse.Namespace) -> None:
+    from training_framework.distributed import Processes
     from training_framework.inference import evaluate_file
 
-    evaluation, facts = evaluate_file(options.checkpoint, _overrides(options))
+    evaluation, facts = evaluate_file(options.checkpoint, given_settings(options))
     metrics = evaluation.metrics
+    if not Processes.from_environment().is_first:
+        return
     print(
         f"{facts.name}: {metrics.count:,} images  top-1 {metrics.acc1:.2f}%  "
         f"top-5 {metrics.acc5:.2f}%  loss {metrics.loss:.4f}  in {evaluation.seconds:.1f} s"
@@ -226,10 +234,12 @@ def _predict(options: argparse.Namespace) -> None:
     if options.top < 1:
         raise UserError(f"--top is {options.top}", "give 1 or more")
     for path, ranking in predict_files(
-        options.checkpoint, options.pictures, top=options.top, overrides=_overrides(options)
+        options.checkpoint, options.pictures, top=options.top, overrides=given_settings(options)
     ):
         classes = "  ".join(f"{name} {100 * share:.1f}%" for name, share in ranking)
-        print(f"{path}: {classes}")
+        # A name that is no UTF-8 cannot be printed as it is.
+        shown = os.fsencode(path).decode(errors="replace")
+        print(f"{shown}: {classes}")
 
 
 def _subset(options: argparse.Namespace) -> None:
@@ -243,4 +253,7 @@ def _subset(options: argparse.Namespace) -> None:
         val_per_class=options.val_per_class,
         seed=options.seed,
     )
-    print(summary)
+    print(
+        f"{summary.dest}: {summary.train_images} training and {summary.val_images} validation "
+        f"pictures of {len(summary.classes)} classes ({', '.join(summary.classes)})"
+    )

@@ -10,9 +10,9 @@ import torch
 
 from training_framework.assembly import open_configured_dataset
 from training_framework.checkpoint import load_checkpoint
-from training_framework.config import load_config
+from training_framework.config import TrainConfig, load_config
 from training_framework.config.names import canonical
-from training_framework.data import EvalTransform, build_loader
+from training_framework.data import Dataset, EvalTransform, build_loader
 from training_framework.data.decoding import (
     IMAGE_SUFFIXES,
     Pixels,
@@ -32,6 +32,9 @@ from training_framework.precision import autocast
 __all__ = ["evaluate_file", "predict_files"]
 
 PICTURES_AT_ONCE = 64
+_DATA_KEYS = (
+    "data", "data_root", "num_classes", "seed", "synthetic_train_images", "synthetic_val_images",
+)  # fmt: skip
 
 
 def evaluate_file(path: Path, overrides: Mapping[str, Any]) -> tuple[Evaluation, DatasetFacts]:
@@ -46,18 +49,7 @@ def evaluate_file(path: Path, overrides: Mapping[str, Any]) -> tuple[Evaluation,
         UserError: A file or setting is wrong, or the data has other classes than the network.
     """
     network, card = load_network(path)
-    base: dict[str, Any] = {}
-    if path.suffix != ".safetensors":
-        trained = load_checkpoint(path)["config"]
-        base = {key: trained[key] for key in ("data", "data_root", "batch_size")}
-    given = {canonical(name, value)[0] for name, value in overrides.items()}
-    if "data" in given and "data_root" not in given:
-        base.pop("data_root", None)
-    elif "data_root" in given and "data" not in given:
-        base.pop("data", None)
-    base["img_size"] = card.image_size
-    config = load_config(overrides=overrides, base=base, source="command line")
-    dataset = open_configured_dataset(config)
+    dataset, config = _evaluation_data(path, card, overrides)
     if dataset.facts.class_names != card.class_names:
         ours, theirs = _first_difference(card.class_names, dataset.facts.class_names)
         raise UserError(
@@ -102,6 +94,23 @@ def evaluate_file(path: Path, overrides: Mapping[str, Any]) -> tuple[Evaluation,
     return evaluation, dataset.facts
 
 
+def _evaluation_data(
+    path: Path, card: NetworkCard, overrides: Mapping[str, Any]
+) -> tuple[Dataset, TrainConfig]:
+    """The data to evaluate on, that of the network's own run unless said otherwise."""
+    base: dict[str, Any] = {}
+    given = {canonical(name, value)[0] for name, value in overrides.items()}
+    if path.suffix != ".safetensors":
+        trained = load_checkpoint(path)["config"]
+        keys = {"batch_size"} if given & {"data", "data_root"} else {"batch_size", *_DATA_KEYS}
+        base = {key: value for key, value in trained.items() if key in keys}
+    base["img_size"] = card.image_size
+    config = load_config(overrides=overrides, base=base, source="command line")
+    if config.data == "synthetic":  # it has the classes that it is asked for
+        config = config.model_copy(update={"num_classes": len(card.class_names)})
+    return open_configured_dataset(config), config
+
+
 def _first_difference(ours: Sequence[str], theirs: Sequence[str]) -> tuple[str, str]:
     pairs = itertools.zip_longest(ours, theirs, fillvalue="")
     return next(pair for pair in pairs if pair[0] != pair[1])
@@ -140,6 +149,7 @@ def predict_files(
     )
     plan = make_plan(config, detect_hardware(), facts)
     device = plan.torch_device(0)
+    torch.set_num_threads(plan.threads)
     network.to(device)
     transform = EvalTransform(mean=card.mean, std=card.std, device=device)
     for start in range(0, len(files), PICTURES_AT_ONCE):
@@ -176,7 +186,10 @@ def _picture_files(pictures: Sequence[Path]) -> list[Path]:
 
 
 def _prepared(file: Path, card: NetworkCard) -> Pixels:
-    data = file.read_bytes()
+    try:
+        data = file.read_bytes()
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror})", "check the file") from None
     if card.center_crop:
         return decode_center_crop(data, file, size=card.image_size)
     pixels = decode_image(data, file)

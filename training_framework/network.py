@@ -42,7 +42,11 @@ class NetworkCard:
     center_crop: bool
 
     def build(self) -> ResNet:
-        """The network, with initial weights."""
+        """The network, with initial weights.
+
+        Raises:
+            UserError: There is no such network.
+        """
         return build_model(
             self.model,
             num_classes=len(self.class_names),
@@ -79,6 +83,15 @@ class NetworkCard:
                 "use a checkpoint or weights.safetensors that this framework wrote",
             ) from None
 
+    @classmethod
+    def from_json(cls, text: str, path: Path) -> "NetworkCard":
+        """As `from_dict`, from the header of a safetensors file."""
+        try:
+            values = json.loads(text)
+        except ValueError:
+            values = None
+        return cls.from_dict(values, path)
+
 
 def load_network(path: Path) -> tuple[nn.Module, NetworkCard]:
     """The network in a checkpoint or in a `weights.safetensors` of this framework, on the CPU.
@@ -90,13 +103,13 @@ def load_network(path: Path) -> tuple[nn.Module, NetworkCard]:
     """
     if path.suffix == ".safetensors":
         text = read_metadata(path).get(_METADATA_KEY, "null")
-        card = NetworkCard.from_dict(json.loads(text), path)
-        network = card.build()
+        card = NetworkCard.from_json(text, path)
+        network = _built(card, path)
         load_weights(network, path)
         return network.eval(), card
     state = load_checkpoint(path)
     card = NetworkCard.from_dict(state["network"], path)
-    network = card.build()
+    network = _built(card, path)
     try:
         network.load_state_dict(state["average"] or state["model"])
     except RuntimeError as error:
@@ -105,3 +118,10 @@ def load_network(path: Path) -> tuple[nn.Module, NetworkCard]:
             f"{path}: its weights do not fit its {card.model} ({reason})", "take another checkpoint"
         ) from None
     return network.eval(), card
+
+
+def _built(card: NetworkCard, path: Path) -> ResNet:
+    try:
+        return card.build()
+    except UserError as error:
+        raise UserError(f"{path}: {error.fault}", "take another checkpoint") from None

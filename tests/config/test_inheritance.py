@@ -88,7 +88,7 @@ def test_a_key_given_twice_is_an_error(tmp_path):
 )
 def test_what_is_no_configuration_is_one_line_that_names_the_file(tmp_path, text):
     (tmp_path / "mine.yaml").write_text(text)
-    with pytest.raises(UserError, match="mine.yaml") as caught:
+    with pytest.raises(UserError, match=r"mine\.yaml") as caught:
         values(tmp_path / "mine.yaml")
     assert "\n" not in str(caught.value)
 

@@ -48,6 +48,13 @@ def test_the_file_wins_over_the_base_of_a_resumed_run(tmp_path):
     assert (config.seed, config.epochs) == (3, 2)
 
 
+def test_resumption_inherits_neither_starting_weights_nor_an_early_stop():
+    base = {"seed": 1, "weights": "start.pth", "stop_after_steps": 3}
+    config = load_config(overrides={"resume": "last.ckpt"}, base=base)
+    assert (config.seed, config.weights, config.stop_after_steps) == (1, None, None)
+    assert load_config(base=base).stop_after_steps == 3
+
+
 def test_written_configuration_loads_as_the_same_one(tmp_path):
     config = TrainConfig(
         scheduler="multi_step", milestones=(3.0, 5.5), precision=32, name="x", data_root="d"

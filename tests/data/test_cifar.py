@@ -190,7 +190,7 @@ def test_download_with_another_checksum_is_refused(
     source = replace(CIFAR100, url=f"{address}/{CIFAR100.archive}")
     with pytest.raises(UserError, match="gave none"):
         open_cifar(source, root=tmp_path / "data")
-    assert list((tmp_path / "data").iterdir()) == []
+    assert not (tmp_path / "data").exists()
 
 
 def test_offline_and_absent_is_one_line_that_says_what_to_put_where(tmp_path: Path) -> None:
@@ -201,3 +201,13 @@ def test_offline_and_absent_is_one_line_that_says_what_to_put_where(tmp_path: Pa
     assert "\n" not in message
     assert f"put {CIFAR10.archive} (MD5 {CIFAR10.md5})" in message
     assert str(tmp_path / "data") in message
+
+
+def test_an_incomplete_folder_is_not_downloaded_over(tmp_path: Path) -> None:
+    folder = tmp_path / "data" / CIFAR10.folder
+    _make_set(CIFAR10, folder)
+    (folder / "test_batch").unlink()
+    source = replace(CIFAR10, url=f"http://127.0.0.1:9/{CIFAR10.archive}")
+    with pytest.raises(UserError, match="cifar-10-batches-py: lacks test_batch; complete it"):
+        open_cifar(source, root=tmp_path / "data")
+    assert (folder / "data_batch_5").is_file()

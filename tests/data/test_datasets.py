@@ -43,6 +43,7 @@ def test_another_number_of_classes_is_an_error() -> None:
     [
         (["train/a/1.jpg", "val/a/1.jpg"], "folder"),
         (["train/a/1.jpg", "test/a/1.jpg"], "folder"),
+        (["train/a/1.jpg"], "folder"),
         (["cifar-10-batches-py/data_batch_1", "cifar-10-batches-py/test_batch"], "cifar10"),
         (["cifar-100-python/train", "cifar-100-python/test"], "cifar100"),
         (["train", "test"], "cifar100"),

@@ -3,7 +3,7 @@ import torch
 from torch import Tensor, nn
 
 from training_framework.errors import UserError
-from training_framework.models.resnet import MODELS, build_model, choose_stem
+from training_framework.models.resnet import MODELS, build_model
 
 
 def parameters(name: str, num_classes: int) -> int:
@@ -152,21 +152,3 @@ def test_a_model_that_does_not_exist_is_refused_with_the_cure(options, words):
         build_model(**arguments)
     for word in words:
         assert word in str(error.value)
-
-
-@pytest.mark.parametrize(
-    ("image_size", "enlarged", "stem"),
-    [
-        (32, 1, "cifar"),
-        (64, 1, "cifar"),
-        (65, 1, "imagenet"),
-        (224, 1, "imagenet"),
-        (32, 4, "imagenet"),
-        (96, 2, "cifar"),
-        (160, 2, "imagenet"),
-    ],
-)
-def test_stem_is_chosen_by_the_detail_in_the_pictures(image_size, enlarged, stem):
-    chosen, reason = choose_stem(image_size, enlarged)
-    assert chosen == stem
-    assert str(image_size // enlarged) in reason

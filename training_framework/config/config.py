@@ -32,7 +32,7 @@ class _ConfigType(type):
         key, key_value = canonical(_known(name), value)
         setting = Setting(key_value, f"Config.{name}")
         check_value(key, setting)
-        cls._settings[key] = setting  # type: ignore[attr-defined]
+        cls._settings[key] = setting
 
     def __getattr__(cls, name: str) -> Any:
         if not name.isupper():
@@ -86,4 +86,4 @@ class Config(metaclass=_ConfigType):
     @classmethod
     def reset(cls) -> None:
         """Forget every assignment made on this class."""
-        cls._settings.clear()  # type: ignore[attr-defined]
+        cls._settings.clear()

@@ -1,5 +1,6 @@
 """YAML files that build on others: `extends: base.yaml`."""
 
+import difflib
 import re
 from collections.abc import Hashable, Mapping
 from importlib import resources
@@ -75,9 +76,12 @@ def _locate(name: str, folder: Path, named_in: str) -> Path:
         return shipped[name]
     if path.is_dir():
         raise UserError(f"{named_in}{path}: is a folder", "name a YAML file")
+    near = difflib.get_close_matches(name, shipped, n=1)
     raise UserError(
         f"{named_in}{path}: no such configuration file",
-        f"name a YAML file, or one of those shipped: {', '.join(shipped)}",
+        f"did you mean {near[0]}?"
+        if near
+        else f"name a YAML file, or one of those shipped: {', '.join(shipped)}",
     )
 
 

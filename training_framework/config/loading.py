@@ -1,6 +1,6 @@
 """From YAML files and overrides to a TrainConfig, with one-line errors that name their source."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,17 +27,21 @@ def load_config(
     Args:
         path: YAML file, or the name of a shipped one; None for the defaults alone.
         overrides: Settings that win over the file's, by any of their names.
-        base: Settings that the file's win over (those of a checkpoint that is resumed).
+        base: Settings that the file's win over (those of a checkpoint that is resumed). Where
+            the run resumes, the weights that were started from and the early stop are not among
+            them: both lie behind it.
         source: What error messages call the overrides.
 
     Raises:
         UserError: A file, key or value is wrong; it names the file or `source`, the key, the value.
     """
-    settings = canonical_settings(base or {}, "the checkpoint's configuration")
-    if path is not None:
-        settings.update(read_config_file(path))
-    settings.update(canonical_settings(overrides or {}, source))
-    return build_config(settings)
+    given = {} if path is None else read_config_file(path)
+    given.update(canonical_settings(overrides or {}, source))
+    inherited = canonical_settings(base or {}, "the checkpoint's configuration")
+    if "resume" in given:
+        for key in ("weights", "stop_after_steps"):
+            inherited.pop(key, None)
+    return build_config({**inherited, **given})
 
 
 def build_config(settings: Mapping[str, Setting]) -> TrainConfig:
@@ -84,18 +88,22 @@ def _user_error(error: ValidationError, settings: Mapping[str, Setting]) -> User
         sources = dict.fromkeys(settings[key].source for key in named)
         return UserError(f"{', '.join(sources) or 'configuration'}: {fault}", cure)
     key = str(first["loc"][0])
-    # A union reports each of its members; together they say what is allowed.
-    messages = dict.fromkeys(
-        entry["msg"].removeprefix("Input should be ").removeprefix("String should ")
-        for entry in error.errors()
-        if entry["loc"][:1] == (key,)
-    )
+    messages = [entry["msg"] for entry in error.errors() if entry["loc"][:1] == (key,)]
     field = TrainConfig.model_fields[key]
     setting = settings[key]
     return UserError(
-        f"{setting.source}: {key}: {setting.value!r} should be {' or '.join(messages)}",
+        f"{setting.source}: {key}: {setting.value!r} {_expectation(messages)}",
         f"{key} means: {field.description}",
     )
+
+
+def _expectation(messages: Sequence[str]) -> str:
+    """pydantic's messages about one value, as they go on after it."""
+    kinds = [message.removeprefix("Input should be ") for message in messages]
+    if kinds[0] == messages[0]:  # "String should match ...", "Input is not a valid path for <...>"
+        return messages[0].partition(" ")[2].partition(" for <")[0]
+    # A union reports each of its members; together they say what is allowed.
+    return f"should be {' or '.join(dict.fromkeys(kinds))}".replace("a valid tuple", "a list")
 
 
 def config_to_yaml(config: TrainConfig) -> str:

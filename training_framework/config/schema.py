@@ -168,12 +168,12 @@ def _contradictions(config: TrainConfig) -> list[str]:
 
 
 # Settings that may differ between a run and its resumption: where things are, how they are
-# watched, and how fast they go, but not what is computed.
+# watched, and how fast they go, but not what is computed. Weights only start a run.
 TRAJECTORY_FREE_KEYS = frozenset(
     {
         "allow_config_change", "data_root", "devices", "log_every_n_steps", "name", "num_workers",
         "output_dir", "pin_memory", "prefetch_factor", "resident_data", "resume", "save_top_k",
-        "stop_after_steps", "strategy", "tensorboard", "val_check_interval",
+        "stop_after_steps", "strategy", "tensorboard", "val_check_interval", "weights",
     }
 )  # fmt: skip
 

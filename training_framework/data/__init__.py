@@ -126,7 +126,7 @@ def detect_dataset(root: Path) -> Literal["folder", "cifar10", "cifar100"]:
     Raises:
         UserError: None of the known layouts.
     """
-    if (root / "train").is_dir() and any((root / name).is_dir() for name in ("val", "test")):
+    if (root / "train").is_dir():  # without val/ too, which opening it then names
         return "folder"
     if cifar_folder(CIFAR10, root):
         return "cifar10"

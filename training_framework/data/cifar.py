@@ -1,13 +1,12 @@
 """CIFAR-10 and CIFAR-100 from their standard Python files, downloaded where they are absent."""
 
-import io
+import contextlib
+import fcntl
 import os
-import pickle
-import shutil
 import sys
 import tarfile
 import tempfile
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from training_framework.data.array_pickle import unpickle_arrays
 from training_framework.data.splits import ArraySplit, Dataset
 from training_framework.dataset_facts import DatasetFacts
 from training_framework.errors import UserError
@@ -98,7 +98,9 @@ def open_cifar(
         UserError: The files are absent and cannot be downloaded, or are not what they should be.
     """
     root = root or Path("data")
-    folder = cifar_folder(source, root) or _download(source, root)
+    folder = cifar_folder(source, root)
+    if folder is None:
+        folder = _download(source, root)
     size = image_size or _SIDE
     names = _class_names(source, folder / source.meta_file)
     batches = [_read_batch(source, folder / name) for name in source.train_files]
@@ -130,6 +132,16 @@ def cifar_folder(source: CifarFiles, root: Path) -> Path | None:
         if all((folder / name).is_file() for name in (source.train_files[0], source.val_file)):
             return folder
     return None
+
+
+def _refuse_incomplete(source: CifarFiles, folder: Path) -> None:
+    """Refuse to download over a folder that is there but lacks files: it is the user's."""
+    if folder.exists():
+        files = (source.train_files[0], source.val_file)
+        name = next(name for name in files if not (folder / name).is_file())
+        raise UserError(
+            f"{folder}: lacks {name}", "complete it, or move it away and it is downloaded"
+        )
 
 
 def _class_names(source: CifarFiles, path: Path) -> tuple[str, ...]:
@@ -176,55 +188,13 @@ def _read_batch(source: CifarFiles, path: Path) -> ArraySplit:
     return ArraySplit(images, torch.from_numpy(labels.astype(np.int64)))
 
 
-def _latin1(text: str, encoding: str) -> bytes:
-    if encoding != "latin1":
-        raise pickle.UnpicklingError(f"the encoding {encoding} is not allowed")
-    return text.encode(encoding)
-
-
-def _empty_bytes() -> bytes:
-    """What the old protocols write `b""` as: a call of `bytes`, which here takes no argument."""
-    return b""
-
-
-def _admitted() -> dict[tuple[str, str], Callable[..., Any]]:
-    """What a pickled dictionary of arrays and bytes is built with, by its pickled names."""
-    reconstruct: Any = np.empty(0).__reduce__()[0]
-    scalar: Any = np.int64(0).__reduce__()[0]
-    from_buffer: Any = np.empty(0).__reduce_ex__(5)[0]
-    admitted: dict[tuple[str, str], Callable[..., Any]] = {
-        ("numpy", "ndarray"): np.ndarray,
-        ("numpy", "dtype"): np.dtype,
-        ("_codecs", "encode"): _latin1,
-        ("__builtin__", "bytes"): _empty_bytes,
-        ("builtins", "bytes"): _empty_bytes,
-    }
-    for core in ("numpy.core", "numpy._core"):
-        admitted[f"{core}.multiarray", "_reconstruct"] = reconstruct
-        admitted[f"{core}.multiarray", "scalar"] = scalar
-        admitted[f"{core}.numeric", "_frombuffer"] = from_buffer
-    return admitted
-
-
-class _ArrayUnpickler(pickle.Unpickler):
-    """Builds arrays and plain containers; refuses everything else, so a file can run no code."""
-
-    _admitted = _admitted()
-
-    def find_class(self, module: str, name: str) -> Callable[..., Any]:
-        try:
-            return self._admitted[module, name]
-        except KeyError:
-            raise pickle.UnpicklingError(f"{module}.{name} is not allowed") from None
-
-
 def _load(path: Path) -> Any:
     try:
         data = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}", "complete the data set's folder") from None
     try:
-        return _ArrayUnpickler(io.BytesIO(data), encoding="bytes").load()
+        return unpickle_arrays(data)
     except Exception as error:  # a broken pickle raises whatever its bytes happen to say
         raise UserError(
             f"{path}: not a CIFAR file ({error})", "replace it by the original"
@@ -235,21 +205,50 @@ def _download(source: CifarFiles, root: Path) -> Path:
     import pooch
 
     pooch_timeout = (_CONNECT_SECONDS, _READ_SECONDS)
+    is_new = not root.exists()
     try:
         root.mkdir(parents=True, exist_ok=True)
-        archive = pooch.retrieve(
-            source.url,
-            known_hash=f"md5:{source.md5}",
-            fname=source.archive,
-            path=root,
-            downloader=pooch.HTTPDownloader(progressbar=sys.stderr.isatty(), timeout=pooch_timeout),
-        )
-        return _extract(source, Path(archive), root)
+        with _one_process_at_a_time(root):
+            # Another process may have finished the download, or given it up, in the meantime.
+            root.mkdir(parents=True, exist_ok=True)
+            folder = cifar_folder(source, root)
+            if folder is not None:
+                return folder
+            _refuse_incomplete(source, root / source.folder)
+            archive = pooch.retrieve(
+                source.url,
+                known_hash=f"md5:{source.md5}",
+                fname=source.archive,
+                path=root,
+                downloader=pooch.HTTPDownloader(
+                    progressbar=sys.stderr.isatty(), timeout=pooch_timeout
+                ),
+            )
+            return _extract(source, Path(archive), root)
+    except UserError:
+        raise
     except (OSError, ValueError, tarfile.TarError) as error:
+        if is_new:
+            with contextlib.suppress(OSError):  # there may be an archive in it by now
+                root.rmdir()
         raise UserError(
             f"{source.name} is not in {root} and {source.url} gave none ({type(error).__name__})",
             f"put {source.archive} (MD5 {source.md5}) or its folder {source.folder} into {root}",
         ) from None
+
+
+@contextlib.contextmanager
+def _one_process_at_a_time(folder: Path) -> Iterator[None]:
+    """Wait for the others of this run, or of other runs, that are in here with the same folder.
+
+    The lock is the folder's own, so no file stays behind, and it ends with the process.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _extract(source: CifarFiles, archive: Path, root: Path) -> Path:
@@ -259,7 +258,5 @@ def _extract(source: CifarFiles, archive: Path, root: Path) -> Path:
         with tarfile.open(archive) as tar:
             tar.extractall(scratch, filter="data")
         unpacked = Path(scratch) / source.folder
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(unpacked, folder)  # noqa: PTH105
+        unpacked.rename(folder)
     return folder

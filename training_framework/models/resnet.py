@@ -10,13 +10,11 @@ from torch import Tensor, nn
 from training_framework.errors import UserError
 from training_framework.models.blocks import BasicBlock, Bottleneck, ResidualBlock
 
-__all__ = ["MODELS", "ModelVariant", "ResNet", "Stem", "build_model", "choose_stem"]
+__all__ = ["MODELS", "ModelVariant", "ResNet", "Stem", "build_model"]
 
 Stem = Literal["cifar", "imagenet"]
 
 STAGE_CHANNELS: Final = (64, 128, 256, 512)
-IMAGENET_STEM_REDUCTION: Final = 4
-CIFAR_STEM_MAX_PIXELS: Final = 64
 
 
 class ModelVariant(NamedTuple):
@@ -134,7 +132,7 @@ def build_model(
     Args:
         name: Key of `MODELS`.
         num_classes: Width of the head, at least 1.
-        stem: `cifar` or `imagenet`; see `ResNet` and `choose_stem`.
+        stem: `cifar` or `imagenet`; see `ResNet`.
         share_early_weights: See `ResNet`.
         zero_init_last_norm: See `ResNet`.
 
@@ -158,31 +156,4 @@ def build_model(
         stem=stem,
         share_early_weights=share_early_weights,
         zero_init_last_norm=zero_init_last_norm,
-    )
-
-
-def choose_stem(image_size: int, enlarged: int = 1) -> tuple[Stem, str]:
-    """Choose the stem for pictures of a size.
-
-    Args:
-        image_size: Side in pixels of the square images as the model sees them.
-        enlarged: How many times the originals were enlarged to `image_size`; 1 for not at all.
-
-    Returns:
-        The stem, and the reason in one line.
-    """
-    original_size = image_size // enlarged
-    if enlarged >= IMAGENET_STEM_REDUCTION:
-        return "imagenet", (
-            f"{image_size} px pictures hold {original_size} px of detail (enlarged {enlarged}x): "
-            f"reducing them {IMAGENET_STEM_REDUCTION}x loses none"
-        )
-    if original_size <= CIFAR_STEM_MAX_PIXELS:
-        return "cifar", (
-            f"{original_size} px of detail is at most {CIFAR_STEM_MAX_PIXELS}: "
-            f"reducing it {IMAGENET_STEM_REDUCTION}x would lose too much"
-        )
-    return "imagenet", (
-        f"{original_size} px of detail is more than {CIFAR_STEM_MAX_PIXELS}: "
-        f"reducing it {IMAGENET_STEM_REDUCTION}x saves 16x the work"
     )

@@ -90,6 +90,7 @@ def save_weights(
         save_file(tensors, temporary, metadata=dict(metadata))
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
+        temporary.chmod(0o644)  # safetensors writes for the owner alone
         temporary.replace(path)
     except (OSError, SafetensorError) as error:
         temporary.unlink(missing_ok=True)

@@ -65,7 +65,7 @@ class MachineChoices:
         if wanted == "gpu":
             fault = faults[0] if faults else "this PyTorch finds no GPU"
             raise UserError(
-                f"accelerator: gpu: {fault}", "or use accelerator: auto to go on on the CPU"
+                f"accelerator: gpu: {fault}", "use accelerator: auto to go on on the CPU"
             )
         why = f"goes on on the CPU, since {faults[0]}" if faults else f"no GPU found; {name}"
         self.note("device", "cpu", why)
@@ -103,7 +103,7 @@ class MachineChoices:
     def precision(self) -> Precision:
         """What the forward pass computes in."""
         wanted = self.config.precision
-        if wanted not in ("auto", "mixed"):
+        if wanted != "auto" and wanted != "mixed":  # noqa: PLR1714 (mypy narrows this form)
             self.note("precision", wanted, "asked for" + self._emulation_note(wanted))
             return wanted
         if self.on_gpu:

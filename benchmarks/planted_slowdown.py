@@ -1,0 +1,160 @@
+"""Does `compare` find a slowdown of 10% that is known to be there, and none where there is none?
+
+Three variants of a tiny network take turns in processes of their own: plain, plain again (the A/A
+control), and one that sleeps for a tenth of its time after every step. Repeated --repeats times.
+Prints a line each time and ends with 1 if a slowdown was missed or one was found that is not there.
+
+    python benchmarks/planted_slowdown.py --repeats 3
+
+With --record FILE, one process takes many short samples of three such variants of a few
+convolutions in turns instead, and keeps them as CSV; tests/benchmark/recorded_samples.csv was made so.
+"""
+
+import argparse
+import csv
+import io
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from training_framework.benchmark import workers
+from training_framework.benchmark.comparison import Comparison
+from training_framework.benchmark.experiment import CONTROL, Experiment
+from training_framework.benchmark.timing import StepSampler
+from training_framework.benchmark.worker import main as answer_requests
+from training_framework.config import TrainConfig
+
+PLANTED = 0.10
+FOUND_FROM = 1.05
+BASE: dict[str, Any] = {
+    "data": "synthetic",
+    "synthetic_train_images": 256,
+    "synthetic_val_images": 16,
+    "img_size": 8,
+    "num_classes": 4,
+    "model": "resnet10",
+    "stem": "imagenet",
+    "batch_size": 4,
+    "lr": 0.01,
+    "accelerator": "cpu",
+    "precision": "32",
+    "threads": 1,
+}
+
+
+class SlowedSampler(StepSampler):
+    """Sleeps for a tenth of each step's time after it."""
+
+    def optimizer_step(self) -> int:
+        started = time.perf_counter()
+        images = super().optimizer_step()
+        time.sleep(PLANTED * (time.perf_counter() - started))
+        return images
+
+
+def experiment(rounds: int, seconds: float) -> Experiment:
+    return Experiment(
+        name="planted-slowdown",
+        base=BASE,
+        variants=[{"name": "plain"}, {"name": "slowed", "environment": {"PLANTED": "1"}}],
+        rounds=rounds,
+        seconds=seconds,
+        warmup_steps=20,
+    )
+
+
+def open_worker(variant: Any, config: TrainConfig, order: Any) -> workers.ProcessWorker:
+    program = [__file__, "--worker"] + ["--slowed"] * bool(variant.environment)
+    return workers.ProcessWorker(
+        config, order, environment={"OMP_NUM_THREADS": "1"}, program=program
+    )
+
+
+def run_live(repeats: int, rounds: int, seconds: float) -> bool:
+    right = True
+    for repeat in range(repeats):
+        with tempfile.TemporaryDirectory() as folder:
+            result = Comparison(
+                experiment(rounds, seconds),
+                path=Path(folder) / "result.json",
+                command="",
+                open_worker=open_worker,
+                stream=io.StringIO(),
+            ).run()
+        ratios = {ratio.variant: ratio for ratio in result.ratios}
+        slowed, control = ratios["slowed"], ratios[CONTROL]
+        assert slowed.low and slowed.high and control.low and control.high
+        # The ratio is of speeds: a slowdown of 10% is 1 / 1.1.
+        found = 1 / slowed.high > FOUND_FROM
+        quiet = 1 / control.high <= FOUND_FROM and control.low <= 1 <= control.high
+        right = right and found and quiet
+        print(
+            f"{repeat + 1}: slowdown {1 / slowed.median:.3f} [{1 / slowed.high:.3f}, "
+            f"{1 / slowed.low:.3f}] {'found' if found else 'MISSED'}; control "
+            f"{control.median:.3f} [{control.low:.3f}, {control.high:.3f}] "
+            f"{'holds' if quiet else 'OFF'}; others took "
+            f"{max(m.other_cpu_share for v in result.variants for m in v.measurements):.0%}",
+            flush=True,
+        )
+    return right
+
+
+def record(path: Path, pairs: int, steps: int) -> None:
+    """Samples of training steps of three small convolutions, which take turns in one process."""
+    torch.set_num_threads(1)
+    network = nn.Sequential(
+        nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.ReLU(), nn.Conv2d(16, 4, 12)
+    )
+    images, optimizer = torch.randn(16, 3, 16, 16), torch.optim.SGD(network.parameters(), lr=1e-3)
+
+    def sample(slowed: bool) -> float:
+        started = time.perf_counter()
+        for _ in range(steps):
+            optimizer.zero_grad()
+            network(images).square().mean().backward()
+            optimizer.step()
+        if slowed:
+            time.sleep(PLANTED * (time.perf_counter() - started))
+        return time.perf_counter() - started
+
+    names = ["plain", "slowed", "control"]
+    for _ in range(20):
+        sample(slowed=False)
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow([f"{name}_seconds" for name in names])
+        for number in range(pairs):
+            turns = names if number % 2 == 0 else names[::-1]
+            seconds = {name: sample(slowed=name == "slowed") for name in turns}
+            writer.writerow([f"{seconds[name]:.5f}" for name in names])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="See the head of this file.")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--seconds", type=float, default=0.2)
+    parser.add_argument("--record", type=Path, metavar="FILE")
+    parser.add_argument("--pairs", type=int, default=400, help="to record")
+    parser.add_argument("--steps", type=int, default=8, help="of a recorded sample")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--slowed", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker:
+        if options.slowed:
+            workers.StepSampler = SlowedSampler  # type: ignore[misc]
+        answer_requests()
+        return 0
+    if options.record is not None:
+        record(options.record, options.pairs, options.steps)
+        return 0
+    return 0 if run_live(options.repeats, options.rounds, options.seconds) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
