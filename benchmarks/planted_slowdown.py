@@ -7,7 +7,8 @@ Prints a line each time and ends with 1 if a slowdown was missed or one was foun
     python benchmarks/planted_slowdown.py --repeats 3
 
 With --record FILE, one process takes many short samples of three such variants of a few
-convolutions in turns instead, and keeps them as CSV; tests/benchmark/recorded_samples.csv was made so.
+convolutions in turns instead, and keeps them as CSV; the recorded samples of
+tests/benchmark/ were made so.
 """
 
 import argparse
@@ -24,7 +25,7 @@ from torch import nn
 
 from training_framework.benchmark import workers
 from training_framework.benchmark.comparison import Comparison
-from training_framework.benchmark.experiment import CONTROL, Experiment
+from training_framework.benchmark.experiment import CONTROL, Experiment, Variant
 from training_framework.benchmark.timing import StepSampler
 from training_framework.benchmark.worker import main as answer_requests
 from training_framework.config import TrainConfig
@@ -61,7 +62,7 @@ def experiment(rounds: int, seconds: float) -> Experiment:
     return Experiment(
         name="planted-slowdown",
         base=BASE,
-        variants=[{"name": "plain"}, {"name": "slowed", "environment": {"PLANTED": "1"}}],
+        variants=(Variant(name="plain"), Variant(name="slowed", environment={"PLANTED": "1"})),
         rounds=rounds,
         seconds=seconds,
         warmup_steps=20,

@@ -12,14 +12,15 @@ ROOT = Path(__file__).parent.parent / "training_framework"
 LAYERS = [
     {"__init__", "errors", "dataset_facts"},
     {
-        "config", "loss", "metrics", "flops", "precision", "hardware", "signals",
-        "optimizers.schedules", "models.blocks",
+        "config", "loss", "metrics", "flops", "precision", "hardware", "signals", "progress",
+        "optimizers.schedules", "models.blocks", "benchmark.statistics",
     },
     {"plan", "data", "models", "optimizers", "loggers", "reproducibility", "distributed"},
     {"step", "evaluation", "checkpoint", "run_directory"},
-    {"trainer", "network", "assembly"},
+    {"trainer", "network", "assembly", "benchmark.result"},
     {"run"},
     {"train", "inference", "summary"},
+    {"benchmark", "profiling"},
     {"cli"},
     {"__main__"},
 ]  # fmt: skip

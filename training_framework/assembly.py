@@ -253,18 +253,17 @@ def assemble_step(
     config: TrainConfig, plan: TrainPlan, model: nn.Module, device: torch.device
 ) -> TrainStep:
     """What makes the optimizer steps, around a network on its device."""
-    average = WeightAverage(model, decay=config.ema_decay) if config.ema_decay else None
     wrapped = model
     if plan.world_size > 1:
         wrapped = DistributedDataParallel(
             model,
             device_ids=[device] if device.type == "cuda" else None,
             gradient_as_bucket_view=True,
-            # Synchronized norms have equal statistics everywhere; others follow rank 0's.
-            broadcast_buffers=not plan.synchronize_norms,
         )
+    # After DDP has given every rank the weights of rank 0, so that all average the same.
+    average = WeightAverage(model, decay=config.ema_decay) if config.ema_decay else None
     fused = plan.fused_optimizer
-    if config.fused_optimizer == "auto":
+    if fused and config.fused_optimizer == "auto":
         fused = has_fused_optimizer(config.optimizer, device.type)
     optimizer = build_optimizer(
         model,

@@ -15,8 +15,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from training_framework import __version__
+from training_framework.benchmark.command import add_compare
+from training_framework.benchmark.report_command import add_report
+from training_framework.benchmark.tune_command import add_tune
 from training_framework.config.flags import add_config_flags, given_settings
 from training_framework.errors import UserError
+from training_framework.profiling.command import add_profile
 
 __all__ = ["main"]
 
@@ -134,6 +138,10 @@ def _parser() -> argparse.ArgumentParser:
     _add_evaluate(commands)
     _add_predict(commands)
     _add_data(commands)
+    add_compare(commands)
+    add_tune(commands)
+    add_report(commands)
+    add_profile(commands)
     return parser
 
 

@@ -1,16 +1,21 @@
 """Several processes that train together: torchrun's environment and torch.distributed."""
 
+import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from training_framework.errors import UserError
 
-__all__ = ["Processes", "any_process", "process_group"]
+__all__ = ["Processes", "is_first_to_say", "largest", "process_group", "share_buffers"]
+
+BOARD_TIMEOUT = timedelta(seconds=5)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +67,11 @@ class Processes:
 
 @contextmanager
 def process_group(processes: Processes, device: torch.device) -> Iterator[None]:
-    """Join the other processes: NCCL for CUDA devices, gloo elsewhere; alone, nothing happens."""
+    """Join the other processes: NCCL for CUDA devices, gloo elsewhere; alone, nothing happens.
+
+    A UserError of one process ends the others with the same UserError where they would otherwise
+    only report that it has left them.
+    """
     if processes.world_size == 1:
         yield
         return
@@ -73,14 +82,79 @@ def process_group(processes: Processes, device: torch.device) -> Iterator[None]:
         dist.init_process_group("gloo")
     try:
         yield
+    except UserError as error:
+        _leave_word(error)
+        raise
+    except RuntimeError:
+        cause = _word_left()
+        if cause is not None:
+            raise cause from None
+        raise
     finally:
         dist.destroy_process_group()
 
 
-def any_process(flag: bool, device: torch.device) -> bool:
-    """Whether the flag is set on any process. All of them must call it at the same point."""
-    if not dist.is_initialized():
-        return flag
-    flags = torch.tensor([int(flag)], device=device)
-    dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-    return bool(flags.item())
+def largest(values: Sequence[float], device: torch.device) -> list[float]:
+    """The largest of each value over all processes, in fp32. Waits for the device.
+
+    All processes must call it at the same point.
+    """
+    numbers = torch.tensor(values, dtype=torch.float32, device=device)
+    if dist.is_initialized():
+        dist.all_reduce(numbers, op=dist.ReduceOp.MAX)
+    return numbers.tolist()
+
+
+@torch.no_grad()
+def share_buffers(model: nn.Module) -> None:
+    """Give every process rank 0's buffers, such as the running statistics of its batch norms.
+
+    All processes must call it at the same point.
+    """
+    if dist.is_initialized():
+        for buffer in model.buffers():
+            dist.broadcast(buffer, src=0)
+
+
+def is_first_to_say(text: str) -> bool:
+    """Whether no other process of this start has said the same; it is then taken as said.
+
+    The processes need not have formed a group yet. Where something else than torchrun started
+    them, none knows of the others, and each is the first.
+    """
+    board = _board()
+    return board is None or board.add(f"said/{text}", 1) == 1
+
+
+def _leave_word(error: UserError) -> None:
+    board = _board()
+    if board is not None:
+        # The first cause stays; those that follow may only be its consequences.
+        board.compare_set("cause", "", json.dumps([error.fault, error.cure]))
+
+
+def _word_left() -> UserError | None:
+    board = _board()
+    if board is None or not board.check(["cause"]):
+        return None
+    return UserError(*json.loads(board.get("cause")))
+
+
+def _board() -> dist.Store | None:
+    """Where processes can leave word for each other whatever state their group is in.
+
+    It is the store of torchrun itself, which outlives them; None without torchrun.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
+    try:
+        store = dist.TCPStore(
+            os.environ["MASTER_ADDR"],
+            int(os.environ["MASTER_PORT"]),
+            is_master=False,
+            timeout=BOARD_TIMEOUT,
+        )
+    except RuntimeError:  # torchrun itself has ended
+        return None
+    start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return dist.PrefixStore(f"training_framework/{start}", store)

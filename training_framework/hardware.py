@@ -1,5 +1,6 @@
 """What this machine is and can do: measured or asked, never assumed."""
 
+import functools
 import importlib.metadata
 import os
 import platform
@@ -21,6 +22,9 @@ __all__ = [
     "measure_peak_flops",
     "memory_in_use",
 ]
+
+CPU_QUOTA_FILE = Path("/sys/fs/cgroup/cpu.max")
+MEMORY_LIMIT_FILE = Path("/sys/fs/cgroup/memory.max")
 
 # Dense peak of the tensor cores in FLOP/s by a piece of the device's name: bf16 and fp16 are
 # equal on all of these. Sources: NVIDIA's data sheets of each part (without sparsity).
@@ -119,7 +123,7 @@ def _cpu_flags() -> tuple[set[str], str]:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return set(), platform.processor() or platform.machine()
-    fields = {}
+    fields: dict[str, str] = {}
     for line in text.splitlines():
         key, _, value = line.partition(":")
         fields.setdefault(key.strip(), value.strip())
@@ -130,7 +134,7 @@ def _cpu_flags() -> tuple[set[str], str]:
 def _usable_cores() -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     try:  # a container's quota: "max 100000" or "150000 100000" (microseconds of CPU per period)
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
+        quota, period = CPU_QUOTA_FILE.read_text(encoding="ascii").split()
     except (OSError, ValueError):
         return cores or 1
     limit = cores if quota == "max" else max(1, int(quota) // int(period))
@@ -140,7 +144,7 @@ def _usable_cores() -> int:
 def _usable_memory() -> int:
     total = psutil.virtual_memory().total
     try:
-        return min(total, int(Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii")))
+        return min(total, int(MEMORY_LIMIT_FILE.read_text(encoding="ascii")))
     except (OSError, ValueError):  # no container, or one without a limit ("max")
         return total
 
@@ -299,4 +303,10 @@ def memory_in_use(device: torch.device) -> int:
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return psutil.Process().memory_info().rss
+    return _process(os.getpid()).memory_info().rss
+
+
+@functools.cache
+def _process(number: int) -> psutil.Process:
+    # To look a process up costs more than to ask it. By number, so that a fork asks for itself.
+    return psutil.Process(number)

@@ -9,7 +9,7 @@ __all__ = ["classification_loss", "per_sample_losses"]
 
 def _at_least_fp32(logits: Tensor) -> Tensor:
     # The log-sum-exp of bf16 logits keeps two to three digits: too few for a loss.
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
 
 
 def classification_loss(

@@ -9,6 +9,9 @@ from torch import Tensor
 
 __all__ = ["ClassificationMetrics", "ClassificationSums"]
 
+BATCHES_AT_ONCE = 16
+MOST_WAITING_SCORES = 2**22
+
 
 @dataclass(frozen=True, kw_only=True)
 class ClassificationMetrics:
@@ -31,7 +34,9 @@ class ClassificationMetrics:
 class ClassificationSums:
     """Running sums of loss, top-1 and top-5 hits and samples, on the device.
 
-    `update` never waits for the device; `read` does, once, with one copy of four numbers.
+    `update` never waits for the device; `read` does, once, with one copy of four numbers. Batches
+    are kept and counted several at a time, since a dozen operations on a few numbers cost more in
+    their launches than in their work: until `BATCHES_AT_ONCE` are together, `update` runs none.
 
     A sample's rank is the number of classes that score above its label. A class that scores the
     same as the label stands above it if its index is lower. So a tie has one winner, the lowest
@@ -56,6 +61,7 @@ class ClassificationSums:
         self._sums = torch.zeros(4, dtype=dtype, device=device)
         self._loss_sum = self._sums[0]
         self._hit_sums = self._sums[1:]
+        self._waiting: list[tuple[Tensor, Tensor, Tensor]] = []
         self._class_indices = torch.arange(num_classes, device=device)
         # A sample is a top-k hit where more than num_classes - k classes do not stand above its
         # label (the label included); more than -1 holds for every sample and so counts them.
@@ -63,43 +69,72 @@ class ClassificationSums:
             [num_classes - 1, num_classes - min(5, num_classes), -1], device=device
         )
 
-    @torch.no_grad()
     def update(
         self, logits: Tensor, labels: Tensor, loss: Tensor, *, valid: Tensor | None = None
     ) -> None:
         """Add a batch.
 
         Args:
-            logits: Class scores, shape (batch, num_classes), any floating dtype.
+            logits: Class scores, shape (batch, num_classes), any floating dtype; without history.
+                They, labels and loss may be kept for a while: change none of them in place.
             labels: Classes, shape (batch,), int64.
             loss: The samples' losses, shape (batch,), or their mean, a scalar tensor: with `valid`,
                 the mean over the valid ones.
             valid: Which samples to count, shape (batch,), bool; unset: all. The rest is padding:
                 its logits, labels (classes still) and losses change nothing, NaN included.
         """
-        labels = labels.unsqueeze(1)
-        label_scores = logits.gather(1, labels)
-        not_above = torch.where(
-            self._class_indices < labels, logits < label_scores, logits <= label_scores
-        ).sum(dim=1, keepdim=True)
         if valid is not None:
-            # Below every threshold: neither a hit nor a sample.
-            not_above.masked_fill_(~valid.unsqueeze(1), -1)
+            self._count_valid(logits, labels, loss, valid)
+            return
+        self._waiting.append((logits, labels, loss))
+        waiting_scores = len(self._waiting) * logits.numel()
+        if len(self._waiting) == BATCHES_AT_ONCE or waiting_scores > MOST_WAITING_SCORES:
+            self._count_waiting()
+
+    @torch.no_grad()
+    def _count_waiting(self) -> None:
+        if not self._waiting:
+            return
+        logits, labels, losses = zip(*self._waiting, strict=True)
+        self._waiting.clear()
+        not_above = self._not_above(torch.cat(logits), torch.cat(labels))
+        self._hit_sums.add_((not_above > self._thresholds).sum(dim=0))
+        sizes = [len(batch) for batch in labels]
+        if len(set(sizes)) == 1 and all(loss.ndim == 0 for loss in losses):
+            total = torch.stack(losses).sum(dtype=self._sums.dtype)
+            self._loss_sum.add_(total, alpha=sizes[0])
+            return
+        for loss, size in zip(losses, sizes, strict=True):
+            if loss.ndim == 0:
+                self._loss_sum.add_(loss, alpha=size)
+            else:
+                self._loss_sum.add_(loss.sum(dtype=self._sums.dtype))
+
+    @torch.no_grad()
+    def _count_valid(self, logits: Tensor, labels: Tensor, loss: Tensor, valid: Tensor) -> None:
+        not_above = self._not_above(logits, labels)
+        # Below every threshold: neither a hit nor a sample.
+        not_above.masked_fill_(~valid.unsqueeze(1), -1)
         hits = (not_above > self._thresholds).sum(dim=0)
         self._hit_sums.add_(hits)
         if loss.ndim == 1:
-            if valid is not None:
-                loss = loss.masked_fill(~valid, 0)
-            self._loss_sum.add_(loss.sum(dtype=self._sums.dtype))
-        elif valid is None:
-            self._loss_sum.add_(loss, alpha=len(labels))
+            self._loss_sum.add_(loss.masked_fill(~valid, 0).sum(dtype=self._sums.dtype))
         else:
             valid_count = hits[-1]
             # The mean over no sample is NaN, and counts nothing.
             self._loss_sum.add_(torch.where(valid_count > 0, loss * valid_count, 0))
 
+    def _not_above(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """How many classes do not stand above each label, the label included: (batch, 1)."""
+        labels = labels.unsqueeze(1)
+        label_scores = logits.gather(1, labels)
+        return torch.where(
+            self._class_indices < labels, logits < label_scores, logits <= label_scores
+        ).sum(dim=1, keepdim=True)
+
     def read(self) -> ClassificationMetrics:
         """The means so far. Waits for the device."""
+        self._count_waiting()
         loss_sum, correct1, correct5, count = self._sums.tolist()
         if count == 0:
             return ClassificationMetrics(loss=math.nan, acc1=math.nan, acc5=math.nan, count=0)
@@ -112,6 +147,7 @@ class ClassificationSums:
 
     def reset(self) -> None:
         """Start again at zero."""
+        self._waiting.clear()
         self._sums.zero_()
 
     def all_reduce(self) -> None:
@@ -121,12 +157,15 @@ class ClassificationSums:
         count the other ranks again.
         """
         if dist.is_available() and dist.is_initialized():
+            self._count_waiting()
             dist.all_reduce(self._sums)
 
     def state_dict(self) -> dict[str, Tensor]:
         """A copy of the sums, for a checkpoint in the middle of an interval."""
+        self._count_waiting()
         return {"sums": self._sums.clone()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Go on from sums that `state_dict` gave, on whichever device."""
+        self._waiting.clear()
         self._sums.copy_(state["sums"])

@@ -26,7 +26,7 @@ from training_framework.config.loading import config_to_dict
 from training_framework.config.schema import TRAJECTORY_FREE_KEYS
 from training_framework.data import Dataset
 from training_framework.dataset_facts import DatasetFacts
-from training_framework.distributed import Processes, process_group
+from training_framework.distributed import Processes, process_group, share_buffers
 from training_framework.errors import UserError
 from training_framework.evaluation import Evaluation, evaluate
 from training_framework.flops import training_flops_per_image
@@ -41,6 +41,7 @@ from training_framework.models import save_weights
 from training_framework.network import NetworkCard
 from training_framework.plan import TrainPlan, make_plan
 from training_framework.precision import compute_dtype
+from training_framework.progress import Progress, TrainResult
 from training_framework.reproducibility import seed_everything, use_deterministic_algorithms
 from training_framework.run_directory import (
     create_run_directory,
@@ -49,7 +50,7 @@ from training_framework.run_directory import (
     write_text_atomically,
 )
 from training_framework.step import TrainStep
-from training_framework.trainer import Progress, Trainer, TrainResult
+from training_framework.trainer import Trainer
 
 __all__ = ["TrainingRun"]
 
@@ -103,11 +104,14 @@ class TrainingRun:
             local_world_size=self.processes.local_world_size,
             batches_per_epoch=batches,
         )
+        if model is not None and config.small_map_convolutions == "auto":
+            # Only of our own networks do we know that nothing but a step's gradient is wanted.
+            self.plan = dataclasses.replace(self.plan, small_map_convolutions=False)
         self.device = self.plan.torch_device(self.processes.local_rank)
 
     def execute(self) -> TrainResult:
         """Train; what was opened is closed again whatever happens."""
-        self._set_up_torch()
+        self.set_up_torch()
         with ExitStack() as stack:
             stack.enter_context(process_group(self.processes, self.device))
             seed_everything(self.config.seed)
@@ -155,7 +159,8 @@ class TrainingRun:
                 self._record(directory, result, trainer.progress, started)
         return result
 
-    def _set_up_torch(self) -> None:
+    def set_up_torch(self) -> None:
+        """Threads, kernel choice and determinism of this process, as planned."""
         torch.set_num_threads(self.plan.threads)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
@@ -171,18 +176,31 @@ class TrainingRun:
         self.peak_flops = peak * self.plan.world_size
         self.flops_per_image = training_flops_per_image(model, self.plan.image_size)
 
+    def _costs_line(self) -> str:
+        """What MFU is the quotient of, for people."""
+        work = f"training takes {self.flops_per_image / 1e9:.3g} GFLOP an image"
+        if not self.peak_flops:
+            return f"{work}; MFU n/a: the peak of {self.plan.device_name} is unknown"
+        return f"{work}; MFU is of {self.peak_flops / 1e9:.4g} GFLOP/s ({self.peak_source})"
+
     def _evaluation(self, model: nn.Module, loaders: Loaders) -> Callable[[], Evaluation] | None:
         val = loaders.val
         if val is None:
             return None
-        return lambda: evaluate(
-            model,
-            val,
-            loaders.eval_transform,
-            device=self.device,
-            num_classes=self.plan.num_classes,
-            precision=self.plan.precision,
-        )
+
+        def run_evaluation() -> Evaluation:
+            # Every rank has norm statistics of its own; saved, and so evaluated, are rank 0's.
+            share_buffers(model)
+            return evaluate(
+                model,
+                val,
+                loaders.eval_transform,
+                device=self.device,
+                num_classes=self.plan.num_classes,
+                precision=self.plan.precision,
+            )
+
+        return run_evaluation
 
     def _card(self) -> NetworkCard:
         return NetworkCard(
@@ -219,7 +237,8 @@ class TrainingRun:
             step.scaler.load_state_dict(state["scaler"])
         if step.average is not None and state["average"] is not None:
             step.average.load_state_dict(state["average"])
-        if state["sums"] is not None:
+        # Sums are added up over the ranks before they are read, so one rank takes them over.
+        if step.sums is not None and state["sums"] is not None and self.processes.is_first:
             step.sums.load_state_dict(state["sums"])
         return Progress(**state["progress"])
 
@@ -241,7 +260,10 @@ class TrainingRun:
         """Loggers and checkpoints, of the first process alone."""
         config, plan = self.config, self.plan
         extras = {
-            "config": config_to_dict(config.model_copy(update={"resume": None})),
+            # What resumes the run neither resumes from nor stops where this start did.
+            "config": config_to_dict(
+                config.model_copy(update={"resume": None, "stop_after_steps": None})
+            ),
             "network": self._card().as_dict(),
         }
         if directory is None:
@@ -259,7 +281,8 @@ class TrainingRun:
             resume_step=progress.step if goes_on else None,
         )
         stack.callback(loggers.close)
-        for line in [*_opening_lines(plan, self.facts, self.hardware, directory), *lines]:
+        opening = _opening_lines(plan, self.facts, self.hardware, directory)
+        for line in [*opening[:-1], self._costs_line(), *lines, opening[-1]]:
             loggers.message(line)
         return {
             "loggers": loggers,

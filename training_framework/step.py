@@ -64,6 +64,7 @@ class TrainStep:
         self._forward: Callable[..., tuple[Tensor, Tensor]] = self._logits_and_loss
         if compile_mode is not None:
             self._forward = torch.compile(self._logits_and_loss, mode=compile_mode)
+        self._group_starts = True
         self._replays_graphs = compile_mode in ("reduce-overhead", "max-autotune")
 
     def _logits_and_loss(
@@ -95,13 +96,19 @@ class TrainStep:
             group_size: Batches of this step: the gradient is their mean.
             last_of_group: Whether `update` comes next; until then DDP keeps gradients to itself.
         """
-        if self._replays_graphs:
+        if self._replays_graphs and self._group_starts:
+            # What earlier steps left in the graphs' memory may be overwritten from here on; the
+            # gradients of this group's earlier batches must not.
             torch.compiler.cudagraph_mark_step_begin()
+        self._group_starts = last_of_group
         with self._synchronization(last_of_group):
             logits, loss = self._forward(images, labels, mixed)
             self.scaler.scale(loss if group_size == 1 else loss / group_size).backward()
         if self.sums is not None:
-            self.sums.update(logits.detach(), labels, loss.detach())
+            logits, loss = logits.detach(), loss.detach()
+            if self._replays_graphs:  # the next replay writes into the same memory
+                logits, loss = logits.clone(), loss.clone()
+            self.sums.update(logits, labels, loss)
 
     def _synchronization(self, last_of_group: bool) -> contextlib.AbstractContextManager[Any]:
         if not last_of_group and isinstance(self.model, DistributedDataParallel):

@@ -5,7 +5,7 @@ import textwrap
 from training_framework.dataset_facts import DatasetFacts
 from training_framework.hardware import Hardware
 from training_framework.plan import TrainPlan
-from training_framework.trainer import TrainResult
+from training_framework.progress import TrainResult
 
 __all__ = ["plan_lines", "result_lines"]
 

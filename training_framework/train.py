@@ -18,8 +18,8 @@ from training_framework.distributed import Processes
 from training_framework.errors import UserError
 from training_framework.hardware import Hardware, detect_hardware
 from training_framework.plan import TrainPlan, make_plan
+from training_framework.progress import TrainResult
 from training_framework.run import TrainingRun
-from training_framework.trainer import TrainResult
 
 __all__ = ["EfficientResNet18Trainer", "configure", "main", "plan_for"]
 
@@ -81,7 +81,8 @@ class EfficientResNet18Trainer:
 
     Args:
         config: As for `main`. Its `model` is trained: ResNet-18 unless it says otherwise.
-        network: Your own network instead of the configured `model`, from (N, 3, H, W) float images to (N, classes) scores.
+        network: Your own network instead of the configured `model`, from (N, 3, H, W) float
+            images to (N, classes) scores.
         **overrides: Settings that win over the configuration's.
 
     Attributes:

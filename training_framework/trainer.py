@@ -1,10 +1,11 @@
 """The loop, nothing else."""
 
 import math
+import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,96 +14,22 @@ from torch import Tensor
 
 from training_framework.checkpoint import CheckpointKeeper
 from training_framework.data import Batch, Loader, MixedLabels
-from training_framework.distributed import any_process
+from training_framework.distributed import largest
 from training_framework.errors import UserError
 from training_framework.evaluation import Evaluation
 from training_framework.hardware import memory_in_use
 from training_framework.loggers import LoggerGroup
+from training_framework.metrics import ClassificationSums
 from training_framework.optimizers import Schedule
 from training_framework.plan import TrainPlan
+from training_framework.progress import EpochRecord, Progress, TrainResult
 from training_framework.signals import StopSignals
 from training_framework.step import TrainStep
 
-__all__ = ["EpochRecord", "Progress", "TrainResult", "Trainer"]
+__all__ = ["Trainer"]
 
-
-@dataclass(kw_only=True)
-class EpochRecord:
-    """One epoch, for results and reports.
-
-    Attributes:
-        epoch: Counted from 0.
-        seconds: Wall time, evaluation included.
-        evaluation_seconds: The part of it that evaluations took.
-        val_acc1: Top-1 accuracy in percent of its last evaluation; None without one.
-    """
-
-    epoch: int
-    seconds: float
-    evaluation_seconds: float
-    val_acc1: float | None = None
-
-
-@dataclass(kw_only=True)
-class Progress:
-    """Where a run stands; part of every checkpoint.
-
-    Attributes:
-        step: Optimizer steps made.
-        epoch: Epoch under way, from 0.
-        batch: Batches of it that are done.
-        epoch_seconds: Wall time spent in it so far, also before a resumption.
-        epoch_evaluation_seconds: The part that evaluations took.
-        train_seconds: Wall time of all training steps, without evaluation and saving.
-        images: Images of those steps, over all processes.
-        best_acc1, best_acc5: Best top-1 accuracy in percent, and top-5 of the same evaluation.
-        last: Values of the latest evaluation by their logged names.
-        epochs: Records of the finished epochs.
-    """
-
-    step: int = 0
-    epoch: int = 0
-    batch: int = 0
-    epoch_seconds: float = 0.0
-    epoch_evaluation_seconds: float = 0.0
-    train_seconds: float = 0.0
-    images: int = 0
-    best_acc1: float | None = None
-    best_acc5: float | None = None
-    last: dict[str, float] = field(default_factory=dict)
-    epochs: list[dict[str, Any]] = field(default_factory=list)
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainResult:
-    """What a run reached.
-
-    Attributes:
-        best_acc1: Best top-1 accuracy on the validation set in percent; None without one.
-        best_acc5: Top-5 accuracy of the same evaluation.
-        last_acc1: Top-1 accuracy of the last evaluation.
-        last_acc5: Top-5 accuracy of the last evaluation.
-        train_loss: Mean training loss of the last logged steps.
-        val_loss: Loss of the last evaluation.
-        epoch_seconds: Wall time of each epoch, evaluation included.
-        images_per_second: Training images over the time of the training steps, all processes.
-        steps: Optimizer steps made.
-        run_directory: Where everything was written; None on processes that do not write.
-        stopped_by: Why the run ended early: `SIGINT`, `SIGTERM` or `stop_after_steps`; empty where
-            it did not.
-    """
-
-    best_acc1: float | None
-    best_acc5: float | None
-    last_acc1: float | None
-    last_acc5: float | None
-    train_loss: float | None
-    val_loss: float | None
-    epoch_seconds: tuple[float, ...]
-    images_per_second: float
-    steps: int
-    run_directory: Path | None
-    stopped_by: str = ""
+# torchrun gives its processes 30 seconds from the signal to the end.
+STOP_AGREEMENT_SECONDS = 2.0
 
 
 class _Interval:
@@ -181,6 +108,8 @@ class Trainer:
         self._run_directory = run_directory
         self._interval = _Interval()
         self._train_loss: float | None = None
+        self._step_seconds = STOP_AGREEMENT_SECONDS
+        self._steps_between_agreements = 1
 
     def fit(self) -> TrainResult:
         """Train to the end. A first SIGINT or SIGTERM saves and ends early; a second one kills."""
@@ -209,24 +138,35 @@ class Trainer:
             epoch_ends = progress.batch == plan.batches_per_epoch
             if epoch_ends:
                 self._end_epoch()
-            stopped = self._stop_requested(signals, at_logged_step=logs)
+            stopped_by = self._agreed_stop(signals, at_logged_step=logs)
             is_last = progress.step == self._last_step
-            if evaluation or epoch_ends or stopped or is_last:
+            if evaluation or epoch_ends or stopped_by or is_last:
+                if not logs:
+                    self._gather_sums()  # a stop between two rows must not lose the ranks' shares
                 self._save(evaluation)
                 self._interval.restart()
-            if stopped:
-                return signals.received.name if signals.received else "another process"
+            if stopped_by:
+                return stopped_by
             if is_last or epoch_ends:
                 break
         with suppress(AttributeError):  # an iterator that is no generator has nothing to close
             batches.close()  # type: ignore[attr-defined]
         return ""
 
-    def _stop_requested(self, signals: StopSignals, *, at_logged_step: bool) -> bool:
-        """Whether to stop here: all processes at the same step, which takes a collective."""
+    def _agreed_stop(self, signals: StopSignals, *, at_logged_step: bool) -> str:
+        """Name of the signal to stop for here; empty to go on.
+
+        All processes must stop at the same step. To agree takes a collective and waits for the
+        device, so it is done at logged steps, and in between only where steps take long.
+        """
+        received = signals.received
         if self._plan.world_size == 1:
-            return signals.received is not None
-        return at_logged_step and any_process(signals.received is not None, self._device)
+            return received.name if received else ""
+        if not at_logged_step and self.progress.step % self._steps_between_agreements:
+            return ""
+        number, step_seconds = largest([received or 0, self._step_seconds], self._device)
+        self._steps_between_agreements = max(1, int(STOP_AGREEMENT_SECONDS / step_seconds))
+        return signal.Signals(int(number)).name if number else ""
 
     def _optimizer_step(self, batches: Iterator[Batch], *, measure_grad_norm: bool) -> None:
         plan, progress, interval = self._plan, self.progress, self._interval
@@ -264,8 +204,8 @@ class Trainer:
         return (
             step % self._log_every_n_steps == 0
             or step % self._plan.steps_per_epoch == 0
-            or self._plan.evaluates_after(step)
             or step == self._last_step
+            or self._plan.evaluates_after(step)
         )
 
     def _log(self) -> Evaluation | None:
@@ -282,14 +222,13 @@ class Trainer:
 
     def _training_values(self) -> dict[str, float]:
         progress, interval, plan = self.progress, self._interval, self._plan
-        sums = self._step.sums
-        assert sums is not None
-        sums.all_reduce()
+        sums = self._gather_sums()
         metrics = sums.read()
         sums.reset()
         seconds = time.perf_counter() - interval.start
         progress.train_seconds += seconds
         progress.images += interval.images
+        self._step_seconds = seconds * plan.images_per_step / interval.images
         self._train_loss = metrics.loss
         if not math.isfinite(metrics.loss):
             raise UserError(
@@ -312,6 +251,13 @@ class Trainer:
         if self._peak_flops:
             values["mfu"] = images_per_second * self._flops_per_image / self._peak_flops
         return values
+
+    def _gather_sums(self) -> ClassificationSums:
+        """The sums of this interval, now over all processes."""
+        sums = self._step.sums
+        assert sums is not None
+        sums.all_reduce()
+        return sums
 
     def _evaluation_values(self, evaluation: Evaluation) -> dict[str, float]:
         metrics, progress = evaluation.metrics, self.progress
@@ -375,5 +321,7 @@ class Trainer:
 
 
 def _unwrapped(model: torch.nn.Module) -> torch.nn.Module:
-    wrapped = isinstance(model, torch.nn.parallel.DistributedDataParallel)
-    return model.module if wrapped else model
+    if isinstance(model, torch.nn.parallel.DistributedDataParallel):
+        inner: torch.nn.Module = model.module
+        return inner
+    return model

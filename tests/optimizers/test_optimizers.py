@@ -112,3 +112,32 @@ def test_options_that_do_not_fit_are_an_error(model, options, fault):
 def test_a_frozen_model_is_an_error(model):
     with pytest.raises(UserError, match="no trainable parameter"):
         build_optimizer(model.requires_grad_(False), name="sgd", lr=0.1)
+
+
+def test_fused_sgd_keeps_no_uninitialized_momentum_where_scaling_skips_the_first_step():
+    model = nn.Linear(1000, 4)
+    optimizer = build_optimizer(model, name="sgd", lr=0.1, momentum=0.9, fused=True)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**100)
+    scaler.scale((model(torch.ones(2, 1000)) * 1e30).sum()).backward()
+    scaler.step(optimizer)
+    for parameter in model.parameters():
+        assert not optimizer.state[parameter]["momentum_buffer"].any()
+
+
+def test_fused_sgd_with_momentum_starts_as_torch_does():
+    ours, theirs = nn.Linear(10, 4), nn.Linear(10, 4)
+    theirs.load_state_dict(ours.state_dict())
+    optimizer = build_optimizer(
+        ours, name="sgd", lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.0, fused=True
+    )
+    reference = torch.optim.SGD(
+        theirs.parameters(), lr=0.1, momentum=0.9, nesterov=True, fused=True
+    )
+    for seed in range(3):
+        images = torch.randn(5, 10, generator=torch.Generator().manual_seed(seed))
+        for model, made in ((ours, optimizer), (theirs, reference)):
+            made.zero_grad()
+            model(images).square().sum().backward()
+            made.step()
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(a, b)

@@ -231,3 +231,10 @@ def test_a_users_loader_is_not_augmented():
     facts = dataclasses.replace(FACTS, storage="loader")
     made = plan(facts=facts, batches=7, flip="random", crop_padding=4)
     assert (made.flip, made.crop_padding, made.batches_per_epoch) == ("none", 0, 7)
+
+
+def test_fused_sgd_is_left_alone_where_gradient_scaling_skips_steps():
+    assert plan().fused_optimizer
+    assert not plan(precision="16-mixed").fused_optimizer
+    assert plan(precision="16-mixed", optimizer="adamw").fused_optimizer
+    assert plan(precision="16-mixed", fused_optimizer=True).fused_optimizer

@@ -17,6 +17,7 @@ __all__ = [
     "flip",
     "mixup",
     "normalize",
+    "normalize_rows",
     "pad_and_crop",
     "random_erasing",
     "scale_and_shift",
@@ -206,20 +207,35 @@ def normalize(
         dtype: Of the result.
         memory_format: Of the result.
     """
+    if images.device.type == "cpu" and memory_format == torch.channels_last:
+        width = images.shape[3]
+        return normalize_rows(images, scale.repeat(width), shift.repeat(width), dtype=dtype)
     result = torch.empty(
         images.shape, dtype=dtype, device=images.device, memory_format=memory_format
     )
-    if images.device.type != "cpu" or memory_format != torch.channels_last:
-        return torch.addcmul(shift.view(-1, 1, 1), images, scale.view(-1, 1, 1), out=result)
-    # On a CPU the innermost loop would be over three channels; over a whole row it vectorizes.
-    rows = _as_nhwc(images).flatten(2).flatten(0, 1)
-    scale, shift = scale.repeat(images.shape[3]), shift.repeat(images.shape[3])
-    result_rows = result.permute(0, 2, 3, 1).view(rows.shape)
-    if dtype == torch.float32:
-        # Promoting uint8 within the multiply-add would allocate a copy of the batch.
-        rows = result_rows.copy_(rows)
-    torch.addcmul(shift, rows, scale, out=result_rows)
-    return result
+    return torch.addcmul(shift.view(-1, 1, 1), images, scale.view(-1, 1, 1), out=result)
+
+
+def normalize_rows(
+    images: Tensor, scale: Tensor, shift: Tensor, *, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """`normalize` to channels_last, made for CPUs, with the factors repeated for a whole row.
+
+    Over three channels an innermost loop does not vectorize; over a row it does.
+
+    Args:
+        images: (N, C, H, W) uint8.
+        scale: (W * C,) float32, the channels' factors W times over.
+        shift: (W * C,) float32, likewise.
+        dtype: Of the result.
+    """
+    pixels = _as_nhwc(images)
+    # Promoting uint8 within the multiply-add would allocate one copy of the batch more.
+    rows = pixels.view(-1, scale.shape[0]).float()
+    torch.addcmul(shift, rows, scale, out=rows)
+    if dtype != torch.float32:
+        rows = rows.to(dtype)
+    return rows.view(pixels.shape).permute(0, 3, 1, 2)
 
 
 def mixup(images: Tensor, lam: float) -> Tensor:

@@ -97,7 +97,9 @@ class ForeignLoader:
                 f"yield {len(images)} integers",
             )
         self._check_range(number, where, labels)
-        return images.float() if images.dtype == torch.float64 else images, labels.long()
+        images = images.float() if images.dtype == torch.float64 else images
+        # Labels are counted some batches later; a loader may fill the same tensor again by then.
+        return images, labels.to(torch.int64, copy=True)
 
     def _check_range(self, number: int, where: str, labels: Tensor) -> None:
         # Reading labels that are on an accelerator waits for it, which one batch can afford.

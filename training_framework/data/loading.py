@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -35,7 +36,7 @@ class ResidentLoader:
         batches = self._plan.batches(epoch, start_batch)
         if not batches:
             return
-        order = torch.cat([torch.from_numpy(batch) for batch in batches]).to(self._device)
+        order = torch.from_numpy(np.concatenate(batches)).to(self._device)
         for indices in order.split([len(batch) for batch in batches]):
             yield Batch(self._gathered(indices), self._labels.index_select(0, indices), indices)
 

@@ -57,6 +57,9 @@ class EvalTransform:
         self._scale, self._shift = augmentation.scale_and_shift(mean, std, device)
         self._dtype = dtype
         self._memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self._by_rows = channels_last and self._scale.device.type == "cpu"
+        self._row_width = 0
+        self._row_scale = self._row_shift = self._scale
 
     def __call__(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The batch's images, (N, C, H, W) float, and its labels, (N,) int64."""
@@ -66,6 +69,14 @@ class EvalTransform:
         """(N, C, H, W) images as floats."""
         if images.is_floating_point():
             return images.contiguous(memory_format=self._memory_format)
+        if self._by_rows:
+            if images.shape[3] != self._row_width:
+                self._row_width = images.shape[3]
+                self._row_scale = self._scale.repeat(self._row_width)
+                self._row_shift = self._shift.repeat(self._row_width)
+            return augmentation.normalize_rows(
+                images, self._row_scale, self._row_shift, dtype=self._dtype
+            )
         return augmentation.normalize(
             images,
             self._scale,
@@ -123,15 +134,16 @@ class TrainTransform:
         self._to_floats = EvalTransform(
             mean=mean, std=std, device=device, dtype=dtype, channels_last=channels_last
         )
+        self._draws_per_sample = max(
+            _FLIP + 1 if flip == "random" else 0,
+            _CROP.stop if crop_padding else 0,
+            _CUTOUT.stop if cutout else 0,
+            _ERASING.stop if random_erasing else 0,
+        )
         self._draws = BatchDraws(
             seed=seed,
             sample_count=sample_count,
-            draws_per_sample=max(
-                _FLIP + 1 if flip == "random" else 0,
-                _CROP.stop if crop_padding else 0,
-                _CUTOUT.stop if cutout else 0,
-                _ERASING.stop if random_erasing else 0,
-            ),
+            draws_per_sample=self._draws_per_sample,
             device=device,
         )
 
@@ -159,8 +171,8 @@ class TrainTransform:
 
     def _augmented(self, batch: Batch, epoch: int) -> Tensor:
         images = batch.images
-        height, width = images.shape[2:]
-        draws = self._draws.uniforms(batch.indices, epoch=epoch)
+        if self._draws_per_sample:
+            draws = self._draws.uniforms(batch.indices, epoch=epoch)
         if self._flip == "alternating":
             sides = self._draws.first_sides(batch.indices)
             images = augmentation.flip(images, augmentation.alternating_flip_flags(sides, epoch))
@@ -171,6 +183,7 @@ class TrainTransform:
             images = augmentation.pad_and_crop(images, self._crop_padding, offsets[0], offsets[1])
         images = self._to_floats.normalized(images)
         if self._cutout:
+            height, width = images.shape[2:]
             row, column = draws[_CUTOUT]
             images = augmentation.cutout(
                 images, self._cutout, (row * height).long(), (column * width).long()

@@ -87,7 +87,22 @@ def build_optimizer(
         options |= {"momentum": momentum, "nesterov": nesterov}
     else:
         options |= {"betas": (beta1, beta2), "eps": eps}
-    return OPTIMIZERS[name](groups, **options)
+    optimizer = OPTIMIZERS[name](groups, **options)
+    if name == "sgd" and fused and momentum:
+        _start_momentum_at_zero(optimizer)
+    return optimizer
+
+
+def _start_momentum_at_zero(optimizer: torch.optim.Optimizer) -> None:
+    """Make the first step like any other.
+
+    torch's fused SGD allocates its momentum in the first step and leaves it as the memory happens
+    to be where fp16's gradient scaling skips that step, which it often does. Zero gives the same
+    numbers as the first step's own start: momentum * 0 + gradient.
+    """
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
 
 @functools.cache

@@ -158,12 +158,16 @@ class MachineChoices:
         self.note("compile", worth, f"{total_steps:,} steps {comparison} to repay compiling")
         return worth, mode
 
-    def fused_optimizer(self) -> bool:
+    def fused_optimizer(self, precision: Precision) -> bool:
         """Whether torch's fused optimizer is used."""
         if self.config.fused_optimizer != "auto":
             self.note("fused_optimizer", self.config.fused_optimizer, "asked for")
             return self.config.fused_optimizer
-        self.note("fused_optimizer", True, "one kernel for the whole update")
+        if precision == "16-mixed" and self.config.optimizer == "sgd":
+            why = "steps that fp16's scaling skips can corrupt fused sgd's momentum"
+            self.note("fused_optimizer", False, why)
+            return False
+        self.note("fused_optimizer", True, "one kernel for the whole update, where there is one")
         return True
 
     def small_map_convolutions(self, stem: str, image_size: int, precision: str) -> bool:

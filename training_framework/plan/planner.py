@@ -66,7 +66,7 @@ def make_plan(
         channels_last=machine.channels_last(),
         compile=compiled,
         compile_mode=compile_mode,
-        fused_optimizer=machine.fused_optimizer(),
+        fused_optimizer=machine.fused_optimizer(precision),
         small_map_convolutions=machine.small_map_convolutions(stem, facts.image_size, precision),
         synchronize_norms=machine.synchronize_norms(),
         resident_data=resident,

@@ -1,0 +1,321 @@
+"""The framework's own cost per step, beside a bare torch loop that does the same work.
+
+    python benchmarks/step_overhead.py --threads 1
+
+Both sides train the same tiny network on the same batches with the same fused SGD, from images that
+lie on the device as bytes, and must end with the same weights. What the framework does beyond the
+bare loop is its own cost: it draws the order, counts loss and hits, asks the schedule, listens for
+signals, measures times, memory and gradient norm, and logs to a CSV file at the default interval.
+
+They take turns in one process (bare, framework, framework, bare); beside them the bare loop takes
+turns with itself as an A/A control. The answer is the median over the rounds of the difference per
+step. The result goes to benchmarks/results/step-overhead_<device>_<torch>_<date>.json.
+"""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from training_framework.assembly import (
+    Loaders,
+    assemble_schedule,
+    assemble_step,
+    open_configured_dataset,
+)
+from training_framework.config import TrainConfig
+from training_framework.config.loading import config_to_dict
+from training_framework.data import SyntheticSplit
+from training_framework.data.augmentation import scale_and_shift
+from training_framework.distributed import Processes
+from training_framework.hardware import detect_hardware, library_versions
+from training_framework.loggers import CsvLogger, LoggerGroup
+from training_framework.plan import make_plan
+from training_framework.progress import Progress
+from training_framework.trainer import Trainer
+
+RESULTS = Path(__file__).parent / "results"
+IMAGE_SIZE = 8
+NUM_CLASSES = 10
+CLOCK = (
+    "seconds of one epoch, device synchronized before both readings; bare: gather, normalization, "
+    "forward, loss, backward, update of every step; framework: Trainer.fit(), so also the order of "
+    "the epoch, metrics, gradient norm, learning rate, stop signals and rows of the CSV file; "
+    "building network, optimizer, loader and logger is outside"
+)
+LIMIT_MICROSECONDS = 100.0
+LIMIT_SHARE = 0.03
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads of PyTorch (1)")
+    parser.add_argument("--rounds", type=int, default=20, help="rounds (20)")
+    parser.add_argument("--steps", type=int, default=200, help="steps of each turn (200)")
+    parser.add_argument("--batch-size", type=int, default=64, help="images of a step (64)")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder for the result")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    config = TrainConfig(
+        data="synthetic",
+        img_size=IMAGE_SIZE,
+        num_classes=NUM_CLASSES,
+        synthetic_train_images=options.steps * options.batch_size,
+        synthetic_val_images=NUM_CLASSES,
+        batch_size=options.batch_size,
+        epochs=1,
+        lr=0.001,
+        scheduler="constant",
+        precision="32",
+        flip="none",
+        crop_padding=0,
+        resident_data=True,
+        compile=False,
+        threads=options.threads,
+        accelerator="gpu" if options.device == "cuda" else "cpu",
+    )
+    result = compare(config, rounds=options.rounds)
+    options.output.mkdir(parents=True, exist_ok=True)
+    path = options.output / file_name(result)
+    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print("\n".join(readable(result)))
+    print(path)
+
+
+class Comparison:
+    """Both sides, built once: equal networks, optimizers and batches.
+
+    Attributes:
+        steps: Steps of one turn.
+        device: Where both sides compute.
+    """
+
+    def __init__(self, config: TrainConfig) -> None:
+        processes = Processes()
+        dataset = open_configured_dataset(config)
+        self._plan = make_plan(config, detect_hardware(), dataset.facts)
+        self.steps = self._plan.total_steps
+        self.device = self._plan.torch_device(0)
+        self._loaders = Loaders.assemble(
+            config,
+            self._plan,
+            dataset.facts,
+            source=dataset,
+            processes=processes,
+            device=self.device,
+        )
+        self._config = config
+        self._framework = self._step()
+        self._bare = self._step()
+        assert isinstance(dataset.train, SyntheticSplit)
+        arrays = dataset.train.materialize(self.device)
+        # NHWC, since a gather of channels_last images would return contiguous ones.
+        self._pixels = arrays.images.permute(0, 2, 3, 1).contiguous()
+        self._labels = arrays.labels
+        scale, shift = scale_and_shift(dataset.facts.mean, dataset.facts.std, self.device)
+        self._scale, self._shift = scale.repeat(IMAGE_SIZE), shift.repeat(IMAGE_SIZE)
+        self._order = [batch.indices.clone() for batch in self._loaders.train.epoch(0)]
+
+    def _step(self) -> Any:
+        torch.manual_seed(self._config.seed)
+        model = tiny_network().to(self.device)
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return assemble_step(self._config, self._plan, model, self.device)
+
+    def bare(self) -> float:
+        """Seconds of one epoch of the bare loop."""
+        model, optimizer = self._bare.model, self._bare.optimizer
+        smoothing = self._config.label_smoothing
+        model.train()
+        start = self._now()
+        for indices in self._order:
+            pixels = self._pixels.index_select(0, indices)
+            rows = pixels.view(-1, len(self._scale)).float()
+            torch.addcmul(self._shift, rows, self._scale, out=rows)
+            logits = model(rows.view(pixels.shape).permute(0, 3, 1, 2))
+            labels = self._labels.index_select(0, indices)
+            loss = F.cross_entropy(logits, labels, label_smoothing=smoothing)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        return self._now() - start
+
+    def framework(self) -> float:
+        """Seconds of one epoch of the framework's trainer."""
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            closing(CsvLogger(Path(folder) / "metrics.csv")) as logger,
+        ):
+            trainer = Trainer(
+                plan=self._plan,
+                step=self._framework,
+                loader=self._loaders.train,
+                transform=self._loaders.train_transform,
+                evaluate=None,
+                schedule=assemble_schedule(self._config, self._plan),
+                loggers=LoggerGroup([logger]),
+                advance=lambda step: None,
+                checkpoints=None,
+                checkpoint_extras={},
+                progress=Progress(),
+                flops_per_image=1.0,
+                peak_flops=1.0,
+                log_every_n_steps=self._config.log_every_n_steps,
+                stop_after_steps=None,
+                device=self.device,
+                run_directory=None,
+            )
+            start = self._now()
+            trainer.fit()
+            return self._now() - start
+
+    def largest_weight_difference(self) -> float:
+        """Between the two sides, relative to the largest weight; they should have done the same."""
+        ours, theirs = (
+            torch.cat([parameter.detach().flatten() for parameter in step.model.parameters()])
+            for step in (self._framework, self._bare)
+        )
+        return ((ours - theirs).abs().max() / theirs.abs().max()).item()
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+
+def tiny_network() -> nn.Module:
+    """Two linear layers: little enough that the loop around them shows."""
+    return nn.Sequential(
+        nn.Flatten(),
+        nn.Linear(3 * IMAGE_SIZE**2, 32),
+        nn.ReLU(),
+        nn.Linear(32, NUM_CLASSES),
+    )
+
+
+def compare(config: TrainConfig, *, rounds: int) -> dict[str, Any]:
+    """Measure both sides and the control, in turns, and judge the differences."""
+    sides = Comparison(config)
+    sides.bare()
+    sides.framework()
+    difference = sides.largest_weight_difference()
+    assert difference < 1e-5, f"the sides did different work: weights differ by {difference:.1e}"
+    load_before, busy_before = os.getloadavg()[0], _busy_seconds()
+    start = time.perf_counter()
+    turns = [_round(sides) for _ in range(rounds)]
+    seconds = time.perf_counter() - start
+    others = (_busy_seconds() - busy_before) / seconds
+    per_step = 1e6 / sides.steps
+    bare = [per_step * (turn["bare"][0] + turn["bare"][1]) / 2 for turn in turns]
+    overhead = [per_step * _difference(turn["framework"], turn["bare"]) for turn in turns]
+    control = [per_step * _difference(turn["control"], turn["bare"]) for turn in turns]
+    return {
+        "experiment": "step-overhead",
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "commit": _commit(),
+        "clock": CLOCK,
+        "limit": "at most 3% or 100 microseconds a step",
+        "device": sides.device.type,
+        "device_name": _device_name(sides.device),
+        "python": platform.python_version(),
+        "versions": library_versions(),
+        "network": str(tiny_network()),
+        "dataset": "synthetic",
+        "config": config_to_dict(config),
+        "rounds": rounds,
+        "steps_per_turn": sides.steps,
+        "warm_up": "one turn of each side, dropped",
+        "load_average_before": load_before,
+        "other_busy_cores": others,
+        "largest_relative_weight_difference": difference,
+        "bare_microseconds_per_step": float(np.median(bare)),
+        "overhead_microseconds_per_step": median_with_interval(overhead),
+        "overhead_share": float(np.median(overhead) / np.median(bare)),
+        "control_microseconds_per_step": median_with_interval(control),
+        "turn_seconds": turns,
+    }
+
+
+def _round(sides: Comparison) -> dict[str, list[float]]:
+    """Seconds of the turns: bare, framework, framework, bare, with the control around it."""
+    control, bare, framework = [sides.bare()], [sides.bare()], [sides.framework()]
+    framework.append(sides.framework())
+    bare.append(sides.bare())
+    control.append(sides.bare())
+    return {"bare": bare, "framework": framework, "control": control}
+
+
+def _difference(turns: Sequence[float], against: Sequence[float]) -> float:
+    return float(np.mean(turns) - np.mean(against))
+
+
+def median_with_interval(differences: Sequence[float], *, resamples: int = 10_000) -> list[float]:
+    """The median, and the ends of its bootstrap 95% interval (percentile method)."""
+    values = np.asarray(differences)
+    draws = np.random.default_rng(0).integers(0, len(values), size=(resamples, len(values)))
+    low, high = np.quantile(np.median(values[draws], axis=1), [0.025, 0.975])
+    return [float(np.median(values)), float(low), float(high)]
+
+
+def _busy_seconds() -> float:
+    """CPU seconds that everything but this process has used."""
+    times, own = psutil.cpu_times(), psutil.Process().cpu_times()
+    idle = times.idle + getattr(times, "iowait", 0.0)
+    return sum(times) - idle - getattr(times, "guest", 0.0) - own.user - own.system
+
+
+def _commit() -> str:
+    command = ["git", "describe", "--always", "--dirty"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+
+def _device_name(device: torch.device) -> str:
+    return (
+        torch.cuda.get_device_name(device) if device.type == "cuda" else detect_hardware().cpu_name
+    )
+
+
+def file_name(result: dict[str, Any]) -> str:
+    """`step-overhead_cpu-1-threads_2.13.0_2026-11-21.json`."""
+    device = result["device"]
+    if device == "cpu":
+        device = f"cpu-{result['config']['threads']}-threads"
+    else:
+        device = "-".join(result["device_name"].lower().split())
+    version = result["versions"]["torch"].partition("+")[0]
+    return f"step-overhead_{device}_{version}_{result['date']}.json"
+
+
+def readable(result: dict[str, Any]) -> list[str]:
+    """The result in a few lines."""
+    median, low, high = result["overhead_microseconds_per_step"]
+    aa_median, aa_low, aa_high = result["control_microseconds_per_step"]
+    share = result["overhead_share"]
+    held = median <= LIMIT_MICROSECONDS or share <= LIMIT_SHARE
+    return [
+        f"{result['device_name']}, torch {result['versions']['torch']}, "
+        f"{result['rounds']} rounds of {result['steps_per_turn']} steps",
+        f"bare loop          {result['bare_microseconds_per_step']:7.1f} us a step",
+        f"framework adds     {median:7.1f} us a step [{low:.1f}, {high:.1f}], {share:.1%}",
+        f"A/A control        {aa_median:7.1f} us a step [{aa_low:.1f}, {aa_high:.1f}]",
+        f"others kept {result['other_busy_cores']:.2f} cores busy",
+        f"{'within' if held else 'above'} the limit: {result['limit']}",
+    ]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+"""Where a run stands, and what it reached."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+__all__ = ["EpochRecord", "Progress", "TrainResult"]
+
+
+@dataclass(kw_only=True)
+class EpochRecord:
+    """One epoch, for results and reports.
+
+    Attributes:
+        epoch: Counted from 0.
+        seconds: Wall time, evaluation included.
+        evaluation_seconds: The part of it that evaluations took.
+        val_acc1: Top-1 accuracy in percent of its last evaluation; None without one.
+    """
+
+    epoch: int
+    seconds: float
+    evaluation_seconds: float
+    val_acc1: float | None = None
+
+
+@dataclass(kw_only=True)
+class Progress:
+    """Where a run stands; part of every checkpoint.
+
+    Attributes:
+        step: Optimizer steps made.
+        epoch: Epoch under way, from 0.
+        batch: Batches of it that are done.
+        epoch_seconds: Wall time spent in it so far, also before a resumption.
+        epoch_evaluation_seconds: The part that evaluations took.
+        train_seconds: Wall time of all training steps, without evaluation and saving.
+        images: Images of those steps, over all processes.
+        best_acc1, best_acc5: Best top-1 accuracy in percent, and top-5 of the same evaluation.
+        last: Values of the latest evaluation by their logged names.
+        epochs: Records of the finished epochs.
+    """
+
+    step: int = 0
+    epoch: int = 0
+    batch: int = 0
+    epoch_seconds: float = 0.0
+    epoch_evaluation_seconds: float = 0.0
+    train_seconds: float = 0.0
+    images: int = 0
+    best_acc1: float | None = None
+    best_acc5: float | None = None
+    last: dict[str, float] = field(default_factory=dict)
+    epochs: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainResult:
+    """What a run reached.
+
+    Attributes:
+        best_acc1: Best top-1 accuracy on the validation set in percent; None without one.
+        best_acc5: Top-5 accuracy of the same evaluation.
+        last_acc1: Top-1 accuracy of the last evaluation.
+        last_acc5: Top-5 accuracy of the last evaluation.
+        train_loss: Mean training loss of the last logged steps.
+        val_loss: Loss of the last evaluation.
+        epoch_seconds: Wall time of each epoch, evaluation included.
+        images_per_second: Training images over the time of the training steps, all processes.
+        steps: Optimizer steps made.
+        run_directory: Where everything was written; None on processes that do not write.
+        stopped_by: Why the run ended early: `SIGINT`, `SIGTERM` or `stop_after_steps`; empty where
+            it did not.
+    """
+
+    best_acc1: float | None
+    best_acc5: float | None
+    last_acc1: float | None
+    last_acc5: float | None
+    train_loss: float | None
+    val_loss: float | None
+    epoch_seconds: tuple[float, ...]
+    images_per_second: float
+    steps: int
+    run_directory: Path | None
+    stopped_by: str = ""
