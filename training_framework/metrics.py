@@ -75,8 +75,8 @@ class ClassificationSums:
         """Add a batch.
 
         Args:
-            logits: Class scores, shape (batch, num_classes), any floating dtype; without history.
-                They, labels and loss may be kept for a while: change none of them in place.
+            logits: Class scores, shape (batch, num_classes), any floating dtype. They,
+                labels and loss are kept for a while: change none of them in place.
             labels: Classes, shape (batch,), int64.
             loss: The samples' losses, shape (batch,), or their mean, a scalar tensor: with `valid`,
                 the mean over the valid ones.
@@ -86,12 +86,11 @@ class ClassificationSums:
         if valid is not None:
             self._count_valid(logits, labels, loss, valid)
             return
-        self._waiting.append((logits, labels, loss))
+        self._waiting.append((logits.detach(), labels, loss.detach()))
         waiting_scores = len(self._waiting) * logits.numel()
         if len(self._waiting) == BATCHES_AT_ONCE or waiting_scores > MOST_WAITING_SCORES:
             self._count_waiting()
 
-    @torch.no_grad()
     def _count_waiting(self) -> None:
         if not self._waiting:
             return

@@ -105,7 +105,6 @@ class TrainStep:
             logits, loss = self._forward(images, labels, mixed)
             self.scaler.scale(loss if group_size == 1 else loss / group_size).backward()
         if self.sums is not None:
-            logits, loss = logits.detach(), loss.detach()
             if self._replays_graphs:  # the next replay writes into the same memory
                 logits, loss = logits.clone(), loss.clone()
             self.sums.update(logits, labels, loss)

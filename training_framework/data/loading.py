@@ -4,7 +4,6 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from training_framework.data.batch import Batch, Loader
 from training_framework.data.sampling import BatchPlan
@@ -38,13 +37,11 @@ class ResidentLoader:
             return
         order = torch.from_numpy(np.concatenate(batches)).to(self._device)
         for indices in order.split([len(batch) for batch in batches]):
-            yield Batch(self._gathered(indices), self._labels.index_select(0, indices), indices)
+            images = self._images.index_select(0, indices).permute(0, 3, 1, 2)
+            yield Batch(images, self._labels.index_select(0, indices), indices)
 
     def close(self) -> None:
         """Nothing to let go of: the images live as long as the loader."""
-
-    def _gathered(self, indices: Tensor) -> Tensor:
-        return self._images.index_select(0, indices).permute(0, 3, 1, 2)
 
 
 def build_loader(
