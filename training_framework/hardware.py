@@ -1,5 +1,6 @@
 """What this machine is and can do: measured or asked, never assumed."""
 
+import functools
 import importlib.metadata
 import os
 import platform
@@ -324,5 +325,11 @@ def memory_in_use(device: torch.device) -> int:
     try:
         resident_pages = OWN_MEMORY_FILE.read_bytes().split()[1]
     except OSError:  # not on Linux
-        return psutil.Process().memory_info().rss
+        return _this_process(os.getpid()).memory_info().rss
+
+
+@functools.cache
+def _this_process(pid: int) -> psutil.Process:
+    """Kept, since finding a process takes longer than asking it; by its number, for forks."""
+    return psutil.Process(pid)
     return int(resident_pages) * resource.getpagesize()

@@ -15,6 +15,8 @@ from training_framework.precision import Precision, autocast
 
 __all__ = ["TrainStep"]
 
+_NO_CONTEXT = contextlib.nullcontext()
+
 
 class TrainStep:
     """Makes optimizer steps and never waits for the device while doing so.
@@ -101,7 +103,7 @@ class TrainStep:
             # gradients of this group's earlier batches must not.
             torch.compiler.cudagraph_mark_step_begin()
         self._group_starts = last_of_group
-        with self._synchronization(last_of_group):
+        with _NO_CONTEXT if last_of_group else self._without_synchronization():
             logits, loss = self._forward(images, labels, mixed)
             self.scaler.scale(loss if group_size == 1 else loss / group_size).backward()
         if self.sums is not None:
@@ -109,10 +111,10 @@ class TrainStep:
                 logits, loss = logits.clone(), loss.clone()
             self.sums.update(logits, labels, loss)
 
-    def _synchronization(self, last_of_group: bool) -> contextlib.AbstractContextManager[Any]:
-        if not last_of_group and isinstance(self.model, DistributedDataParallel):
+    def _without_synchronization(self) -> contextlib.AbstractContextManager[Any]:
+        if isinstance(self.model, DistributedDataParallel):
             return self.model.no_sync()
-        return contextlib.nullcontext()
+        return _NO_CONTEXT
 
     def update(self, lr: float, *, step: int, measure_grad_norm: bool = False) -> None:
         """Move the weights by the gathered gradient and forget it.
