@@ -280,7 +280,9 @@ def _busy_seconds() -> float:
 
 def _commit() -> str:
     command = ["git", "describe", "--always", "--dirty"]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    folder = Path(__file__).parent
+    described = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    return described.stdout.strip()
 
 
 def _device_name(device: torch.device) -> str:

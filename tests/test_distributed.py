@@ -1,6 +1,8 @@
 """Real torchrun processes over gloo, beside one process on the same global batch."""
 
+import contextlib
 import csv
+import io
 import os
 import re
 import signal
@@ -12,8 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from training_framework.cli import main
+
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
-COMMAND = ("-m", "training_framework")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 DIGITS = (
     "--data=digits", "--img-size=16", "--model=resnet10", "--stem=imagenet", "--precision=32",
@@ -29,19 +32,26 @@ FOUR_EPOCHS = (
 )  # fmt: skip
 
 
-def command(processes: int, *arguments: str) -> list[str]:
-    return [sys.executable, *(TORCHRUN if processes > 1 else ()), *COMMAND, *arguments]
+def torchrun(*arguments: str) -> list[str]:
+    return [sys.executable, *TORCHRUN, "-m", "training_framework", *arguments]
 
 
-def run(
-    folder: Path, processes: int, *arguments: str, fails: bool = False
-) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(
-        command(processes, *arguments),
+def run_two(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        torchrun(*arguments),
         cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
-    assert (done.returncode != 0) == fails, done.stderr
-    return done
+
+
+def run(folder: Path, processes: int, *arguments: str) -> str:
+    """Run a command that succeeds, and return what it printed; one process is this one."""
+    if processes == 1:
+        with contextlib.chdir(folder), contextlib.redirect_stdout(io.StringIO()) as printed:
+            assert main(arguments) == 0
+        return printed.getvalue()
+    done = run_two(folder, *arguments)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def rows_of(folder: Path, name: str) -> list[dict[str, str]]:
@@ -94,7 +104,7 @@ def test_one_process_alone_writes(trained):
 def test_two_processes_evaluate_the_same_images_and_hits_as_one(trained):
     checkpoint = "logs/two/version_0/checkpoints/last.ckpt"
     alone, together = (
-        found_by_evaluate(run(trained, processes, "evaluate", checkpoint, "--threads=1").stdout)
+        found_by_evaluate(run(trained, processes, "evaluate", checkpoint, "--threads=1"))
         for processes in (1, 2)
     )
     assert alone == together
@@ -114,7 +124,7 @@ def test_a_checkpoint_of_one_process_goes_on_with_two(tmp_path):
     run(tmp_path, 2, "train", f"--resume={checkpoint}", "--stop-after-steps=null")
     rows = rows_of(tmp_path, "run")
     assert [int(row["step"]) for row in rows] == list(range(1, 12))
-    found = found_by_evaluate(run(tmp_path, 1, "evaluate", checkpoint, "--threads=1").stdout)
+    found = found_by_evaluate(run(tmp_path, 1, "evaluate", checkpoint, "--threads=1"))
     during_the_run = (f"{float(rows[-1][f'val/{name}']):.2f}" for name in ("acc1", "acc5"))
     assert found[1:3] == tuple(during_the_run)
     assert float(found[3]) == pytest.approx(float(rows[-1]["val/loss"]), abs=1e-4)
@@ -130,8 +140,9 @@ def test_an_error_is_said_once_and_ends_all_processes(tmp_path, fault):
     else:
         settings, said = "--output-dir=file", "file/resnet10-digits: cannot be written to"
     start = time.monotonic()
-    done = run(tmp_path, 2, "train", *DIGITS, settings, fails=True)
+    done = run_two(tmp_path, "train", *DIGITS, settings)
     assert time.monotonic() - start < 60
+    assert done.returncode != 0
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
     assert said in errors[0]
@@ -143,24 +154,24 @@ def test_sigterm_to_torchrun_saves_and_ends(tmp_path):
     settings = (*DIGITS, *CALM, "--epochs=1000", "--batch-size=64", "--name=run")
     # Rows that are far apart, so that the stop falls between two of them.
     settings = (*settings, "--log-every-n-steps=1000000", "--val-check-interval=1000000")
-    torchrun = subprocess.Popen(
-        command(2, "train", *settings),
+    started = subprocess.Popen(
+        torchrun("train", *settings),
         cwd=tmp_path, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     try:
         metrics = tmp_path / "logs/run/version_0/metrics.csv"
         deadline = time.monotonic() + 100
         while not (metrics.exists() and len(metrics.read_text().splitlines()) > 1):
-            assert torchrun.poll() is None and time.monotonic() < deadline
+            assert started.poll() is None and time.monotonic() < deadline
             time.sleep(0.1)
-        torchrun.send_signal(signal.SIGTERM)
+        started.send_signal(signal.SIGTERM)
         start = time.monotonic()
-        torchrun.communicate(timeout=60)
+        started.communicate(timeout=60)
         assert time.monotonic() - start < 20
     finally:
-        torchrun.kill()
-        torchrun.wait()
-    assert torchrun.returncode != 0
+        started.kill()
+        started.wait()
+    assert started.returncode != 0
     state = torch.load(tmp_path / "logs/run/version_0/checkpoints/last.ckpt", weights_only=True)
     assert state["progress"]["step"] > 22
     counted = int(state["sums"]["sums"][3])

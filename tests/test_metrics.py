@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from training_framework.metrics import ClassificationSums
+from training_framework.metrics import BATCHES_AT_ONCE, ClassificationSums
 
 
 def random_batch(seed, samples=64, classes=10):
@@ -49,6 +49,24 @@ def test_loss_is_the_mean_over_all_samples_of_unequal_batches():
 
     assert metrics.loss == pytest.approx(torch.cat(every_loss).double().mean().item(), rel=1e-6)
     assert metrics.count == 135
+
+
+@pytest.mark.parametrize("unequal", [False, True])
+def test_batches_that_wait_to_be_counted_count_as_one_by_one(unequal):
+    together = ClassificationSums("cpu", num_classes=10)
+    expected = torch.zeros(4, dtype=torch.float64)
+    for number in range(2 * BATCHES_AT_ONCE + 3):
+        logits, labels = random_batch(number, samples=5 + number % 3 if unequal else 8)
+        loss = F.cross_entropy(logits, labels)
+        if unequal and number % 2:
+            logits = logits.bfloat16()
+        together.update(logits, labels, loss)
+        alone = ClassificationSums("cpu", num_classes=10)
+        alone.update(logits, labels, loss)
+        expected += alone.state_dict()["sums"]
+        if number == BATCHES_AT_ONCE + 1:  # looking in between changes nothing
+            torch.testing.assert_close(together.state_dict()["sums"], expected)
+    torch.testing.assert_close(together.state_dict()["sums"], expected, rtol=1e-12, atol=0)
 
 
 def test_a_network_with_constant_output_scores_what_answering_class_0_scores():
@@ -223,8 +241,9 @@ def test_update_never_waits_for_the_device():
     torch.cuda.set_sync_debug_mode("error")
     try:
         for loss in (losses, losses.mean()):
-            sums.update(logits, labels, loss)
             sums.update(logits, labels, loss, valid=valid)
+            for _ in range(BATCHES_AT_ONCE):  # so that they are counted here
+                sums.update(logits, labels, loss)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert sums.read().count == 4 * 64
+    assert sums.read().count == 2 * (1 + BATCHES_AT_ONCE) * 64

@@ -4,7 +4,6 @@ import functools
 import importlib.metadata
 import os
 import platform
-import resource
 import time
 import warnings
 from collections.abc import Callable
@@ -28,8 +27,6 @@ __all__ = [
 PEAK_TRIAL_SECONDS = 0.1
 CPU_QUOTA_FILE = Path("/sys/fs/cgroup/cpu.max")
 MEMORY_LIMIT_FILE = Path("/sys/fs/cgroup/memory.max")
-# Read directly, since psutil takes several times as long, and every logged row asks.
-OWN_MEMORY_FILE = Path("/proc/self/statm")
 
 # Dense peak of the tensor cores in FLOP/s by a piece of the device's name: bf16 and fp16 are
 # equal on all of these. Sources: NVIDIA's data sheets of each part (without sparsity).
@@ -322,14 +319,10 @@ def memory_in_use(device: torch.device) -> int:
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    try:
-        resident_pages = OWN_MEMORY_FILE.read_bytes().split()[1]
-    except OSError:  # not on Linux
-        return _this_process(os.getpid()).memory_info().rss
+    return _this_process(os.getpid()).memory_info().rss
 
 
 @functools.cache
 def _this_process(pid: int) -> psutil.Process:
     """Kept, since finding a process takes longer than asking it; by its number, for forks."""
     return psutil.Process(pid)
-    return int(resident_pages) * resource.getpagesize()

@@ -9,7 +9,7 @@ from torch import Tensor
 
 __all__ = ["ClassificationMetrics", "ClassificationSums"]
 
-BATCHES_AT_ONCE = 16
+BATCHES_AT_ONCE = 64
 MOST_WAITING_SCORES = 2**22
 
 

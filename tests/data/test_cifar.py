@@ -5,7 +5,9 @@ import os
 import pickle
 import tarfile
 import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -180,6 +182,29 @@ def test_absent_set_is_downloaded_checked_and_unpacked(
     assert torch.equal(again.images, original.images)
     left = sorted(path.name for path in root.iterdir())
     assert left == [CIFAR100.folder, CIFAR100.archive]
+
+
+def test_processes_that_start_together_download_once(
+    tmp_path: Path, server: tuple[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    address, served = server
+    content = _archive(CIFAR100, tmp_path / "scratch")
+    (served / CIFAR100.archive).write_bytes(content)
+    source = replace(
+        CIFAR100, url=f"{address}/{CIFAR100.archive}", md5=hashlib.md5(content).hexdigest()
+    )
+    requests = []
+
+    def note_and_wait(*_: object) -> None:
+        # Long enough that all of them find the set absent before the first one has it.
+        requests.append(1)
+        time.sleep(0.3)
+
+    monkeypatch.setattr(_QuietHandler, "log_request", note_and_wait)
+    with ThreadPoolExecutor(4) as pool:
+        starts = [pool.submit(open_cifar, source, root=tmp_path / "data") for _ in range(4)]
+    assert {len(start.result().train) for start in starts} == {4}
+    assert len(requests) == 1
 
 
 def test_download_with_another_checksum_is_refused(

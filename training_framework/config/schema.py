@@ -107,7 +107,7 @@ class TrainConfig(BaseModel):
     output_dir: FilePath = _setting("run", Path("logs"), "folder for runs; this one goes to <output_dir>/<name>/version_N")
     resume: FilePath | None = _setting("run", None, "checkpoint to go on from")
     allow_config_change: bool = _setting("run", False, "resume although settings that change the result differ")
-    log_every_n_steps: PositiveInt = _setting("run", 10, "steps between two logged rows")
+    log_every_n_steps: PositiveInt = _setting("run", 50, "steps between two logged rows")
     val_check_interval: Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, allow_inf_nan=False)] = _setting("run", 1.0, "evaluation every so many epochs (0.5, 1.0, 2.0) or, as a whole number, steps")
     save_top_k: Annotated[int, Field(ge=0)] = _setting("run", 1, "best checkpoints to keep beside the last one")
     tensorboard: bool = _setting("run", True, "write TensorBoard events")
