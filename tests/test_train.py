@@ -49,6 +49,13 @@ ADAMW = {"optimizer": "adamw", "flip": "alternating"}
 AVERAGED = {"ema_decay": 0.9, "accumulate_grad_batches": 3, "mixup": 0.2, "cutout": 2, "epochs": 4}
 
 
+@pytest.mark.timeout(1200)  # two threads, which a busy machine slows out of proportion
+def test_the_default_configuration_learns_the_digits(in_tmp_path):
+    result = main()
+    assert result.run_directory == Path("logs/resnet18-digits/version_0")
+    assert result.best_acc1 >= 97
+
+
 @pytest.mark.parametrize(
     ("settings", "stop_after_steps"),
     [({}, 4), ({}, 2), (AVERAGED, 3), (AVERAGED, 6), (ADAMW, 6)],
