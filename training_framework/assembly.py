@@ -14,6 +14,7 @@ from training_framework.data import (
     EvalTransform,
     ForeignLoader,
     Loader,
+    Split,
     TrainTransform,
     build_loader,
     detect_dataset,
@@ -55,6 +56,7 @@ __all__ = [
     "foreign_facts",
     "open_configured_dataset",
     "open_loggers",
+    "split_loader",
 ]
 
 
@@ -157,7 +159,14 @@ class Loaders:
     ) -> "Loaders":
         """Build them for a data set, or around the user's own (train, val) loaders."""
         if isinstance(source, Dataset):
-            train, val = _own_loaders(config, plan, source, processes, device)
+            parts: dict[str, Any] = {
+                "config": config,
+                "plan": plan,
+                "processes": processes,
+                "device": device,
+            }
+            val = split_loader(source.val, train=False, **parts) if len(source.val) else None
+            train = split_loader(source.train, train=True, **parts)
         else:
             train = ForeignLoader(source[0], device=device, num_classes=plan.num_classes)
             val = None
@@ -191,31 +200,30 @@ class Loaders:
             self.val.close()
 
 
-def _own_loaders(
+def split_loader(
+    split: Split,
+    *,
+    train: bool,
     config: TrainConfig,
     plan: TrainPlan,
-    dataset: Dataset,
     processes: Processes,
     device: torch.device,
-) -> tuple[Loader, Loader | None]:
-    def loader(split: Any, *, train: bool) -> Loader:
-        return build_loader(
-            split,
-            device=device,
-            global_batch_size=plan.global_batch_size if train else plan.evaluation_batch_size,
-            train=train,
-            image_size=plan.image_size,
-            seed=config.seed,
-            rank=processes.rank,
-            world_size=processes.world_size,
-            resident=plan.resident_data,
-            num_workers=plan.num_workers,
-            prefetch_factor=config.prefetch_factor,
-            pin_memory=plan.pin_memory,
-        )
-
-    val = loader(dataset.val, train=False) if len(dataset.val) else None
-    return loader(dataset.train, train=True), val
+) -> Loader:
+    """The loader of one split as planned: for training, or for evaluation."""
+    return build_loader(
+        split,
+        device=device,
+        global_batch_size=plan.global_batch_size if train else plan.evaluation_batch_size,
+        train=train,
+        image_size=plan.image_size,
+        seed=config.seed,
+        rank=processes.rank,
+        world_size=processes.world_size,
+        resident=plan.resident_data,
+        num_workers=plan.num_workers,
+        prefetch_factor=config.prefetch_factor,
+        pin_memory=plan.pin_memory,
+    )
 
 
 def assemble_network(

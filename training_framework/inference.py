@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from training_framework.assembly import open_configured_dataset
+from training_framework.assembly import open_configured_dataset, split_loader
 from training_framework.checkpoint import load_checkpoint
 from training_framework.config import TrainConfig, load_config
 from training_framework.config.names import canonical
-from training_framework.data import Dataset, EvalTransform, build_loader
+from training_framework.data import Dataset, EvalTransform
 from training_framework.data.decoding import (
     IMAGE_SUFFIXES,
     Pixels,
@@ -69,18 +69,13 @@ def evaluate_file(path: Path, overrides: Mapping[str, Any]) -> tuple[Evaluation,
     device = plan.torch_device(processes.local_rank)
     torch.set_num_threads(plan.threads)
     with process_group(processes, device):
-        loader = build_loader(
+        loader = split_loader(
             dataset.val,
-            device=device,
-            global_batch_size=plan.evaluation_batch_size,
             train=False,
-            image_size=plan.image_size,
-            rank=processes.rank,
-            world_size=processes.world_size,
-            resident=plan.resident_data,
-            num_workers=plan.num_workers,
-            prefetch_factor=config.prefetch_factor,
-            pin_memory=plan.pin_memory,
+            config=config,
+            plan=plan,
+            processes=processes,
+            device=device,
         )
         evaluation = evaluate(
             network.to(device),
