@@ -212,8 +212,8 @@ class Result(_Record):
         return next((ratio for ratio in self.ratios if ratio.variant == variant), None)
 
 
-def save_result(result: Result, path: Path) -> None:
-    """Write a result file; at every moment the old or the new one is there, whole.
+def save_result(result: BaseModel, path: Path) -> None:
+    """Write a result file, of `compare` or `tune`: always the old or the new one is there, whole.
 
     Raises:
         UserError: The place cannot be written to.

@@ -12,9 +12,9 @@ from typing import Any, TextIO
 from training_framework.benchmark.circumstances import environment_of, source_commit
 from training_framework.benchmark.comparison import Comparison, OpenWorker
 from training_framework.benchmark.experiment import CONTROL, make_experiment
-from training_framework.benchmark.result import Result
+from training_framework.benchmark.result import Result, save_result
 from training_framework.benchmark.tuned_yaml import write_tuned_yaml
-from training_framework.benchmark.tuning_result import Trial, TuningResult, save_tuning
+from training_framework.benchmark.tuning_result import Trial, TuningResult
 from training_framework.benchmark.tuning_search import (
     AS_PLANNED,
     Candidate,
@@ -119,7 +119,7 @@ def tune(
         name = candidate_name(dimensions, winner)
         result.chosen, result.verdict = _decide(result, name, plan.total_steps)
     result.complete = True
-    save_tuning(result, evidence)
+    save_result(result, evidence)
     write_tuned_yaml(result, config, _plain(given), output)
     return result
 
@@ -139,7 +139,7 @@ def _find_winner(
 
     def keep_trials(trials: list[Trial]) -> None:
         result.trials = list(trials)
-        save_tuning(result, evidence)
+        save_result(result, evidence)
 
     runner = TrialRunner(
         base,

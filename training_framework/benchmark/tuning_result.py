@@ -1,15 +1,12 @@
 """The evidence that `tune` keeps beside the YAML it writes: its schema, written and read."""
 
-from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
 from training_framework.benchmark.result import Result
-from training_framework.errors import UserError
-from training_framework.run_directory import write_text_atomically
 
-__all__ = ["Trial", "TuningResult", "save_tuning"]
+__all__ = ["Trial", "TuningResult"]
 
 
 class _Record(BaseModel):
@@ -85,18 +82,3 @@ class TuningResult(_Record):
     verdict: str = ""
     confirmation: Result | None = None
     complete: bool = False
-
-
-def save_tuning(result: TuningResult, path: Path) -> None:
-    """Write the evidence; at every moment the old or the new file is there, whole.
-
-    Raises:
-        UserError: The place cannot be written to.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_text_atomically(path, result.model_dump_json(indent=1) + "\n")
-    except OSError as error:
-        raise UserError(
-            f"{path}: cannot be written to ({error.strerror})", "give another --output"
-        ) from None
