@@ -72,6 +72,7 @@ def open_configured_dataset(config: TrainConfig) -> Dataset:
         num_classes=config.num_classes,
         synthetic_train_images=config.synthetic_train_images,
         synthetic_val_images=config.synthetic_val_images,
+        limit_train_images=config.limit_train_images,
         seed=config.seed,
     )
 

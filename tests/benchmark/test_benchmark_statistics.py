@@ -104,6 +104,28 @@ def test_the_bootstrap_has_its_exact_distribution():
     assert abs(rank_high - (pairs - 1 - rank_low)) <= 1
 
 
+def test_what_pairs_of_one_process_share_does_not_narrow_the_interval():
+    rng = np.random.default_rng(0)
+    clusters = np.repeat(np.arange(10), 12)
+    covered = {"clusters": 0, "pairs": 0}
+    for seed in range(60):
+        shared = np.exp(rng.normal(0, 0.03, 10))[clusters]  # of a process, as long as it lives
+        ours = shared * np.exp(rng.normal(0, 0.01, 120))
+        by_cluster = paired_ratio(ours, np.ones(120), clusters=clusters, seed=seed)
+        by_pair = paired_ratio(ours, np.ones(120), seed=seed)
+        assert by_cluster.pairs == 10 and by_pair.pairs == 120
+        covered["clusters"] += by_cluster.low <= 1 <= by_cluster.high
+        covered["pairs"] += by_pair.low <= 1 <= by_pair.high
+    assert covered["clusters"] >= 54
+    assert covered["pairs"] < 54
+
+
+def test_a_cluster_counts_as_the_median_of_its_pairs():
+    interval = paired_ratio([1.0, 1.1, 5.0, 1.2, 1.3, 1.4], np.ones(6), clusters=[0, 0, 0, 1, 1, 1])
+    assert interval.pairs == 2
+    assert interval.median == pytest.approx((1.1 * 1.3) ** 0.5)
+
+
 @pytest.mark.parametrize(
     ("pairs", "depth"), [(1, 0), (5, 0), (6, 0), (8, 0), (9, 1), (10, 1), (12, 2), (20, 5)]
 )

@@ -109,3 +109,18 @@ def test_environment_needs_a_process_of_its_own(tmp_path):
 def test_an_unknown_experiment_lists_those_shipped():
     with pytest.raises(UserError, match=r"no such experiment.*hardware-ladder"):
         load_experiment("hardware-lader")
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, 2),  # 12 rounds in 6 processes
+        ({"rounds": 3}, 1),
+        ({"rounds": 3, "isolation": "shared"}, 3),
+        ({"rounds_per_process": 5}, 5),
+        ({"measure": "epoch"}, 1),
+    ],
+)
+def test_variants_start_anew_often_enough_for_an_interval(changes, expected):
+    exp = Experiment(name="x", variants=[{"name": "a"}], **changes)
+    assert exp.rounds_until_restart == expected

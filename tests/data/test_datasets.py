@@ -1,9 +1,10 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from training_framework.data import DATASETS, detect_dataset, open_dataset
-from training_framework.data.splits import SyntheticSplit
+from training_framework.data.splits import ArraySplit, FileSplit, SyntheticSplit, limit_split
 from training_framework.errors import UserError
 
 
@@ -61,3 +62,41 @@ def test_unknown_and_missing_folders_are_errors_that_name_them(tmp_path: Path) -
         detect_dataset(tmp_path)
     with pytest.raises(UserError, match="gone is no folder"):
         detect_dataset(tmp_path / "gone")
+
+
+def test_limited_training_images_are_drawn_evenly_over_the_classes() -> None:
+    whole = open_dataset("digits")
+    part = open_dataset("digits", limit_train_images=105, seed=3)
+    assert isinstance(whole.train, ArraySplit) and isinstance(part.train, ArraySplit)
+    assert part.facts.train_images == len(part.train) == 105
+    assert part.facts.val_images == whole.facts.val_images
+    counts = part.train.labels.bincount(minlength=10)
+    assert counts.min() == 10 and counts.max() == 11
+    image_bytes = whole.train.images[0].nbytes
+    assert part.facts.array_bytes == image_bytes * (105 + part.facts.val_images)
+    assert part.train.labels.tolist() != sorted(part.train.labels.tolist())
+
+    again = open_dataset("digits", limit_train_images=105, seed=3)
+    other = open_dataset("digits", limit_train_images=105, seed=4)
+    assert isinstance(again.train, ArraySplit) and isinstance(other.train, ArraySplit)
+    assert torch.equal(part.train.images, again.train.images)
+    assert not torch.equal(part.train.images, other.train.images)
+
+
+def test_limited_parts_nest_and_keep_files_with_their_labels() -> None:
+    labels = torch.tensor([0] * 30 + [1] * 3 + [2] * 17)
+    paths = tuple(f"{label}/{number}.jpg" for number, label in enumerate(labels.tolist()))
+    split = FileSplit(Path("root"), paths, labels)
+    small, large = (limit_split(split, count, seed=0) for count in (12, 20))
+    assert isinstance(small, FileSplit) and isinstance(large, FileSplit)
+    assert set(small.paths) < set(large.paths)
+    assert sorted(small.labels.bincount().tolist()) == [3, 4, 5]
+    assert [int(path[0]) for path in large.paths] == large.labels.tolist()
+    assert len(set(large.paths)) == 20
+
+
+def test_more_training_images_than_there_are_is_an_error() -> None:
+    with pytest.raises(UserError, match=r"limit_train_images is 2000, but digits has 1\d{3}"):
+        open_dataset("digits", limit_train_images=2000)
+    with pytest.raises(UserError, match="synthetic has 50 training images; lower it to 50"):
+        open_dataset("synthetic", synthetic_train_images=50, limit_train_images=51)

@@ -226,7 +226,9 @@ def _ratio(variant: VariantResult, other: VariantResult) -> Ratio | None:
     pairs = [[ours[number] for number in rounds], [theirs[number] for number in rounds]]
     if variant.unit != "images/s":  # less time is more speed
         pairs.reverse()
-    interval = paired_ratio(*pairs)
+    processes = {m.round: m.process for m in variant.measurements}
+    clusters = [processes[number] for number in rounds]
+    interval = paired_ratio(*pairs, clusters=clusters if len(set(clusters)) > 1 else None)
     return Ratio(
         variant=variant.name,
         against=other.name,

@@ -17,7 +17,7 @@ from training_framework.benchmark.circumstances import (
     source_commit,
 )
 from training_framework.benchmark.experiment import Experiment, Variant
-from training_framework.benchmark.result import Result, load_result, save_result
+from training_framework.benchmark.result import Result, VariantFacts, load_result, save_result
 from training_framework.benchmark.workers import (
     InlineWorker,
     ProcessWorker,
@@ -66,7 +66,7 @@ class Comparison:
         self._variants = experiment.all_variants()
         self._records = {variant.name: VariantRecord() for variant in self._variants}
         self._workers: dict[str, Worker] = {}
-        self._first_round = self._finished_rounds = 0
+        self._first_round = self._finished_rounds = self._starts = 0
         self._origin: dict[str, Any] = {
             "command": command,
             "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -117,6 +117,9 @@ class Comparison:
                 unavailable=variant.unavailable,
             )
         comparison._finished_rounds = result.rounds
+        comparison._starts = 1 + max(
+            (m.process for variant in result.variants for m in variant.measurements), default=-1
+        )
         comparison._origin["started"] = result.started
         return comparison
 
@@ -145,12 +148,8 @@ class Comparison:
         return self._result()
 
     def _restart_is_due(self, number: int) -> bool:
-        every = self.experiment.rounds_per_process
-        return (
-            every is not None
-            and number > self._first_round
-            and ((number - self._first_round) % every == 0)
-        )
+        made = number - self._first_round
+        return made > 0 and made % self.experiment.rounds_until_restart == 0
 
     def _start_workers(self, signals: StopSignals) -> None:
         """Build and warm up all variants anew, one after the other, before any is timed."""
@@ -158,6 +157,7 @@ class Comparison:
             self._workers.popitem()[1].close()
         if self._finished_rounds >= self.experiment.rounds:
             return
+        self._starts += 1
         for variant in self._variants:
             record = self._records[variant.name]
             if signals.received is not None or record.unavailable:
@@ -169,16 +169,19 @@ class Comparison:
                 continue
             self._say(f"{variant.name}: builds and warms up")
             try:
-                worker = self._open_worker(variant, config, self._order())
+                worker = self._open_worker(variant, config, self._order(record.facts))
             except VariantFailure as failure:
                 self._lose(variant, str(failure))
                 continue
             self._workers[variant.name] = worker
             record.facts = worker.facts
 
-    def _order(self) -> dict[str, Any]:
+    def _order(self, known: VariantFacts | None) -> dict[str, Any]:
         keys = ("measure", "steps", "seconds", "warmup_steps", "seeds")
-        return {key: getattr(self.experiment, key) for key in keys}
+        order = {key: getattr(self.experiment, key) for key in keys}
+        # Measured once: it takes longer than a sample.
+        order["peak"] = None if known is None else (known.peak_flops, known.peak_flops_source)
+        return order
 
     def _make_rounds(self, signals: StopSignals) -> None:
         rounds = self.experiment.rounds
@@ -208,6 +211,7 @@ class Comparison:
     def _sample(self, variant: Variant, number: int) -> None:
         try:
             measurement = self._workers[variant.name].sample(number)
+            measurement.process = self._starts - 1
         except VariantFailure as failure:
             self._workers.pop(variant.name).close()
             self._lose(variant, str(failure))

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from training_framework.benchmark.statistics import FEWEST_PAIRS
 from training_framework.config import TrainConfig
 from training_framework.config.inheritance import (
     Setting,
@@ -68,9 +69,12 @@ class Experiment(_Strict):
             empty: the base's seed and those after it.
         target_accuracy: Top-1 accuracy in percent that `accuracy` times runs to; `equal`: the best
             that the least accurate variant reaches with the same seed.
-        rounds_per_process: Start all variants anew after so many rounds; None: never. Where a
-            process's memory happens to lie can move its speed by a few percent for as long as it
-            lives, which only new processes can average out, at the price of their start.
+        rounds_per_process: Start all variants anew after so many rounds; None: after each round of
+            whole runs, and so that steps are timed in 6 processes each (never where `isolation` is
+            `shared`). Where a process's memory happens to lie can move its speed by a few percent
+            for as long as it lives, so the processes, not the rounds, are what the interval rests
+            on (Mytkowicz et al., Producing Wrong Data Without Doing Anything Obviously Wrong,
+            ASPLOS 2009).
         isolation: `process` gives each variant a process of its own; `shared` takes turns in one.
         control: Whether the baseline runs a second time, as a control.
         may_differ: Kinds of work that variants are allowed to differ in: `images_per_step`, `flops`
@@ -122,6 +126,15 @@ class Experiment(_Strict):
                 f"target_accuracy is given but measure is {self.measure}; set measure to accuracy"
             )
         return self
+
+    @property
+    def rounds_until_restart(self) -> int:
+        """Rounds between two starts of the variants; all of them where they start only once."""
+        if self.rounds_per_process is not None:
+            return self.rounds_per_process
+        if self.isolation == "shared":
+            return self.rounds
+        return 1 if self.measure != "steps" else max(1, self.rounds // FEWEST_PAIRS)
 
     @property
     def baseline_variant(self) -> Variant:

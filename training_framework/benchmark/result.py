@@ -69,6 +69,7 @@ class Measurement(_Record):
 
     Attributes:
         round: Counted from 0; samples of one round form pairs.
+        process: Which start of the variants' processes made it, counted from 0.
         seconds: Wall seconds of the timed window, the device synchronized before both readings.
         steps: Optimizer steps in it.
         images: Training images in it.
@@ -86,6 +87,7 @@ class Measurement(_Record):
     """
 
     round: int
+    process: int = 0
     seconds: float
     steps: int
     images: int
@@ -160,7 +162,8 @@ class Ratio(_Record):
     Attributes:
         median: Of the paired ratios.
         low, high: Ends of the 95% interval; None from a single pair.
-        pairs: Pairs it rests on.
+        pairs: What it rests on: pairs of processes, each the median of its rounds, or pairs of
+            rounds where the variants started only once.
         control: Whether it is the A/A control, which should be 1.
     """
 

@@ -40,7 +40,12 @@ class Interval:
 
 
 def paired_ratio(
-    values: ArrayLike, against: ArrayLike, *, resamples: int = 10_000, seed: int = 0
+    values: ArrayLike,
+    against: ArrayLike,
+    *,
+    clusters: Sequence[int] | None = None,
+    resamples: int = 10_000,
+    seed: int = 0,
 ) -> Interval:
     """The median of the paired ratios `values / against` with a bootstrap 95% interval.
 
@@ -54,6 +59,9 @@ def paired_ratio(
     Args:
         values: Positive samples of one variant, shape (pairs,).
         against: Samples of the other, taken in the same rounds, shape (pairs,).
+        clusters: Which process made each pair, length (pairs,): what all pairs of one process share
+            by chance does not average out over them, so each counts as one pair, the median of its
+            own. None: pairs share nothing.
         resamples: Bootstrap resamples.
         seed: Draws them.
 
@@ -65,7 +73,11 @@ def paired_ratio(
         raise ValueError(f"pairs are needed, not samples of shapes {ours.shape}, {theirs.shape}")
     if not (np.all(ours > 0) and np.all(theirs > 0)):
         raise ValueError("ratios are of positive samples")
-    logs = np.sort(np.log(ours) - np.log(theirs))
+    logs = np.log(ours) - np.log(theirs)
+    if clusters is not None:
+        labels = np.asarray(clusters)
+        logs = np.array([np.median(logs[labels == label]) for label in np.unique(labels)])
+    logs = np.sort(logs)
     pairs = len(logs)
     median = math.exp(np.median(logs))
     if pairs == 1:

@@ -44,6 +44,8 @@ class StepSampler:
             once, after the warm-up.
         seconds: See `steps`.
         warmup_steps: Steps before the first sample.
+        peak: The device's peak FLOP/s in the precision used, and where that is from; None measures
+            it or looks it up.
 
     Attributes:
         facts: What was built, and how it warmed up.
@@ -53,7 +55,13 @@ class StepSampler:
     """
 
     def __init__(
-        self, config: TrainConfig, *, steps: int | None, seconds: float, warmup_steps: int
+        self,
+        config: TrainConfig,
+        *,
+        steps: int | None,
+        seconds: float,
+        warmup_steps: int,
+        peak: tuple[float, str] | None = None,
     ) -> None:
         started = time.perf_counter()
         run = TrainingRun(config)
@@ -83,7 +91,7 @@ class StepSampler:
         build_seconds = time.perf_counter() - started
         warmup, _ = self._timed(warmup_steps)
         self._steps = steps or max(FEWEST_STEPS, round(seconds / min(warmup)))
-        peak, source = measure_peak_flops(
+        peak_flops, peak_source = peak or measure_peak_flops(
             run.plan.device, run.plan.device_name, compute_dtype(run.plan.precision)
         )
         self.facts = VariantFacts(
@@ -94,8 +102,8 @@ class StepSampler:
             image_size=run.plan.image_size,
             images_per_step=run.plan.images_per_step,
             flops_per_image=training_flops_per_image(model, run.plan.image_size),
-            peak_flops=peak,
-            peak_flops_source=source,
+            peak_flops=peak_flops,
+            peak_flops_source=peak_source,
             plan=run.plan.as_dict(),
             build_seconds=build_seconds,
             warmup_step_seconds=warmup,

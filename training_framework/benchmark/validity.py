@@ -116,7 +116,7 @@ def control_marks(ratio: Ratio | None) -> list[Mark]:
         return [Mark("control", "no A/A control ran beside the variants")]
     if ratio.pairs < FEWEST_PAIRS:
         return [
-            Mark("few pairs", f"{ratio.pairs} round(s); a 95% interval needs {FEWEST_PAIRS}"),
+            Mark("few pairs", f"{ratio.pairs} pair(s); a 95% interval needs {FEWEST_PAIRS}"),
         ]
     interval = Interval(median=ratio.median, low=ratio.low, high=ratio.high, pairs=ratio.pairs)
     if control_holds(interval, tolerance=CONTROL_TOLERANCE):

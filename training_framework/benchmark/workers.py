@@ -56,7 +56,8 @@ def open_sampler(config: TrainConfig, order: Mapping[str, Any]) -> Sampler:
 
     Args:
         config: What to build.
-        order: `measure`, `steps`, `seconds`, `warmup_steps` and `seeds` of the experiment.
+        order: `measure`, `steps`, `seconds`, `warmup_steps` and `seeds` of the experiment; `peak`:
+            the device's peak FLOP/s and its source, where it is known already.
     """
     if order["measure"] == "steps":
         return StepSampler(
@@ -64,6 +65,7 @@ def open_sampler(config: TrainConfig, order: Mapping[str, Any]) -> Sampler:
             steps=order["steps"],
             seconds=order["seconds"],
             warmup_steps=order["warmup_steps"],
+            peak=order.get("peak"),
         )
     return RunSampler(config, seeds=tuple(order["seeds"]), warmup_steps=order["warmup_steps"])
 

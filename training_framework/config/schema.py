@@ -47,6 +47,7 @@ class TrainConfig(BaseModel):
     data_root: FilePath | None = _setting("data", None, "folder with the data, relative to the working directory")
     img_size: Annotated[int, Field(ge=8, le=4096)] | None = _setting("data", None, "side in pixels of the images the network sees; unset: the data set's own")
     num_classes: Annotated[int, Field(ge=2)] | None = _setting("data", None, "number of classes; unset: counted in the data")
+    limit_train_images: PositiveInt | None = _setting("data", None, "train on so many of the training images, drawn evenly over the classes; unset: all")
     synthetic_train_images: PositiveInt = _setting("data", 2048, "training images of the synthetic set")
     synthetic_val_images: PositiveInt = _setting("data", 512, "validation images of the synthetic set")
     flip: Literal["auto", "none", "random", "alternating"] = _setting("data", "auto", "mirrored training images: auto, none, random or alternating (each image changes side every epoch)")

@@ -79,6 +79,7 @@ def open_dataset(
     num_classes: int | None = None,
     synthetic_train_images: int = 2048,
     synthetic_val_images: int = 512,
+    limit_train_images: int | None = None,
     seed: int = 0,
 ) -> Dataset:
     """Open a data set by name.
@@ -90,10 +91,12 @@ def open_dataset(
         num_classes: How many classes the set must have; made, for `synthetic`.
         synthetic_train_images: Training images of `synthetic`.
         synthetic_val_images: Validation images of `synthetic`.
-        seed: Draws `synthetic`'s images.
+        limit_train_images: Keep so many of the training images, drawn evenly over the classes.
+        seed: Draws `synthetic`'s images, and those that are kept.
 
     Raises:
-        UserError: No such set, files missing or wrong, or another number of classes.
+        UserError: No such set, files missing or wrong, another number of classes, or fewer training
+            images than shall be kept.
     """
     if name not in DATASETS:
         near = difflib.get_close_matches(name, DATASETS, 1)
@@ -117,6 +120,8 @@ def open_dataset(
             f"num_classes is {num_classes}, but {name}{where} has {found} classes",
             f"set num_classes to {found} or leave it out",
         )
+    if limit_train_images is not None:
+        return dataset.with_train_images(limit_train_images, seed=seed)
     return dataset
 
 

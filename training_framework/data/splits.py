@@ -1,6 +1,6 @@
 """Data sets in memory: what a source opens, before any loader."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -8,8 +8,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from training_framework.dataset_facts import DatasetFacts
+from training_framework.errors import UserError
 
-__all__ = ["ArraySplit", "Dataset", "FileSplit", "Split", "SyntheticSplit"]
+__all__ = ["ArraySplit", "Dataset", "FileSplit", "Split", "SyntheticSplit", "limit_split"]
 
 _RESIZED_AT_ONCE = 4096
 _GENERATED_BYTES_AT_ONCE = 1 << 28
@@ -107,6 +108,32 @@ class SyntheticSplit:
 Split = ArraySplit | FileSplit | SyntheticSplit
 
 
+def limit_split(split: Split, count: int, *, seed: int) -> Split:
+    """A part of a split: `count` of its samples, drawn evenly over the classes, in their order.
+
+    Every class gives the same number of samples, or one more, or all where it has fewer.
+
+    Args:
+        split: Of at least `count` samples.
+        count: Samples to keep.
+        seed: Draws them; the same seed draws the same samples, and of two counts the larger one's
+            contain the smaller one's.
+    """
+    if isinstance(split, SyntheticSplit):  # its classes take turns
+        return replace(split, count=count)
+    generator = torch.Generator().manual_seed(seed)
+    shuffled = torch.randperm(len(split), generator=generator)
+    by_class = shuffled[torch.argsort(split.labels[shuffled], stable=True)]
+    sizes = torch.bincount(split.labels)
+    starts = torch.repeat_interleave(sizes.cumsum(0) - sizes, sizes)
+    turn = torch.arange(len(split)) - starts
+    kept = by_class[torch.argsort(turn, stable=True)[:count]].sort().values
+    if isinstance(split, FileSplit):
+        paths = tuple(split.paths[index] for index in kept.tolist())
+        return replace(split, paths=paths, labels=split.labels[kept])
+    return ArraySplit(split.images[kept], split.labels[kept])
+
+
 @dataclass(frozen=True, eq=False)
 class Dataset:
     """A data set, opened: its facts and its two splits."""
@@ -114,3 +141,23 @@ class Dataset:
     facts: DatasetFacts
     train: Split
     val: Split
+
+    def with_train_images(self, count: int, *, seed: int) -> "Dataset":
+        """The set with `count` of its training images, drawn as `limit_split` does.
+
+        Raises:
+            UserError: It has fewer.
+        """
+        found = self.facts.train_images
+        if count > found:
+            raise UserError(
+                f"limit_train_images is {count}, but {self.facts.name} has {found} training images",
+                f"lower it to {found} or leave it out",
+            )
+        image_bytes = self.facts.array_bytes // (found + self.facts.val_images)
+        facts = replace(
+            self.facts,
+            train_images=count,
+            array_bytes=image_bytes * (count + self.facts.val_images),
+        )
+        return Dataset(facts, limit_split(self.train, count, seed=seed), self.val)
