@@ -1,4 +1,4 @@
-"""Fill the generated blocks of README and docs from the result files.
+"""Fill the generated blocks of README and docs, and the picture, from the result files.
 
     python benchmarks/render_docs.py          # rewrite them
     python benchmarks/render_docs.py --check  # exit with 1 where a block differs from its source
@@ -8,6 +8,7 @@ experiment counts.
 """
 
 import argparse
+import functools
 import json
 import re
 import sys
@@ -15,18 +16,34 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parent))  # for a test that imports this file
+
+from claims import claims_table
+from switches import switch_picture, switch_table, switch_worths
+
+from training_framework.benchmark.result import Result
+from training_framework.benchmark.table import result_lines
+
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"(<!-- generated: ([\w-]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
 
-def newest(experiment: str) -> dict[str, Any]:
-    """The result file of the latest date."""
+def newest_or_none(experiment: str) -> dict[str, Any] | None:
+    """The result file of the latest date; None without any."""
     files = sorted(RESULTS.glob(f"{experiment}_*.json"), key=lambda file: file.stem.split("_")[-1])
     if not files:
-        sys.exit(f"no result of {experiment} in {RESULTS.relative_to(ROOT)}")
+        return None
     result: dict[str, Any] = json.loads(files[-1].read_text(encoding="utf-8"))
+    return result
+
+
+def newest(experiment: str) -> dict[str, Any]:
+    """The result file of the latest date."""
+    result = newest_or_none(experiment)
+    if result is None:
+        sys.exit(f"no result of {experiment} in {RESULTS.relative_to(ROOT)}")
     return result
 
 
@@ -61,7 +78,84 @@ def runs() -> str:
     return "\n".join([*rows, "", f"({machine(newest('cifar10-short'))})"]) + "\n"
 
 
-BLOCKS: dict[str, Callable[[], str]] = {"demo-output": demo_output, "runs": runs}
+def machine_of_comparison(result: dict[str, Any]) -> str:
+    """What a comparison ran on, in a few words."""
+    facts = next(row["facts"] for row in result["variants"] if row["facts"])
+    where = facts["device_name"]
+    if facts["device"] == "cpu":
+        where = f"{facts['plan']['threads']} threads of {where}"
+    versions = result["environment"]["versions"]
+    return f"{where}, PyTorch {versions['torch']}, {result['started'][:10]}"
+
+
+def comparison(experiment: str) -> str:
+    """A comparison as `compare` prints it, and the command that repeats it."""
+    result = newest(experiment)
+    _, _, *lines = result_lines(Result.model_validate(result))  # the page has its own headings
+    return "\n".join([f"`{result['command']}`", "", *lines]) + "\n"
+
+
+def controls() -> str:
+    """Every recorded run of the A/A control."""
+    rows = ["| run | speed against itself [95%] | pairs | marks |", "|---|---|---|---|"]
+    for number, file in enumerate(sorted(RESULTS.glob("aa-control_*.json")), start=1):
+        result = json.loads(file.read_text(encoding="utf-8"))
+        (ratio,) = result["ratios"]
+        marks = [mark for row in [result, *result["variants"]] for mark in row["marks"]]
+        rows.append(
+            f"| {number} | {ratio['median']:.3f} [{ratio['low']:.3f}, {ratio['high']:.3f}] "
+            f"| {ratio['pairs']} | {', '.join(dict.fromkeys(marks)) or '-'} |"
+        )
+    return "\n".join([*rows, "", f"({machine_of_comparison(newest('aa-control'))})"]) + "\n"
+
+
+def planted() -> str:
+    """What was found of a slowdown that was planted."""
+    result = newest("planted-slowdown")
+    rows = [
+        f"| run | slowdown of {result['planted']:.0%} [95%] | control [95%] |",
+        "|---|---|---|",
+    ]
+    for number, run in enumerate(result["runs"], start=1):
+        cells = (
+            f"{run[name]['median']:.3f} [{run[name]['low']:.3f}, {run[name]['high']:.3f}]"
+            for name in ("slowdown", "control")
+        )
+        rows.append(f"| {number} | {' | '.join(cells)} |")
+    return "\n".join([*rows, ""])
+
+
+def switches() -> str:
+    """What each switch is worth."""
+    result = newest("ablation")
+    facts = next(row["facts"] for row in result["variants"] if row["facts"])
+    where = (
+        f"({facts['plan']['global_batch_size']} images of {facts['image_size']} px a step, "
+        f"{machine_of_comparison(result)})"
+    )
+    return f"{switch_table(switch_worths(result))}\n{where}\n"
+
+
+def picture() -> str:
+    """The picture of the switches."""
+    result = newest("ablation")
+    return switch_picture(switch_worths(result), machine_of_comparison(result))
+
+
+COMPARISONS = (
+    "ablation", "baseline-vs-optimized", "batch-sweep", "data-loading", "fastest-against-plain",
+    "framework-check", "hardware-ladder",
+)  # fmt: skip
+BLOCKS: dict[str, Callable[[], str]] = {
+    "demo-output": demo_output,
+    "runs": runs,
+    "switches": switches,
+    "claims": lambda: claims_table(newest_or_none),
+    "controls": controls,
+    "planted": planted,
+    **{name: functools.partial(comparison, name) for name in COMPARISONS},
+}
+PICTURES: dict[Path, Callable[[], str]] = {ROOT / "docs" / "switches.svg": picture}
 
 
 def rendered(text: str) -> str:
@@ -74,13 +168,14 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="change nothing")
     options = parser.parse_args()
     stale = []
-    for document in DOCUMENTS:
-        text = document.read_text(encoding="utf-8")
-        fresh = rendered(text)
-        if fresh != text:
-            stale.append(str(document.relative_to(ROOT)))
+    texts = {document: document.read_text(encoding="utf-8") for document in DOCUMENTS}
+    fresh = {document: rendered(text) for document, text in texts.items()}
+    fresh |= {path: draw() for path, draw in PICTURES.items()}
+    for path, text in fresh.items():
+        if not path.exists() or path.read_text(encoding="utf-8") != text:
+            stale.append(str(path.relative_to(ROOT)))
             if not options.check:
-                document.write_text(fresh, encoding="utf-8")
+                path.write_text(text, encoding="utf-8")
     if stale:
         print(("stale: " if options.check else "rewritten: ") + ", ".join(stale))
     return int(bool(stale) and options.check)

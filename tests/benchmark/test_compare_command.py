@@ -10,6 +10,7 @@ isolation: shared
 rounds: 1
 steps: 2
 warmup_steps: 1
+patience: 0.0
 base: {data: synthetic, model: resnet10, img_size: 8, num_classes: 4, synthetic_train_images: 36,
        synthetic_val_images: 12, batch_size: 8, lr: 0.01, precision: "32", accelerator: cpu,
        threads: 1}

@@ -45,6 +45,7 @@ def experiment(**changes) -> Experiment:
         "rounds": 2,
         "steps": 3,
         "warmup_steps": 1,
+        "patience": 0.0,
         "isolation": "shared",
     }
     return Experiment(**{**fields, **changes})

@@ -52,6 +52,8 @@ def assess(
     """
     target = _target(experiment, records, finished_rounds)
     peaks = _peak_flops(records)
+    probes = [s for r in records.values() for m in r.measurements for s in m.probe_seconds or ()]
+    fastest_probe = min(probes, default=None)
     variants = [
         _variant_result(
             experiment,
@@ -60,6 +62,7 @@ def assess(
             finished_rounds=finished_rounds,
             targets=target,
             peaks=peaks,
+            fastest_probe=fastest_probe,
         )
         for variant in experiment.all_variants()
     ]
@@ -107,6 +110,7 @@ def _variant_result(
     finished_rounds: int,
     targets: Mapping[int, float],
     peaks: Mapping[str, float],
+    fastest_probe: float | None,
 ) -> VariantResult:
     measurements = [m for m in record.measurements if m.round < finished_rounds]
     samples = [_value(experiment, m, targets) for m in measurements]
@@ -130,7 +134,7 @@ def _variant_result(
     )
     if measurements and record.facts is not None:
         _add_medians(result, record.facts, peaks[_peak_kind(record.facts)])
-        _add_marks(result, variant_marks(measurements, samples))
+        _add_marks(result, variant_marks(measurements, samples, fastest_probe=fastest_probe))
     return result
 
 

@@ -17,7 +17,14 @@ from training_framework.benchmark.circumstances import (
     source_commit,
 )
 from training_framework.benchmark.experiment import Experiment, Variant
-from training_framework.benchmark.result import Result, VariantFacts, load_result, save_result
+from training_framework.benchmark.quiet import QuietMachine
+from training_framework.benchmark.result import (
+    Measurement,
+    Result,
+    VariantFacts,
+    load_result,
+    save_result,
+)
 from training_framework.benchmark.workers import (
     InlineWorker,
     ProcessWorker,
@@ -66,6 +73,7 @@ class Comparison:
         self._variants = experiment.all_variants()
         self._records = {variant.name: VariantRecord() for variant in self._variants}
         self._workers: dict[str, Worker] = {}
+        self._quiet: QuietMachine | None = None
         self._first_round = self._finished_rounds = self._starts = 0
         self._origin: dict[str, Any] = {
             "command": command,
@@ -210,7 +218,7 @@ class Comparison:
 
     def _sample(self, variant: Variant, number: int) -> None:
         try:
-            measurement = self._workers[variant.name].sample(number)
+            measurement = self._measure(self._workers[variant.name], number)
             measurement.process = self._starts - 1
         except VariantFailure as failure:
             self._workers.pop(variant.name).close()
@@ -219,6 +227,14 @@ class Comparison:
             record = self._records[variant.name]
             record.measurements = [m for m in record.measurements if m.round < number]
             record.measurements.append(measurement)
+
+    def _measure(self, worker: Worker, number: int) -> Measurement:
+        if worker.facts.device != "cpu":
+            return worker.sample(number)
+        if self._quiet is None:
+            self._quiet = QuietMachine(self.experiment.patience)
+        # A whole run is too long to be made again, and long enough to average.
+        return self._quiet.sample(worker, number, may_retake=self.experiment.measure == "steps")
 
     def _lose(self, variant: Variant, reason: str) -> None:
         self._records[variant.name].unavailable = reason

@@ -75,6 +75,8 @@ class Experiment(_Strict):
             for as long as it lives, so the processes, not the rounds, are what the interval rests
             on (Mytkowicz et al., Producing Wrong Data Without Doing Anything Obviously Wrong,
             ASPLOS 2009).
+        patience: Time that may go into waiting for a quiet machine and into samples that are taken
+            again because it was not, as a multiple of the time of the samples that count; 0: none.
         isolation: `process` gives each variant a process of its own; `shared` takes turns in one.
         control: Whether the baseline runs a second time, as a control.
         may_differ: Kinds of work that variants are allowed to differ in: `images_per_step`, `flops`
@@ -94,6 +96,7 @@ class Experiment(_Strict):
     seeds: Annotated[tuple[int, ...], Field(strict=False)] = ()
     target_accuracy: Annotated[float, Field(gt=0, le=100)] | Literal["equal"] | None = None
     rounds_per_process: Annotated[int, Field(ge=1)] | None = None
+    patience: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
     isolation: Literal["process", "shared"] = "process"
     control: bool = True
     may_differ: Annotated[

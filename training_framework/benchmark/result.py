@@ -79,6 +79,9 @@ class Measurement(_Record):
         other_cpu_share: Share of the machine's usable cores that everything else took.
         peak_memory_bytes: On a CUDA device, the most that PyTorch had allocated; else the highest
             resident set of the variant's process so far.
+        probe_seconds: Of a fixed piece of work on all cores, just before and just after, on a CPU:
+            what others take of the cores from outside a virtual machine shows in nothing else.
+        retakes: Samples taken before and dropped, because the machine was not quiet around them.
         new_graphs: Graphs that torch.compile made within the window.
         seed: Seed of the run; None where steps are timed.
         acc1: Top-1 accuracy in percent at the end of a run.
@@ -96,6 +99,8 @@ class Measurement(_Record):
     cpu_seconds: float
     other_cpu_share: float
     peak_memory_bytes: int
+    probe_seconds: tuple[float, float] | None = None
+    retakes: int = 0
     new_graphs: int = 0
     seed: int | None = None
     acc1: float | None = None

@@ -12,6 +12,7 @@ from typing import Any, TextIO
 from training_framework.benchmark.circumstances import environment_of, source_commit
 from training_framework.benchmark.comparison import Comparison, OpenWorker
 from training_framework.benchmark.experiment import CONTROL, make_experiment
+from training_framework.benchmark.quiet import QuietMachine
 from training_framework.benchmark.result import Result, save_result
 from training_framework.benchmark.tuned_yaml import write_tuned_yaml
 from training_framework.benchmark.tuning_result import Trial, TuningResult
@@ -37,6 +38,8 @@ TUNED = "tuned"
 SECONDS_OF_A_TRIAL = 120.0
 # The rest of the time is for the confirmation.
 SEARCH_SHARE = 0.6
+# Waiting for a quiet machine, in times of what the trials themselves take.
+PATIENCE = 1.0
 CONFIRMATION_SECONDS = 2.0
 
 
@@ -148,6 +151,7 @@ def _find_winner(
         memory_limit_bytes=result.memory_limit_bytes,
         open_worker=open_worker or _trial_opener(plan, result.memory_limit_bytes),
         keep=keep_trials,
+        quiet=QuietMachine(PATIENCE) if plan.device == "cpu" and open_worker is None else None,
         stream=stream,
     )
     started, budget = clock(), SEARCH_SHARE * (result.budget_seconds or math.inf)

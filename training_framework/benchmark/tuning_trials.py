@@ -8,6 +8,7 @@ from typing import Any, TextIO
 
 from training_framework.benchmark.comparison import OpenWorker
 from training_framework.benchmark.experiment import Variant
+from training_framework.benchmark.quiet import QuietMachine
 from training_framework.benchmark.result import Measurement, VariantFacts
 from training_framework.benchmark.tuning_result import Trial
 from training_framework.benchmark.tuning_search import (
@@ -18,7 +19,7 @@ from training_framework.benchmark.tuning_search import (
     candidate_name,
     candidate_settings,
 )
-from training_framework.benchmark.workers import ProcessWorker, VariantFailure
+from training_framework.benchmark.workers import ProcessWorker, VariantFailure, Worker
 from training_framework.config import TrainConfig
 from training_framework.config.inheritance import Setting, canonical_settings
 from training_framework.config.loading import build_config
@@ -57,6 +58,7 @@ class TrialRunner:
         memory_limit_bytes: Candidates that take more are rejected; None for no limit.
         open_worker: Starts a candidate.
         keep: Called with the trials so far after each.
+        quiet: Waits for a quiet machine before a trial is timed on a CPU; None: nobody waits.
         stream: Where progress goes; None: standard error.
 
     Attributes:
@@ -72,6 +74,7 @@ class TrialRunner:
         memory_limit_bytes: int | None,
         open_worker: OpenWorker,
         keep: Callable[[list[Trial]], None],
+        quiet: QuietMachine | None = None,
         stream: TextIO | None = None,
     ) -> None:
         self.trials: list[Trial] = []
@@ -81,6 +84,7 @@ class TrialRunner:
         self._memory_limit = memory_limit_bytes
         self._open_worker = open_worker
         self._keep = keep
+        self._quiet = quiet
         self._stream = sys.stderr if stream is None else stream
 
     def __call__(self, candidate: Candidate, rung: int, best: float) -> Score:
@@ -126,10 +130,15 @@ class TrialRunner:
                 update = {"outcome": "hopeless", "reason": reason, "images_per_second": warm,
                           "score": warm}  # fmt: skip
                 return blank.model_copy(update=update)
-            measurement = worker.sample(0)
+            measurement = self._sample(worker)
         finally:
             worker.close()
         return self._judged(blank, facts, measurement)
+
+    def _sample(self, worker: Worker) -> Measurement:
+        if self._quiet is None or worker.facts.device != "cpu":
+            return worker.sample(0)
+        return self._quiet.sample(worker, 0, may_retake=True)
 
     def _config(self, overrides: Mapping[str, Any]) -> TrainConfig:
         return build_config({**self._base, **canonical_settings(overrides, "tune")})

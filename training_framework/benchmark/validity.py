@@ -1,8 +1,10 @@
 """The validity gate: what forbids taking a comparison at its word. Each finding is a mark."""
 
+import statistics
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from training_framework.benchmark.quiet import QUIET
 from training_framework.benchmark.result import Measurement, Ratio, VariantFacts
 from training_framework.benchmark.statistics import (
     FEWEST_PAIRS,
@@ -38,13 +40,17 @@ class Mark(NamedTuple):
 
 
 def variant_marks(
-    measurements: Sequence[Measurement], samples: Sequence[float | None]
+    measurements: Sequence[Measurement],
+    samples: Sequence[float | None],
+    *,
+    fastest_probe: float | None = None,
 ) -> list[Mark]:
     """What one variant's own samples give away.
 
     Args:
         measurements: Of the finished rounds.
         samples: The values made of them.
+        fastest_probe: Seconds of the fastest probe of the whole comparison.
     """
     marks = []
     recompiled = [m.round + 1 for m in measurements if m.new_graphs]
@@ -58,6 +64,11 @@ def variant_marks(
     if busy and (share := sum(busy) / len(busy)) > BUSY_SHARE:
         marks.append(Mark("busy machine", f"others took {share:.0%} of the cores, {max(busy):.0%} "
                           "in the worst round"))  # fmt: skip
+    elif fastest_probe is not None and (slowed := _slowdown(measurements, fastest_probe)) > QUIET:
+        marks.append(
+            Mark("busy machine", f"around the samples a fixed piece of work took {slowed:.2f} "
+                 "times as long as at its fastest: others outside this system share its cores")
+        )  # fmt: skip
     values = [sample for sample in samples if sample is not None]
     if len(values) > 1 and (spread := relative_spread(values)) > WIDE_SPREAD:
         marks.append(
@@ -72,6 +83,12 @@ def variant_marks(
     if missed:
         marks.append(Mark("target missed", f"{missed} of {len(samples)} runs missed the target"))
     return marks
+
+
+def _slowdown(measurements: Sequence[Measurement], fastest_probe: float) -> float:
+    """The median over the samples of the slower probe of each, over the fastest of all."""
+    slower = [max(m.probe_seconds) for m in measurements if m.probe_seconds]
+    return statistics.median(slower) / fastest_probe if slower else 1.0
 
 
 def work_marks(

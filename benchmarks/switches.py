@@ -1,0 +1,148 @@
+"""What each switch is worth, from a result of `ablation`: a Markdown table and a picture."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+__all__ = ["Worth", "switch_picture", "switch_table", "switch_worths"]
+
+ALONE, AMONG = "only ", ("with ", "without ")
+ROW, LEFT, RIGHT, TOP, BAR = 46, 190, 660, 40, 13
+COLORS = {"alone": "#2b6cb0", "among the others": "#c05621"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Worth:
+    """How many times as fast a switch makes a step: above 1 is a gain.
+
+    Attributes:
+        switch: Its name.
+        alone, among: Median and ends of the 95% interval with all other switches off, and among
+            the others as `all on` has them; None where it could not be measured here.
+        memory: Peak memory with it alone over that with all off.
+        startup_seconds: What it adds to the start, alone.
+        missing: Why it could not be measured; empty where it was.
+    """
+
+    switch: str
+    alone: tuple[float, float, float] | None
+    among: tuple[float, float, float] | None
+    memory: float | None
+    startup_seconds: float | None
+    missing: str = ""
+
+
+def switch_worths(result: Mapping[str, Any]) -> list[Worth]:
+    """Each switch of an ablation."""
+    rows = {row["name"]: row for row in result["variants"]}
+    ratios = {ratio["variant"]: ratio for ratio in result["ratios"]}
+    off = rows["all off"]
+    worths = []
+    for name, row in rows.items():
+        if not name.startswith(ALONE):
+            continue
+        switch = name.removeprefix(ALONE)
+        among = next(
+            (ratios[prefix + switch] for prefix in AMONG if prefix + switch in ratios), None
+        )
+        measured = bool(row["measurements"])
+        worths.append(
+            Worth(
+                switch=switch,
+                alone=_interval(ratios.get(name)),
+                among=_interval(among),
+                memory=row["peak_memory_bytes"] / off["peak_memory_bytes"] if measured else None,
+                startup_seconds=max(0.0, row["startup_seconds"] - off["startup_seconds"])
+                if measured
+                else None,
+                missing=row["unavailable"],
+            )
+        )
+    return worths
+
+
+def _interval(ratio: Mapping[str, Any] | None) -> tuple[float, float, float] | None:
+    """The gain of having the switch: a row without it holds the inverse."""
+    if ratio is None or ratio["low"] is None:
+        return None
+    median, low, high = ratio["median"], ratio["low"], ratio["high"]
+    if ratio["variant"].startswith("without "):
+        return 1 / median, 1 / high, 1 / low
+    return median, low, high
+
+
+def switch_table(worths: list[Worth]) -> str:
+    """The worths as a Markdown table."""
+    rows = [
+        "| switch | speed alone [95%] | among the others | memory | start |",
+        "|---|---|---|---|---|",
+    ]
+    for worth in worths:
+        if worth.alone is None:
+            rows.append(f"| {worth.switch} | not measured: {worth.missing} | | | |")
+            continue
+        rows.append(
+            f"| {worth.switch} | {_text(worth.alone)} | {_text(worth.among)} "
+            f"| {worth.memory:.2f}x | +{worth.startup_seconds:.1f} s |"
+        )
+    return "\n".join(rows) + "\n"
+
+
+def _text(interval: tuple[float, float, float] | None) -> str:
+    if interval is None:
+        return "-"
+    median, low, high = interval
+    return f"{median:.2f}x [{low:.2f}, {high:.2f}]"
+
+
+def switch_picture(worths: list[Worth], caption: str) -> str:
+    """The worths as an SVG: bars from 1 with their intervals, readable in light and dark."""
+    shown = [worth for worth in worths if worth.alone is not None]
+    ends = [end for worth in shown for part in (worth.alone, worth.among) if part for end in part]
+    low, high = min(0.9, *ends), max(1.1, *ends)
+    height = TOP + ROW * len(shown) + 50
+
+    def across(value: float) -> float:
+        return round(LEFT + (value - low) / (high - low) * (RIGHT - LEFT), 1)
+
+    pieces = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 760 {height}" role="img" '
+        f'aria-label="{escape(caption)}">',
+        "<style>text{font:14px sans-serif;fill:#24292f}.s{font-size:12px}.l{stroke:#57606a}"
+        "@media(prefers-color-scheme:dark){text{fill:#e6edf3}.l{stroke:#9198a1}}</style>",
+        f'<text x="{LEFT}" y="20">how many times as fast a step is</text>',
+    ]
+    for place, (label, color) in enumerate(COLORS.items()):
+        x = LEFT + 260 + 90 * place
+        pieces.append(f'<rect x="{x}" y="9" width="12" height="12" fill="{color}"/>')
+        pieces.append(f'<text class="s" x="{x + 16}" y="20">{label}</text>')
+    one = across(1.0)
+    pieces.append(f'<line class="l" x1="{one}" x2="{one}" y1="{TOP - 8}" y2="{height - 46}"/>')
+    for number, worth in enumerate(shown):
+        top = TOP + ROW * number
+        pieces.append(f'<text x="0" y="{top + 20}">{escape(worth.switch)}</text>')
+        for place, (interval, color) in enumerate(
+            zip((worth.alone, worth.among), COLORS.values(), strict=True)
+        ):
+            if interval is None:
+                continue
+            y = top + place * (BAR + 2)
+            pieces += _bar(interval, y, one, across, color)
+    pieces.append(f'<text class="s" x="0" y="{height - 12}">{escape(caption)}</text>')
+    return "\n".join([*pieces, "</svg>"]) + "\n"
+
+
+def _bar(
+    interval: tuple[float, float, float], y: int, one: float, across: Any, color: str
+) -> list[str]:
+    median, low, high = interval
+    start, end = sorted((one, across(median)))
+    middle = y + BAR / 2
+    return [
+        f'<rect x="{start}" y="{y}" width="{round(end - start, 1)}" height="{BAR}" '
+        f'fill="{color}"/>',
+        f'<line class="l" x1="{across(low)}" x2="{across(high)}" y1="{middle}" y2="{middle}" '
+        'stroke-width="2"/>',
+        f'<text class="s" x="{RIGHT + 10}" y="{y + BAR - 2}">{median:.2f}x</text>',
+    ]
