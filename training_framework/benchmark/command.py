@@ -55,6 +55,9 @@ def add_compare(commands: Any) -> None:
     parser.add_argument("--seconds", type=float, help="length of a sample, instead of --steps")
     parser.add_argument("--dropped-steps", type=int, metavar="STEPS",
                         help="steps before the first sample")  # fmt: skip
+    parser.add_argument("--patience", type=float, metavar="X",
+                        help="most time for waiting until the machine is quiet, in times of the "
+                        "samples' own (2; 0: none)")  # fmt: skip
     keys = [key for section, members in sections().items() for key in members
             if section not in SETTINGS_OF_A_RUN]  # fmt: skip
     add_config_flags(parser, keys)
@@ -133,6 +136,7 @@ def _changes(options: argparse.Namespace) -> dict[str, Any]:
         "steps": options.steps,
         "seconds": options.seconds,
         "warmup_steps": options.dropped_steps,
+        "patience": options.patience,
     }
     if options.seconds is not None and options.steps is not None:
         raise UserError("compare: --steps and --seconds are both given", "drop one of them")
@@ -183,6 +187,7 @@ def _refuse_beside_resume(options: argparse.Namespace, settings: dict[str, Any])
         "--steps": options.steps,
         "--seconds": options.seconds,
         "--dropped-steps": options.dropped_steps,
+        "--patience": options.patience,
         **{f"--{key.replace('_', '-')}": True for key in settings},
     }
     given = [name for name, value in others.items() if value]

@@ -96,7 +96,7 @@ class Experiment(_Strict):
     seeds: Annotated[tuple[int, ...], Field(strict=False)] = ()
     target_accuracy: Annotated[float, Field(gt=0, le=100)] | Literal["equal"] | None = None
     rounds_per_process: Annotated[int, Field(ge=1)] | None = None
-    patience: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
+    patience: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 2.0
     isolation: Literal["process", "shared"] = "process"
     control: bool = True
     may_differ: Annotated[
