@@ -2,7 +2,8 @@
 
 Three variants of a tiny network take turns in processes of their own: plain, plain again (the A/A
 control), and one that sleeps for a tenth of its time after every step. Repeated --repeats times.
-Prints a line each time and ends with 1 if a slowdown was missed or one was found that is not there.
+Prints a line each time and ends with 1 if a slowdown was missed or one was found that is not there;
+the result goes to benchmarks/results/ (or --output).
 
     python benchmarks/planted_slowdown.py --repeats 3
 
@@ -14,6 +15,8 @@ tests/benchmark/ were made so.
 import argparse
 import csv
 import io
+import json
+import shlex
 import sys
 import tempfile
 import time
@@ -24,12 +27,15 @@ import torch
 from torch import nn
 
 from training_framework.benchmark import workers
+from training_framework.benchmark.circumstances import device_label
 from training_framework.benchmark.comparison import Comparison
 from training_framework.benchmark.experiment import CONTROL, Experiment, Variant
+from training_framework.benchmark.result import Result, result_file_name, unused_path
 from training_framework.benchmark.timing import StepSampler
 from training_framework.benchmark.worker import main as answer_requests
 from training_framework.config import TrainConfig
 
+RESULTS = Path(__file__).parent / "results"
 PLANTED = 0.10
 FOUND_FROM = 1.05
 BASE: dict[str, Any] = {
@@ -76,8 +82,9 @@ def open_worker(variant: Any, config: TrainConfig, order: Any) -> workers.Proces
     )
 
 
-def run_live(repeats: int, rounds: int, seconds: float) -> bool:
-    right = True
+def run_live(repeats: int, rounds: int, seconds: float) -> tuple[list[dict[str, Any]], Result]:
+    """What each repetition found, as times and not as speeds, and the last comparison."""
+    runs = []
     for repeat in range(repeats):
         with tempfile.TemporaryDirectory() as folder:
             result = Comparison(
@@ -90,19 +97,48 @@ def run_live(repeats: int, rounds: int, seconds: float) -> bool:
         ratios = {ratio.variant: ratio for ratio in result.ratios}
         slowed, control = ratios["slowed"], ratios[CONTROL]
         assert slowed.low and slowed.high and control.low and control.high
-        # The ratio is of speeds: a slowdown of 10% is 1 / 1.1.
-        found = 1 / slowed.high > FOUND_FROM
-        quiet = 1 / control.high <= FOUND_FROM and control.low <= 1 <= control.high
-        right = right and found and quiet
+        run: dict[str, Any] = {
+            # The ratio is of speeds: a slowdown of 10% is 1 / 1.1.
+            "slowdown": _inverse(slowed),
+            "control": _inverse(control),
+            "pairs": slowed.pairs,
+            "found": 1 / slowed.high > FOUND_FROM,
+            "control_found": 1 / control.high > FOUND_FROM,
+        }
+        runs.append(run)
         print(
-            f"{repeat + 1}: slowdown {1 / slowed.median:.3f} [{1 / slowed.high:.3f}, "
-            f"{1 / slowed.low:.3f}] {'found' if found else 'MISSED'}; control "
-            f"{control.median:.3f} [{control.low:.3f}, {control.high:.3f}] "
-            f"{'holds' if quiet else 'OFF'}; others took "
-            f"{max(m.other_cpu_share for v in result.variants for m in v.measurements):.0%}",
+            f"{repeat + 1}: slowdown {_shown(run['slowdown'])} "
+            f"{'found' if run['found'] else 'MISSED'}; control {_shown(run['control'])} "
+            f"{'FOUND' if run['control_found'] else 'not found'}",
             flush=True,
         )
-    return right
+    return runs, result
+
+
+def _inverse(ratio: Any) -> dict[str, float]:
+    return {"median": 1 / ratio.median, "low": 1 / ratio.high, "high": 1 / ratio.low}
+
+
+def _shown(interval: dict[str, float]) -> str:
+    return f"{interval['median']:.3f} [{interval['low']:.3f}, {interval['high']:.3f}]"
+
+
+def write_result(path: Path, runs: list[dict[str, Any]], last: Result) -> None:
+    """The result file: the runs, and what a comparison says of the machine."""
+    content = {
+        "experiment": "planted-slowdown",
+        "command": shlex.join(["python", "benchmarks/planted_slowdown.py", *sys.argv[1:]]),
+        "started": last.started,
+        "commit": last.commit,
+        "environment": last.environment,
+        "clock": last.clock,
+        "planted": PLANTED,
+        "found_from": FOUND_FROM,
+        "runs": runs,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    print(path)
 
 
 def record(path: Path, pairs: int, steps: int) -> None:
@@ -140,6 +176,7 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--seconds", type=float, default=0.2)
+    parser.add_argument("--output", type=Path, metavar="FILE", help="result file (JSON)")
     parser.add_argument("--record", type=Path, metavar="FILE")
     parser.add_argument("--pairs", type=int, default=400, help="to record")
     parser.add_argument("--steps", type=int, default=8, help="of a recorded sample")
@@ -154,7 +191,10 @@ def main() -> int:
     if options.record is not None:
         record(options.record, options.pairs, options.steps)
         return 0
-    return 0 if run_live(options.repeats, options.rounds, options.seconds) else 1
+    runs, last = run_live(options.repeats, options.rounds, options.seconds)
+    name = result_file_name("planted-slowdown", device_label(experiment(1, 1.0)), torch.__version__)
+    write_result(options.output or unused_path(RESULTS / name), runs, last)
+    return 0 if all(run["found"] and not run["control_found"] for run in runs) else 1
 
 
 if __name__ == "__main__":

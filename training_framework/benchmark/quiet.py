@@ -15,8 +15,8 @@ from training_framework.benchmark.workers import Worker
 __all__ = ["QUIET", "QuietMachine", "SpeedProbe"]
 
 # Slowdown of the probe up to which the machine counts as quiet.
-QUIET = 1.10
-PROBE_CALLS = 8
+QUIET = 1.20
+PROBE_CALLS = 2
 CALIBRATION_PROBES = 20
 # Granted from the beginning, so that the first sample can wait too.
 FIRST_PATIENCE_SECONDS = 20.0
@@ -26,13 +26,16 @@ SECONDS_BETWEEN_PROBES = 0.1
 class SpeedProbe:
     """A convolution on all of this process's threads, timed over about 20 ms.
 
+    Its arrays are as large as a training step's: what fits into a cache suffers more from a
+    neighbour than training does.
+
     Attributes:
         fastest: Seconds of the fastest probe so far.
     """
 
     def __init__(self) -> None:
         layout = torch.channels_last
-        self._images = torch.randn(8, 64, 32, 32).contiguous(memory_format=layout)
+        self._images = torch.randn(32, 64, 32, 32).contiguous(memory_format=layout)
         self._weight = torch.randn(64, 64, 3, 3).contiguous(memory_format=layout)
         self.fastest = float("inf")
         for _ in range(CALIBRATION_PROBES):
