@@ -26,6 +26,7 @@ from training_framework.benchmark.table import result_lines
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+NOT_RECORDED = "Not recorded on a quiet machine yet.\n"
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"(<!-- generated: ([\w-]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 
@@ -90,13 +91,17 @@ def machine_of_comparison(result: dict[str, Any]) -> str:
 
 def comparison(experiment: str) -> str:
     """A comparison as `compare` prints it, and the command that repeats it."""
-    result = newest(experiment)
+    result = newest_or_none(experiment)
+    if result is None:
+        return NOT_RECORDED
     _, _, *lines = result_lines(Result.model_validate(result))  # the page has its own headings
     return "\n".join([f"`{result['command']}`", "", *lines]) + "\n"
 
 
 def controls() -> str:
     """Every recorded run of the A/A control."""
+    if newest_or_none("aa-control") is None:
+        return NOT_RECORDED
     rows = ["| run | speed against itself [95%] | pairs | marks |", "|---|---|---|---|"]
     for number, file in enumerate(sorted(RESULTS.glob("aa-control_*.json")), start=1):
         result = json.loads(file.read_text(encoding="utf-8"))
@@ -111,7 +116,9 @@ def controls() -> str:
 
 def planted() -> str:
     """What was found of a slowdown that was planted."""
-    result = newest("planted-slowdown")
+    result = newest_or_none("planted-slowdown")
+    if result is None:
+        return NOT_RECORDED
     rows = [
         f"| run | slowdown of {result['planted']:.0%} [95%] | control [95%] |",
         "|---|---|---|",
@@ -127,7 +134,9 @@ def planted() -> str:
 
 def switches() -> str:
     """What each switch is worth."""
-    result = newest("ablation")
+    result = newest_or_none("ablation")
+    if result is None:
+        return NOT_RECORDED
     facts = next(row["facts"] for row in result["variants"] if row["facts"])
     where = (
         f"({facts['plan']['global_batch_size']} images of {facts['image_size']} px a step, "
@@ -136,9 +145,11 @@ def switches() -> str:
     return f"{switch_table(switch_worths(result))}\n{where}\n"
 
 
-def picture() -> str:
-    """The picture of the switches."""
-    result = newest("ablation")
+def picture() -> str | None:
+    """The picture of the switches; None before there is a result."""
+    result = newest_or_none("ablation")
+    if result is None:
+        return None
     return switch_picture(switch_worths(result), machine_of_comparison(result))
 
 
@@ -155,7 +166,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "planted": planted,
     **{name: functools.partial(comparison, name) for name in COMPARISONS},
 }
-PICTURES: dict[Path, Callable[[], str]] = {ROOT / "docs" / "switches.svg": picture}
+PICTURES: dict[Path, Callable[[], str | None]] = {ROOT / "docs" / "switches.svg": picture}
 
 
 def rendered(text: str) -> str:
@@ -170,7 +181,7 @@ def main() -> int:
     stale = []
     texts = {document: document.read_text(encoding="utf-8") for document in DOCUMENTS}
     fresh = {document: rendered(text) for document, text in texts.items()}
-    fresh |= {path: draw() for path, draw in PICTURES.items()}
+    fresh |= {path: text for path, draw in PICTURES.items() if (text := draw()) is not None}
     for path, text in fresh.items():
         if not path.exists() or path.read_text(encoding="utf-8") != text:
             stale.append(str(path.relative_to(ROOT)))

@@ -37,7 +37,8 @@ def row(name, *, memory=100, start=1.0, unavailable=""):
 ABLATION = {
     "variants": [
         row("all off"), row("all on"),
-        row("only compile", memory=150, start=9.0), row("only mixed precision", unavailable="no bf16 here"),
+        row("only compile", memory=150, start=9.0),
+        row("only mixed precision", unavailable="no bf16 here"),
         row("only layout"), row("with compile"), row("without layout"),
     ],
     "ratios": [
