@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import json
 import os
 import pickle
 import re
@@ -13,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -20,6 +22,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from training_framework.checkpoint import load_checkpoint, save_checkpoint
 from training_framework.cli import main
 from training_framework.data import CIFAR10
 from training_framework.hardware import Accelerator, detect_hardware
@@ -124,6 +127,17 @@ def write_cifar_batch(path: Path, *, labels: list[int]) -> None:
     path.write_bytes(pickle.dumps(content, protocol=2))
 
 
+def run_result(**changes: Any) -> bytes:
+    """A training run's result file."""
+    run = {
+        "experiment": "demo", "command": "efficient-resnet train", "seconds": 10.0,
+        "dataset": "digits", "environment": {}, "config": {},
+        "plan": {"steps_per_epoch": 2, "epochs": 1}, "epochs": [], "metrics": [],
+        "results": {"images_per_second": 1.0, "steps": 2},
+    }  # fmt: skip
+    return json.dumps({**run, **changes}).encode()
+
+
 class Command:
     """Unpickled, it runs a command."""
 
@@ -135,8 +149,31 @@ def resnet_state(name: str) -> dict[str, torch.Tensor]:
     return build_model(name, num_classes=4, stem="cifar").state_dict()
 
 
-def state_with(**changes: Any) -> Callable[[], Any]:
-    return lambda: {**torch.load(CHECKPOINT, weights_only=True), **changes}
+def checkpoint_without(path: str, key: str) -> Callable[[], None]:
+    def write() -> None:
+        state = load_checkpoint(Path(CHECKPOINT))
+        del state[key]
+        save_checkpoint(Path(path), state)
+
+    return write
+
+
+def later_checkpoint(path: str) -> None:
+    state = load_checkpoint(Path(CHECKPOINT))
+    with mock.patch("training_framework.checkpoint.file.FORMAT_VERSION", 3):
+        save_checkpoint(Path(path), state)
+
+
+def flipped(path: str, position: float) -> Callable[[], None]:
+    """A file of the run with one bit changed, at a part of its length."""
+
+    def flip() -> None:
+        content = bytearray(Path(path).read_bytes())
+        content[int(len(content) * position)] ^= 1
+        Path(path).unlink()  # as for `truncate`
+        Path(path).write_bytes(content)
+
+    return flip
 
 
 CONFIGURATIONS = [
@@ -436,6 +473,58 @@ DATA = [
         cifar(file("cifar-10-batches-py/data_batch_1", pickle.dumps({b"data": Command()}))),
     ),
     Bad(
+        "an empty picture to validate on",
+        f"train {PICTURES}",
+        r"pictures/val/ant/1\.jpg: is empty; replace or delete the file",
+        pictures(file("pictures/val/ant/1.jpg", b"")),
+    ),
+    Bad(
+        "more bad pictures than may be passed over",
+        f"train {PICTURES} --batch-size 8 --on-bad-image skip",
+        r"4 pictures of the train split cannot be decoded, and 3 of 8 are passed over at most: .*",
+        pictures(*(file(f"pictures/train/ant/{number}.jpg") for number in range(4))),
+        begins=True,
+    ),
+    Bad(
+        "a link that leads nowhere",
+        f"plan {PICTURES}",
+        r"pictures/train/ant/9\.jpg: is no file; remove it, or mend the link",
+        pictures(lambda: Path("pictures/train/ant/9.jpg").symlink_to("gone.jpg")),
+    ),
+    Bad(
+        "a link that goes round in a circle",
+        f"plan {PICTURES}",
+        r"pictures/train/ant/again: is in its class twice, by a link; remove the link",
+        pictures(lambda: Path("pictures/train/ant/again").symlink_to(".")),
+    ),
+    Bad(
+        "class names of other data",
+        "plan --data cifar10 --data-root .",
+        r"cifar-10-batches-py/batches\.meta: does not list 10 class names; take the file from .*",
+        cifar(
+            lambda: Path("cifar-10-batches-py/batches.meta").write_bytes(
+                pickle.dumps({b"label_names": [b"one"]}, protocol=2)
+            )
+        ),
+    ),
+    Bad(
+        "a CIFAR file of text",
+        "plan --data cifar10 --data-root .",
+        r"cifar-10-batches-py/data_batch_5: not a CIFAR file \(damaged: .*\); replace it by .*",
+        cifar(file("cifar-10-batches-py/data_batch_5")),
+    ),
+    Bad(
+        "a folder for a CIFAR file",
+        "plan --data cifar10 --data-root .",
+        r"cifar-10-batches-py/data_batch_2: is no file; complete the data set's folder",
+        cifar(
+            lambda: (
+                Path("cifar-10-batches-py/data_batch_2").unlink(),
+                Path("cifar-10-batches-py/data_batch_2").mkdir(),
+            )
+        ),
+    ),
+    Bad(
         "a CIFAR folder that lacks a file",
         "train --data cifar10 --data-root .",
         r"cifar-10-batches-py: lacks test_batch; complete it, or move it away .*",
@@ -475,26 +564,94 @@ CHECKPOINTS = [
     Bad(
         "bare weights for a checkpoint",
         "train --resume bare.pth",
-        r"bare\.pth: is no checkpoint of this framework; .* give them as --weights",
+        r"bare\.pth: was written by torch\.save and is no checkpoint .* give them as --weights",
         torch_file("bare.pth", lambda: {"fc.weight": torch.zeros(2, 2)}),
     ),
     Bad(
         "a checkpoint that would run code",
         "train --resume hostile.ckpt",
-        r"hostile\.ckpt: cannot be read as a checkpoint \(it holds code: .*system\); .*",
+        r"hostile\.ckpt: was written by torch\.save and is no checkpoint of this framework; .*",
         torch_file("hostile.ckpt", lambda: {"format_version": 1, "model": Command()}),
     ),
     Bad(
         "a checkpoint of a later format",
         "train --resume later.ckpt",
-        r"later\.ckpt: has format version 2, .*reads 1; read it with the version that wrote it",
-        torch_file("later.ckpt", state_with(format_version=2)),
+        r"later\.ckpt: has format version '3', .*reads 2; read it with the version that wrote it",
+        lambda: later_checkpoint("later.ckpt"),
     ),
     Bad(
         "a checkpoint that lacks a part",
         "train --resume part.ckpt",
         r"part\.ckpt: is incomplete: it lacks 'progress'; .*",
-        torch_file("part.ckpt", lambda: without(torch.load(CHECKPOINT), "progress")),
+        checkpoint_without("part.ckpt", "progress"),
+    ),
+    Bad(
+        "a checkpoint with a changed bit in its header",
+        f"evaluate {CHECKPOINT}",
+        r"run/checkpoints/last\.ckpt: cannot be read as a checkpoint .*; it is damaged or .*",
+        flipped(CHECKPOINT, 0.0005),
+    ),
+    Bad(
+        "a checkpoint with a changed bit in its weights",
+        f"evaluate {CHECKPOINT}",
+        r"run/checkpoints/last\.ckpt: cannot be read as a checkpoint \(.* its checksum\); .*",
+        flipped(CHECKPOINT, 0.7),
+    ),
+    Bad(
+        "a run's settings for its checkpoint",
+        "predict run/config.yaml pictures",
+        r"run/config\.yaml: cannot be read as a checkpoint .*; .*",
+        pictures(),
+    ),
+    Bad(
+        "weights with a NaN",
+        f"train {TINY} --weights nan.pth",
+        r"nan\.pth: conv1\.weight holds NaN or infinity; take an earlier checkpoint",
+        torch_file(
+            "nan.pth",
+            lambda: {
+                **(s := resnet_state("resnet10")),
+                "conv1.weight": s["conv1.weight"] * float("nan"),
+            },
+        ),
+    ),
+    Bad(
+        "weights that lack a tensor",
+        f"train {TINY} --weights part.pth",
+        r"part\.pth: bn1\.weight \(64 in the model\) is missing; .*",
+        torch_file("part.pth", lambda: without(resnet_state("resnet10"), "bn1.weight")),
+    ),
+    Bad(
+        "an empty weight file",
+        f"train {TINY} --weights empty.safetensors",
+        r"empty\.safetensors: not a readable weight file .*; .*",
+        file("empty.safetensors", b""),
+    ),
+    Bad(
+        "a card of nonsense",
+        "predict nonsense.safetensors pictures",
+        r"nonsense\.safetensors: does not say which network it belongs to; use .*",
+        lambda: (
+            pictures()(),
+            save_file(
+                {"a": torch.zeros(2)},
+                "nonsense.safetensors",
+                metadata={
+                    "network": json.dumps(
+                        {
+                            "model": 1,
+                            "stem": "cifar",
+                            "share_early_weights": 0,
+                            "class_names": [],
+                            "image_size": -1,
+                            "mean": [],
+                            "std": [],
+                            "center_crop": 0,
+                        }
+                    )
+                },
+            ),
+        ),
     ),
     Bad(
         "resuming with another learning rate",
@@ -574,7 +731,7 @@ CHECKPOINTS = [
     Bad(
         "a card that names no model",
         "predict unknown.ckpt pictures",
-        r"unknown\.ckpt: unknown model 'vgg16'; .*",
+        r"unknown\.ckpt: (unknown model 'vgg16'|does not say .*); .*",
         lambda: (pictures()(), unknown_model("unknown.ckpt")),
     ),
     Bad(
@@ -702,9 +859,91 @@ COMMANDS = [
         file("mine.txt"),
     ),
     Bad(
+        "a missing result",
+        "report gone.json",
+        r"gone\.json: cannot be read \(No such file or directory\); name a file that .*",
+    ),
+    Bad(
+        "text for a result",
+        "report notes.txt",
+        r"notes\.txt: is no JSON \(.*\); name a file that .*",
+        file("notes.txt"),
+    ),
+    Bad(
+        "bytes for a result",
+        "report bytes.json",
+        r"bytes\.json: is no JSON \(.*\); name a file that .*",
+        file("bytes.json", b"\xff\xfe"),
+    ),
+    Bad(
+        "a folder for a result",
+        "report folder",
+        r"folder: is no file; name a file that .*",
+        lambda: Path("folder").mkdir(),
+    ),
+    Bad(
+        "JSON of something else",
+        "report other.json",
+        r"other\.json: holds no result; name a file that .*",
+        file("other.json", b'{"a": 1}'),
+    ),
+    Bad(
+        "a run's record for a result",
+        "report run/run.json",
+        r"run/run\.json: holds no result; name a file that .*",
+        file("run/run.json", b'{"config": {}, "results": {}}'),
+    ),
+    Bad(
+        "a result without its variants",
+        "report r.json",
+        r"r\.json: is no result file of schema version 1 \(experiment: .*\); name a file .*",
+        file("r.json", b'{"variants": 3}'),
+    ),
+    Bad(
+        "a run with text for a step",
+        "report r.json",
+        r"r\.json: metrics: .*row 2: step: 'two' is no number; name a file that .*",
+        file("r.json", run_result(metrics=[{"step": "1"}, {"step": "two"}])),
+    ),
+    Bad(
+        "a run with text for a loss",
+        "report r.json",
+        r"r\.json: metrics: .*row 1: train/loss: 'low' is no number; name a file that .*",
+        file("r.json", run_result(metrics=[{"step": "1", "train/loss": "low"}])),
+    ),
+    Bad(
+        "a run of minus three epochs",
+        "report r.json",
+        r"r\.json: plan\.epochs: .*greater than or equal to 0.*; name a file that .*",
+        file("r.json", run_result(plan={"steps_per_epoch": 2, "epochs": -3})),
+    ),
+    Bad(
+        "a report over its own result",
+        "report r.json --output r.json",
+        r"--output r\.json: is one of the results themselves; name an \.html file",
+        file("r.json", run_result()),
+    ),
+    Bad(
+        "an experiment without variants",
+        "compare mine.yaml",
+        r"mine\.yaml: variants is missing; add variants",
+        files(mine="rounds: 3\n"),
+    ),
+    Bad(
+        "an experiment that loads a library",
+        "compare mine.yaml",
+        r"mine\.yaml: .*environment: LD_PRELOAD could have code loaded; set it .*",
+        files(mine="variants: [{name: a, environment: {LD_PRELOAD: x.so}}]\n"),
+    ),
+    Bad(
+        "an experiment that is not there",
+        "compare gone.yaml",
+        r"gone\.yaml: no such experiment; name a YAML file, or one of those shipped: .*",
+    ),
+    Bad(
         "a learning rate that leaves all bounds",
         f"train {TINY} --lr 1e30",
-        r"the training loss became .* by step \d+; lower lr, .*",
+        r"the training loss became nan at step \d+, .*; lower lr, .*",
         begins=True,
     ),
 ]
@@ -727,9 +966,15 @@ def without(state: dict[str, Any], key: str) -> dict[str, Any]:
 
 
 def unknown_model(path: str) -> None:
-    state = torch.load(CHECKPOINT, weights_only=True)
+    state = load_checkpoint(Path(CHECKPOINT))
     state["network"]["model"] = "vgg16"
-    torch.save(state, path)
+    save_checkpoint(Path(path), state)
+
+
+def test_there_are_enough_of_them_and_nearly_all_are_met_before_the_first_step() -> None:
+    inputs = [*CONFIGURATIONS, *DATA, *CHECKPOINTS, *COMMANDS]
+    assert len({bad.name for bad in inputs}) == len(inputs) >= 100
+    assert sum(not bad.begins for bad in inputs) >= 0.95 * len(inputs)
 
 
 @pytest.fixture(scope="module")

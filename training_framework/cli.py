@@ -10,6 +10,8 @@ import errno
 import os
 import re
 import sys
+import tempfile
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -19,13 +21,19 @@ from training_framework.benchmark.command import add_compare
 from training_framework.benchmark.report_command import add_report
 from training_framework.benchmark.tune_command import add_tune
 from training_framework.config.flags import add_config_flags, given_settings
-from training_framework.errors import UserError
+from training_framework.data_command import add_inspect, add_pack
+from training_framework.errors import UserError, one_line
+from training_framework.faults import check_fault_variable
+from training_framework.memory_shortage import memory_shortage
 from training_framework.profiling.command import add_profile
+from training_framework.verification.command import add_verify_resume
 
 __all__ = ["main"]
 
 USAGE_ERROR = 2
-SIGNAL_EXIT_CODES = {"SIGINT": 130, "SIGTERM": 143}
+PROGRAM_FAULT = 70  # EX_SOFTWARE of sysexits.h
+DEBUG_FLAG = "--debug"  # anywhere on the command line
+SIGNAL_EXIT_CODES = {"SIGHUP": 129, "SIGINT": 130, "SIGTERM": 143}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -66,9 +74,41 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: As on the command line, without the program's name; None takes it from there.
 
     Returns:
-        The exit status: 0, 2 for bad input, or 128 and the number of the signal that ended a run.
+        The exit status: 0, 2 for bad input, 70 for a fault of the program itself, or 128 and the
+        number of the signal that ended a run.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    debug = DEBUG_FLAG in arguments
+    if debug:
+        arguments.remove(DEBUG_FLAG)
+    try:
+        check_fault_variable()
+        return _run(arguments)
+    except UserError as error:
+        if debug:
+            traceback.print_exc()
+        return _report(error)
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        text = one_line(f"{type(error).__name__}: {error}")
+        print(f"error: {text}; a fault of the program: {_kept_traceback()}", file=sys.stderr)
+        return PROGRAM_FAULT
+
+
+def _kept_traceback() -> str:
+    """Keep the traceback under way in a file, since a long run cannot be repeated to see it."""
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w", prefix="efficient-resnet-", suffix=".txt", delete=False, encoding="utf-8"
+        ) as file:
+            file.write(traceback.format_exc())
+    except OSError:
+        return f"please report what {DEBUG_FLAG} shows"
+    return f"please report what {file.name} holds ({DEBUG_FLAG} shows it here)"
+
+
+def _run(arguments: list[str]) -> int:
     try:
         options, unknown = _parser().parse_known_args(arguments)
         if unknown:
@@ -76,8 +116,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         status = int(options.run(options) or 0)
         sys.stdout.flush()  # here, where a reader that has left is no surprise
         return status
-    except UserError as error:
-        return _report(error)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return SIGNAL_EXIT_CODES["SIGINT"]
@@ -88,7 +126,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         shortage = _shortage(error)
         if shortage is None:
             raise
-        return _report(shortage)
+        raise shortage from error
 
 
 def _report(error: UserError) -> int:
@@ -112,13 +150,11 @@ def _shortage(error: Exception) -> UserError | None:
             f"{error.filename or 'a file of the run'}: cannot be written to ({error.strerror})",
             "make room there; a run goes on from its last.ckpt with --resume",
         )
-    text = str(error)
-    # PyTorch's words for the CPU; its class for other devices; numpy's class.
-    known = "can't allocate memory" in text or type(error).__name__ == "OutOfMemoryError"
-    if not known and not isinstance(error, MemoryError):
+    shortage = memory_shortage(error)
+    if shortage is None:
         return None
     return UserError(
-        f"memory is full: {text.partition('. Error code')[0].partition('. GPU')[0]}",
+        f"memory is full: {shortage}",
         "lower batch_size or img_size, set activation_checkpointing, or set resident_data to false",
     )
 
@@ -128,6 +164,9 @@ def _parser() -> argparse.ArgumentParser:
         prog="efficient-resnet",
         description="Train ResNets as fast as the machine allows, and measure it.",
         allow_abbrev=False,
+    )
+    parser.add_argument(
+        DEBUG_FLAG, action="store_true", help="show a traceback with an error; for every command"
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(
@@ -142,6 +181,7 @@ def _parser() -> argparse.ArgumentParser:
     add_tune(commands)
     add_report(commands)
     add_profile(commands)
+    add_verify_resume(commands)
     return parser
 
 
@@ -168,8 +208,9 @@ def _add_evaluate(commands: Any) -> None:
     parser.add_argument("checkpoint", type=Path, help=".ckpt or weights.safetensors of a run")
     add_config_flags(
         parser,
-        ("data", "data_root", "batch_size", "accelerator", "precision", "threads", "num_workers"),
-    )
+        ("data", "data_root", "batch_size", "accelerator", "precision", "threads", "num_workers",
+         "on_bad_image"),
+    )  # fmt: skip
 
 
 def _add_predict(commands: Any) -> None:
@@ -177,7 +218,7 @@ def _add_predict(commands: Any) -> None:
     parser.add_argument("checkpoint", type=Path, help=".ckpt or weights.safetensors of a run")
     parser.add_argument("pictures", type=Path, nargs="+", help="image files, or folders of them")
     parser.add_argument("--top", type=int, default=3, help="classes to show for each (3)")
-    add_config_flags(parser, ("accelerator", "precision", "threads"))
+    add_config_flags(parser, ("accelerator", "precision", "threads", "on_bad_image"))
 
 
 def _add_data(commands: Any) -> None:
@@ -192,6 +233,8 @@ def _add_data(commands: Any) -> None:
     subset.add_argument("--train-per-class", type=int, required=True, help="training images each")
     subset.add_argument("--val-per-class", type=int, required=True, help="validation images each")
     subset.add_argument("--seed", type=int, default=0, help="seed of the choice (0)")
+    add_pack(actions)
+    add_inspect(actions)
 
 
 def _configuration(options: argparse.Namespace) -> Any:
@@ -208,7 +251,13 @@ def _train(options: argparse.Namespace) -> int:
 
     result = train(_configuration(options))
     if result.run_directory is not None:
-        print("\n".join(result_lines(result)))
+        try:
+            print("\n".join(result_lines(result)), flush=True)
+        except OSError:
+            if result.stopped_by != "SIGHUP":
+                raise
+            # The terminal is gone, as the signal said; what could not be said must not fail again.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return SIGNAL_EXIT_CODES.get(result.stopped_by, 0)
 
 
@@ -230,6 +279,12 @@ def _evaluate(options: argparse.Namespace) -> None:
     metrics = evaluation.metrics
     if not Processes.from_environment().is_first:
         return
+    passed_over = facts.val_images - metrics.count
+    if passed_over:
+        print(
+            f"note: {passed_over:,} of {facts.val_images:,} pictures are bad and not counted",
+            file=sys.stderr,
+        )
     print(
         f"{facts.name}: {metrics.count:,} images  top-1 {metrics.acc1:.2f}%  "
         f"top-5 {metrics.acc5:.2f}%  loss {metrics.loss:.4f}  in {evaluation.seconds:.1f} s"

@@ -134,6 +134,46 @@ def test_wrong_class_names_are_an_error(tmp_path: Path) -> None:
         open_cifar(CIFAR10, root=tmp_path)
 
 
+def test_files_that_are_not_the_published_ones_are_said_once(tmp_path: Path) -> None:
+    _make_set(CIFAR10, tmp_path / CIFAR10.folder)
+    (note,) = open_cifar(CIFAR10, root=tmp_path).notes
+    assert note.startswith("note: all files of cifar10 differ from the published ones")
+    sums = {
+        path.name: hashlib.md5(path.read_bytes()).hexdigest()
+        for path in (tmp_path / CIFAR10.folder).iterdir()
+    }
+    published = replace(CIFAR10, file_md5s=sums)
+    assert open_cifar(published, root=tmp_path).notes == ()
+    second = replace(CIFAR10, file_md5s={**sums, "data_batch_2": "0", "test_batch": "0"})
+    (note,) = open_cifar(second, root=tmp_path).notes
+    assert note.startswith("note: data_batch_2, test_batch of cifar10 differ")
+
+
+def test_lists_in_lists_do_not_become_huge_arrays(tmp_path: Path) -> None:
+    folder = tmp_path / CIFAR100.folder
+    _make_set(CIFAR100, folder)
+    nested: list[Any] = [0] * 10
+    for _ in range(12):
+        nested = [nested] * 10
+    for labels in (nested, [0, [1]], [True, 1], [10**400, 1]):
+        _write(folder / "test", {b"data": np.zeros((2, 3072), np.uint8), b"fine_labels": labels})
+        with pytest.raises(UserError, match=r"labels are not integers|for \d+ labels|is not in 0"):
+            open_cifar(CIFAR100, root=tmp_path)
+
+
+def test_a_file_too_large_or_none_is_not_read(tmp_path: Path) -> None:
+    folder = tmp_path / CIFAR10.folder
+    _make_set(CIFAR10, folder)
+    with (folder / "data_batch_2").open("r+b") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(UserError, match=r"data_batch_2: 1,099,511,627,776 bytes are more than"):
+        open_cifar(CIFAR10, root=tmp_path)
+    (folder / "data_batch_2").unlink()
+    os.mkfifo(folder / "data_batch_2")
+    with pytest.raises(UserError, match="data_batch_2: is no file"):
+        open_cifar(CIFAR10, root=tmp_path)
+
+
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[tuple[str, Path]]:
     """A local web server: its address, and the folder that it serves."""

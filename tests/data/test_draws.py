@@ -1,7 +1,12 @@
 import numpy as np
 import torch
 
-from training_framework.data.draws import BatchDraws, Purpose, keyed_generator
+from training_framework.data.draws import (
+    BatchDraws,
+    Purpose,
+    SampleGenerators,
+    keyed_generator,
+)
 
 
 def _draws(seed: int = 0, draws_per_sample: int = 3) -> BatchDraws:
@@ -54,3 +59,27 @@ def test_first_sides_are_half_true_and_stay() -> None:
 def test_steps_draw_the_same_on_every_instance() -> None:
     assert _draws().for_step(7).beta(0.2, 0.2) == _draws().for_step(7).beta(0.2, 0.2)
     assert _draws().for_step(7).random() != _draws().for_step(8).random()
+
+
+def test_a_samples_stream_depends_on_its_key_alone() -> None:
+    keys = [(0, Purpose.DECODING, 0, 0), (1, Purpose.DECODING, 0, 0), (0, Purpose.ORDER, 0, 0),
+            (0, Purpose.DECODING, 1, 0), (0, Purpose.DECODING, 0, 1)]  # fmt: skip
+    firsts = [SampleGenerators(*key[:2]).of(*key[2:]).random(9).tolist() for key in keys]
+    assert len({tuple(draws) for draws in firsts}) == len(keys)
+    generators = SampleGenerators(0, Purpose.DECODING)
+    for epoch, sample in [(1, 5), (0, 1), (0, 0), (1, 0), (0, 0)]:
+        generators.of(epoch, sample).random(7)  # leaves half a block of the counter
+    generators.of(0, 1).integers(5, dtype=np.uint32)  # leaves half a word
+    for key, expected in zip(keys, firsts, strict=True):
+        if key[:2] == keys[0][:2]:
+            assert generators.of(*key[2:]).random(9).tolist() == expected
+
+
+def test_streams_of_neighbouring_samples_are_uniform_and_unrelated() -> None:
+    generators = SampleGenerators(3, Purpose.DECODING)
+    draws = np.array([generators.of(0, sample).random(4) for sample in range(4000)])
+    assert abs(draws.mean() - 0.5) < 0.01
+    assert abs(draws.var() - 1 / 12) < 0.005
+    columns = np.corrcoef(draws.T) - np.eye(4)
+    neighbours = np.corrcoef(draws[:-1, 0], draws[1:, 0])[0, 1]
+    assert max(np.abs(columns).max(), abs(neighbours)) < 0.06

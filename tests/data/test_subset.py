@@ -1,4 +1,5 @@
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -96,10 +97,17 @@ def test_none_of_something_is_an_error(source: Path, tmp_path: Path) -> None:
         _make(source, tmp_path / "tiny", classes=0)
 
 
-def test_failed_copy_leaves_nothing_behind(source: Path, tmp_path: Path) -> None:
-    for file in (source / "val").rglob("*.jpg"):
-        file.unlink()
-        file.symlink_to(source / "gone.jpg")
+def test_failed_copy_leaves_nothing_behind(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copyfile = shutil.copyfile
+
+    def copy_of_a_vanishing_file(file: Path, target: Path) -> None:
+        if "val" in file.parts:
+            file.unlink()
+        copyfile(file, target)
+
+    monkeypatch.setattr(shutil, "copyfile", copy_of_a_vanishing_file)
     with pytest.raises(UserError, match="No such file"):
         _make(source, tmp_path / "tiny")
     assert [path.name for path in tmp_path.iterdir()] == ["source"]

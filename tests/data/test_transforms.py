@@ -15,7 +15,7 @@ def _split() -> Batch:
 
 
 def _part(batch: Batch, rows: slice | torch.Tensor) -> Batch:
-    return Batch(*(tensor[rows] for tensor in batch))
+    return Batch(batch.images[rows], batch.labels[rows], batch.indices[rows])
 
 
 def _transform(

@@ -1,10 +1,12 @@
 import os
 import pickle
+import zipfile
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file, save_model
 
+from training_framework.checkpoint import save_checkpoint
 from training_framework.errors import UserError
 from training_framework.models.resnet import ResNet, build_model
 from training_framework.models.weights import load_weights, read_metadata, save_weights
@@ -36,6 +38,15 @@ def test_weights_come_back_bit_for_bit(tmp_path, suffix):
     lines = load_weights(target, path)
     assert_same_state(target.state_dict(), source.state_dict())
     assert str(path) in lines[0] and len(lines) == 1
+
+
+@pytest.mark.parametrize("averaged", [False, True])
+def test_of_a_checkpoint_of_ours_the_average_is_taken_where_there_is_one(tmp_path, averaged):
+    source, average, target = resnet10(0), resnet10(2), resnet10(1)
+    state = {"model": source.state_dict(), "average": average.state_dict() if averaged else None}
+    save_checkpoint(tmp_path / "last.ckpt", state)
+    load_weights(target, tmp_path / "last.ckpt")
+    assert_same_state(target.state_dict(), (average if averaged else source).state_dict())
 
 
 def test_old_pickles_without_zip_and_without_batch_counters_load(tmp_path):
@@ -215,3 +226,28 @@ def test_a_failed_write_keeps_the_old_file_and_leaves_no_other(tmp_path, monkeyp
         save_weights({"w": torch.zeros(2)}, path, {})
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda weight: weight * float("nan"), "holds NaN or infinity"),
+        (lambda weight: weight.to_sparse(), "is no plain tensor"),
+        (lambda weight: weight.to("meta"), "is no plain tensor"),
+        (lambda weight: torch.zeros(()).expand(10**6, 10**6), "larger than what is stored"),
+    ],
+)
+def test_tensors_that_are_no_weights_are_named(tmp_path, change, words):
+    state = resnet10(0).state_dict()
+    state["fc.weight"] = change(state["fc.weight"])
+    torch.save(state, tmp_path / "weights.pth")
+    with pytest.raises(UserError, match=rf"weights\.pth: '?fc\.weight'? .*{words}"):
+        load_weights(resnet10(1), tmp_path / "weights.pth")
+
+
+def test_a_file_that_would_take_all_memory_is_not_loaded(tmp_path):
+    path = tmp_path / "weights.pth"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", bytes(1 << 20))
+    with pytest.raises(UserError, match=r"weights\.pth: was not loaded, since that could take all"):
+        load_weights(resnet10(1), path)

@@ -10,9 +10,20 @@ from typing import Any, NamedTuple
 import yaml
 
 from training_framework.config.names import ALIASES, canonical
-from training_framework.errors import UserError
+from training_framework.errors import UserError, shown
 
-__all__ = ["Setting", "canonical_settings", "parse_yaml", "read_config_file", "shipped_configs"]
+__all__ = [
+    "Setting",
+    "canonical_settings",
+    "parse_yaml",
+    "read_config_file",
+    "read_yaml_text",
+    "shipped_configs",
+]
+
+_MOST_BYTES = 128 << 10
+_MOST_VALUES = 100_000
+_MOST_FILES = 100
 
 
 class Setting(NamedTuple):
@@ -26,13 +37,17 @@ class _Loader(yaml.SafeLoader):
     """Safe YAML, but with an error for a key given twice, and 1e-3 read as a number."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        keys = [key_node.value for key_node, _ in node.value]
-        for position, key in enumerate(keys):
-            if key in keys[:position]:
-                line = node.value[position][0].start_mark.line + 1
+        seen = set[str]()
+        for key_node, _ in node.value:
+            key = key_node.value
+            if not isinstance(key, str):  # a list or mapping, which no dictionary takes for a key
+                continue
+            if key in seen:
+                line = key_node.start_mark.line + 1
                 raise yaml.constructor.ConstructorError(
                     None, None, f"line {line}: the key {key!r} is given twice"
                 )
+            seen.add(key)
         return super().construct_mapping(node, deep)
 
 
@@ -64,7 +79,7 @@ def read_config_file(path: str | Path) -> dict[str, Setting]:
     Raises:
         UserError: The file is missing, no YAML mapping, part of a cycle, or contradicts itself.
     """
-    return _read(_locate(str(path), Path(), named_in=""), chain=())
+    return _read(_locate(str(path), Path(), named_in=""), chain=(), known={})
 
 
 def _locate(name: str, folder: Path, named_in: str) -> Path:
@@ -85,8 +100,15 @@ def _locate(name: str, folder: Path, named_in: str) -> Path:
     )
 
 
-def _read(path: Path, chain: tuple[Path, ...]) -> dict[str, Setting]:
+def _read(
+    path: Path, chain: tuple[Path, ...], known: dict[Path, dict[str, Setting]]
+) -> dict[str, Setting]:
+    """The settings of a file; `known` are those of the files read before, each read once."""
     resolved = path.resolve()
+    if resolved in known:
+        return known[resolved]
+    if len(known) + len(chain) >= _MOST_FILES:
+        raise UserError(f"{path}: extends names more than {_MOST_FILES} files", "merge some")
     if resolved in chain:
         names = " -> ".join(file.name for file in (*chain[chain.index(resolved) :], resolved))
         raise UserError(f"{path}: extends goes round in a circle ({names})", "break the circle")
@@ -95,12 +117,15 @@ def _read(path: Path, chain: tuple[Path, ...]) -> dict[str, Setting]:
     bases = [bases] if isinstance(bases, str) else bases
     if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
         raise UserError(
-            f"{path}: extends: {bases!r} is no file name", "give one file name, or a list of them"
+            f"{path}: extends: {shown(bases)} is no file name",
+            "give one file name, or a list of them",
         )
     settings: dict[str, Setting] = {}
     for base in bases:
-        settings.update(_read(_locate(base, path.parent, f"{path}: extends: "), (*chain, resolved)))
+        base_file = _locate(base, path.parent, f"{path}: extends: ")
+        settings.update(_read(base_file, (*chain, resolved), known))
     settings.update(canonical_settings(content, str(path)))
+    known[resolved] = settings
     return settings
 
 
@@ -108,18 +133,69 @@ def parse_yaml(text: str) -> Any:
     """Safe YAML with this framework's rules: no key twice, and 1e-3 is a number.
 
     Raises:
-        yaml.YAMLError, ValueError, RecursionError: The text is no such YAML.
+        yaml.YAMLError, ValueError, RecursionError: The text is no such YAML, or its aliases stand
+            for far more than is written.
     """
-    return yaml.load(text, Loader=_Loader)
-
-
-def _parse(path: Path) -> dict[str, Any]:
+    loader = _Loader(text)
     try:
-        content = parse_yaml(path.read_text(encoding="utf-8"))
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _refuse_bomb(node)
+        return loader.construct_document(node)
+    finally:
+        loader.dispose()
+
+
+def read_yaml_text(path: Path) -> str:
+    """The text of a YAML file that people write.
+
+    Raises:
+        UserError: It cannot be read, is no UTF-8 text, or is far larger than such a file.
+    """
+    try:
+        if path.stat().st_size > _MOST_BYTES:
+            raise UserError(
+                f"{path}: is larger than {_MOST_BYTES >> 10} KiB", "name a YAML file of settings"
+            )
+        return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: is no UTF-8 text ({error.reason})", "name a YAML file") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})", "check the file") from None
+
+
+def _refuse_bomb(root: yaml.Node) -> None:
+    """Refuse aliases that stand for themselves, or for a billion values in ten lines."""
+    sizes: dict[int, int] = {}
+    under_way = set[int]()
+
+    def size_of(node: yaml.Node) -> int:
+        if isinstance(node, yaml.ScalarNode):
+            return 1
+        key = id(node)
+        if key not in sizes:
+            if key in under_way:
+                raise yaml.composer.ComposerError(
+                    None, None, "an alias stands for itself", node.start_mark
+                )
+            under_way.add(key)
+            parts = node.value
+            if isinstance(node, yaml.MappingNode):
+                parts = [part for pair in node.value for part in pair]
+            sizes[key] = 1 + sum(size_of(part) for part in parts)
+        return sizes[key]
+
+    if size_of(root) > _MOST_VALUES:
+        raise yaml.composer.ComposerError(
+            None, None, f"its aliases stand for more than {_MOST_VALUES} values", root.start_mark
+        )
+
+
+def _parse(path: Path) -> dict[str, Any]:
+    text = read_yaml_text(path)
+    try:
+        content = parse_yaml(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         problem = getattr(error, "problem", None) or str(error)
         mark = getattr(error, "problem_mark", None)
@@ -140,10 +216,27 @@ def canonical_settings(content: Mapping[str, Any], source: str) -> dict[str, Set
         key, key_value = canonical(name, value)
         if key in settings and settings[key].value != key_value:
             raise UserError(
-                f"{source}: {given_as[key]} is {content[given_as[key]]!r} but {name} is {value!r}, "
-                "and both mean one thing",
+                f"{source}: {given_as[key]} is {shown(content[given_as[key]])} but {name} is "
+                f"{shown(value)}, and both mean one thing",
                 f"keep one of them ({ALIASES.get(name, name)})",
             )
         settings[key] = Setting(key_value, source)
         given_as[key] = name
+    _take_data_by_path(settings)
     return settings
+
+
+def _take_data_by_path(settings: dict[str, Setting]) -> None:
+    """`data: PATH` is short for `data_root: PATH`, whose content says which data set it is."""
+    if "data" not in settings:
+        return
+    data, source = settings["data"]
+    if not isinstance(data, str) or not (data.endswith(".arrow") or Path(data).name != data):
+        return
+    root = settings.get("data_root")
+    if root is not None and root.value is not None:
+        raise UserError(
+            f"{source}: data is {shown(data)} but data_root is {shown(root.value)}",
+            "keep one of them",
+        )
+    settings["data"], settings["data_root"] = Setting(None, source), Setting(data, source)

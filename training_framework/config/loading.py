@@ -10,9 +10,16 @@ from pydantic import ValidationError
 from training_framework.config.inheritance import Setting, canonical_settings, read_config_file
 from training_framework.config.names import nearest
 from training_framework.config.schema import TrainConfig
-from training_framework.errors import UserError
+from training_framework.errors import UserError, shown
 
-__all__ = ["build_config", "check_value", "config_to_dict", "config_to_yaml", "load_config"]
+__all__ = [
+    "build_config",
+    "check_value",
+    "config_to_dict",
+    "config_to_yaml",
+    "load_config",
+    "names_checkpoint",
+]
 
 
 def load_config(
@@ -38,10 +45,15 @@ def load_config(
     given = {} if path is None else read_config_file(path)
     given.update(canonical_settings(overrides or {}, source))
     inherited = canonical_settings(base or {}, "the checkpoint's configuration")
-    if "resume" in given:
+    if "resume" in given and names_checkpoint(given["resume"].value):
         for key in ("weights", "stop_after_steps"):
             inherited.pop(key, None)
     return build_config({**inherited, **given})
+
+
+def names_checkpoint(resume: object) -> bool:
+    """Whether a value of `resume` is a file's name."""
+    return resume not in ("auto", "never", None)
 
 
 def build_config(settings: Mapping[str, Setting]) -> TrainConfig:
@@ -52,7 +64,7 @@ def build_config(settings: Mapping[str, Setting]) -> TrainConfig:
     """
     for key, setting in settings.items():
         if key not in TrainConfig.model_fields:
-            raise UserError(f"{setting.source}: unknown key {key!r}", nearest(key))
+            raise UserError(f"{setting.source}: unknown key {shown(key)}", nearest(key[:100]))
     values = {key: _natural(key, setting.value) for key, setting in settings.items()}
     try:
         return TrainConfig(**values)
@@ -92,7 +104,7 @@ def _user_error(error: ValidationError, settings: Mapping[str, Setting]) -> User
     field = TrainConfig.model_fields[key]
     setting = settings[key]
     return UserError(
-        f"{setting.source}: {key}: {setting.value!r} {_expectation(messages)}",
+        f"{setting.source}: {key}: {shown(setting.value)} {_expectation(messages)}",
         f"{key} means: {field.description}",
     )
 

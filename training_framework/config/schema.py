@@ -10,7 +10,9 @@ __all__ = ["TRAJECTORY_FREE_KEYS", "Section", "TrainConfig", "sections"]
 Section = Literal["data", "model", "training", "machine", "run"]
 
 Auto = Literal["auto"]
-PositiveInt = Annotated[int, Field(ge=1)]
+MOST = 2**53  # what a float counts exactly; far more than anything that is counted
+PositiveInt = Annotated[int, Field(ge=1, le=MOST)]
+NonNegativeInt = Annotated[int, Field(ge=0, le=MOST)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
@@ -26,6 +28,7 @@ Precision = Annotated[
 ]
 # A file name or path arrives as text from YAML and from flags.
 FilePath = Annotated[Path, Field(strict=False)]
+Resume = Annotated[Literal["auto", "never"] | FilePath, Field(union_mode="left_to_right")]
 
 
 def _setting(section: Section, default: Any, description: str) -> Any:
@@ -43,19 +46,20 @@ class TrainConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
 
     # fmt: off
-    data: Literal["digits", "cifar10", "cifar100", "folder", "synthetic"] | None = _setting("data", None, "data set: digits, cifar10, cifar100, folder or synthetic; unset: what data_root holds, else digits")
-    data_root: FilePath | None = _setting("data", None, "folder with the data, relative to the working directory")
+    data: Literal["digits", "cifar10", "cifar100", "folder", "packed", "synthetic"] | None = _setting("data", None, "data set: digits, cifar10, cifar100, folder, packed or synthetic, or the path of a folder or packed file; unset: what data_root holds, else digits")
+    data_root: FilePath | None = _setting("data", None, "folder or packed file with the data, relative to the working directory")
     img_size: Annotated[int, Field(ge=8, le=4096)] | None = _setting("data", None, "side in pixels of the images the network sees; unset: the data set's own")
-    num_classes: Annotated[int, Field(ge=2)] | None = _setting("data", None, "number of classes; unset: counted in the data")
+    num_classes: Annotated[int, Field(ge=2, le=MOST)] | None = _setting("data", None, "number of classes; unset: counted in the data")
     limit_train_images: PositiveInt | None = _setting("data", None, "train on so many of the training images, drawn evenly over the classes; unset: all")
     synthetic_train_images: PositiveInt = _setting("data", 2048, "training images of the synthetic set")
     synthetic_val_images: PositiveInt = _setting("data", 512, "validation images of the synthetic set")
     flip: Literal["auto", "none", "random", "alternating"] = _setting("data", "auto", "mirrored training images: auto, none, random or alternating (each image changes side every epoch)")
-    crop_padding: Annotated[int, Field(ge=0)] | Auto = _setting("data", "auto", "pixels of padding for the random crop of sets held as arrays; 0: no crop")
-    cutout: Annotated[int, Field(ge=0)] = _setting("data", 0, "side in pixels of the square cut out of each training image; 0: off")
+    crop_padding: NonNegativeInt | Auto = _setting("data", "auto", "pixels of padding for the random crop of sets held as arrays; 0: no crop")
+    cutout: NonNegativeInt = _setting("data", 0, "side in pixels of the square cut out of each training image; 0: off")
     random_erasing: Annotated[float, Field(ge=0, le=1)] = _setting("data", 0.0, "probability of erasing a random rectangle of a training image; 0: off")
     mixup: NonNegativeFloat = _setting("data", 0.0, "mixup's alpha; 0: off")
     cutmix: NonNegativeFloat = _setting("data", 0.0, "cutmix's alpha; 0: off; with mixup too, each step draws one of them")
+    on_bad_image: Literal["stop", "skip"] = _setting("data", "stop", "a picture that cannot be decoded: stop names it and ends the run; skip passes over it and lists it in bad_images.txt, 1% of a split at most")
 
     model: Literal["resnet10", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152"] = _setting("model", "resnet18", "resnet10, resnet18, resnet34, resnet50, resnet101 or resnet152")
     stem: Literal["auto", "cifar", "imagenet"] = _setting("model", "auto", "first layers: cifar (3x3, stride 1, no pooling), imagenet (7x7, stride 2, pooling), or auto, from the image size")
@@ -77,7 +81,7 @@ class TrainConfig(BaseModel):
     decay_norm_and_bias: bool = _setting("training", False, "apply weight decay to norms and biases too")
     scheduler: Literal["cosine", "step", "multi_step", "one_cycle", "linear", "constant"] = _setting("training", "one_cycle", "learning-rate schedule: cosine, step, multi_step, one_cycle, linear or constant")
     warmup_epochs: NonNegativeFloat | None = _setting("training", None, "warm-up in epochs; unset: none, or the first 30% of one_cycle")
-    warmup_steps: Annotated[int, Field(ge=0)] | None = _setting("training", None, "warm-up in optimizer steps, instead of warmup_epochs")
+    warmup_steps: NonNegativeInt | None = _setting("training", None, "warm-up in optimizer steps, instead of warmup_epochs")
     step_size: PositiveFloat = _setting("training", 30.0, "scheduler step: epochs between two drops")
     milestones: tuple[PositiveFloat, ...] = _setting("training", (), "scheduler multi_step: epochs at which the rate drops")
     gamma: Annotated[float, Field(gt=0, le=1)] = _setting("training", 0.1, "factor of one drop of step and multi_step")
@@ -97,8 +101,9 @@ class TrainConfig(BaseModel):
     fused_optimizer: bool | Auto = _setting("machine", "auto", "torch's fused optimizer; auto: where the device has one")
     small_map_convolutions: bool | Auto = _setting("machine", "auto", "compute convolutions on maps of a few pixels as matrix products; auto: on a CPU in fp32")
     activation_checkpointing: bool = _setting("machine", False, "recompute each block's activations in the backward pass: less memory, more time")
+    auto_micro_batch: bool = _setting("machine", False, "where memory is full, compute each batch in parts half as large and go on with the same effective batch; batch norm sees the parts (one process)")
     threads: PositiveInt | Auto = _setting("machine", "auto", "CPU threads of PyTorch; auto: one a core, shared between the processes")
-    num_workers: Annotated[int, Field(ge=0)] | Auto = _setting("machine", "auto", "loader processes; auto: from the cores and the data set")
+    num_workers: Annotated[int, Field(ge=0, le=1024)] | Auto = _setting("machine", "auto", "loader processes; auto: from the cores and the data set")
     prefetch_factor: PositiveInt = _setting("machine", 4, "batches that each loader process prepares ahead")
     pin_memory: bool | Auto = _setting("machine", "auto", "page-locked host memory for copies to a GPU; auto: with a GPU")
     resident_data: bool | Auto = _setting("machine", "auto", "keep the whole set in the device's memory; auto: where it fits well")
@@ -106,11 +111,13 @@ class TrainConfig(BaseModel):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)] | None = _setting("run", None, "name of the run: letters, digits, '.', '_', '-'; unset: model and data set")
     output_dir: FilePath = _setting("run", Path("logs"), "folder for runs; this one goes to <output_dir>/<name>/version_N")
-    resume: FilePath | None = _setting("run", None, "checkpoint to go on from")
+    resume: Resume = _setting("run", "auto", "auto: go on with the newest run of this name if it is not finished; never: a new run; or the checkpoint to go on from")
     allow_config_change: bool = _setting("run", False, "resume although settings that change the result differ")
     log_every_n_steps: PositiveInt = _setting("run", 50, "steps between two logged rows")
-    val_check_interval: Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, allow_inf_nan=False)] = _setting("run", 1.0, "evaluation every so many epochs (0.5, 1.0, 2.0) or, as a whole number, steps")
-    save_top_k: Annotated[int, Field(ge=0)] = _setting("run", 1, "best checkpoints to keep beside the last one")
+    val_check_interval: PositiveInt | Annotated[float, Field(gt=0, allow_inf_nan=False)] = _setting("run", 1.0, "evaluation every so many epochs (0.5, 1.0, 2.0) or, as a whole number, steps")
+    save_every_n_steps: PositiveInt | None = _setting("run", None, "steps between two checkpoints, beside those at the end of every epoch and of every evaluation; unset: no such interval")
+    save_every_seconds: PositiveFloat | None = _setting("run", 600.0, "seconds after which another checkpoint is due, likewise; null: no such interval")
+    save_top_k: NonNegativeInt = _setting("run", 1, "best checkpoints to keep beside the last one")
     tensorboard: bool = _setting("run", True, "write TensorBoard events")
     stop_after_steps: PositiveInt | None = _setting("run", None, "stop early, as an interrupt would, after so many steps; the schedule is that of the whole run")
     # fmt: on
@@ -156,7 +163,7 @@ def _contradictions(config: TrainConfig) -> list[str]:
         )
     if config.compile_mode is not None and config.compile is False:
         faults.append("compile_mode is given but compile is false; drop one of them")
-    if config.resume is not None and config.weights is not None:
+    if isinstance(config.resume, Path) and config.weights is not None:
         faults.append(
             "resume and weights are both given; resume restores its own weights, so drop weights"
         )
@@ -172,8 +179,9 @@ def _contradictions(config: TrainConfig) -> list[str]:
 # watched, and how fast they go, but not what is computed. Weights only start a run.
 TRAJECTORY_FREE_KEYS = frozenset(
     {
-        "allow_config_change", "data_root", "devices", "log_every_n_steps", "name", "num_workers",
-        "output_dir", "pin_memory", "prefetch_factor", "resident_data", "resume", "save_top_k",
+        "allow_config_change", "auto_micro_batch", "data_root", "devices", "log_every_n_steps", "name", "num_workers",
+        "on_bad_image", "output_dir", "pin_memory", "prefetch_factor", "resident_data", "resume",
+        "save_every_n_steps", "save_every_seconds", "save_top_k",
         "stop_after_steps", "strategy", "tensorboard", "val_check_interval", "weights",
     }
 )  # fmt: skip

@@ -6,13 +6,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from training_framework.data.bad_images import BadImages
 from training_framework.data.batch import Batch, Loader
 from training_framework.data.cifar import CIFAR10, CIFAR100, cifar_folder, open_cifar
 from training_framework.data.digits import open_digits
 from training_framework.data.folder import open_folder
 from training_framework.data.foreign_loading import ForeignLoader
 from training_framework.data.loading import ResidentLoader, build_loader
-from training_framework.data.splits import ArraySplit, Dataset, FileSplit, Split, SyntheticSplit
+from training_framework.data.packed import is_packed, open_packed
+from training_framework.data.splits import (
+    ArraySplit,
+    Dataset,
+    FileSplit,
+    PackedSplit,
+    Split,
+    SyntheticSplit,
+)
 from training_framework.data.synthetic import open_synthetic
 from training_framework.data.transforms import EvalTransform, MixedLabels, TrainTransform
 from training_framework.data.worker_loading import WorkerLoader
@@ -21,6 +30,7 @@ from training_framework.errors import UserError
 __all__ = [
     "DATASETS",
     "ArraySplit",
+    "BadImages",
     "Batch",
     "Dataset",
     "DatasetRequest",
@@ -29,6 +39,7 @@ __all__ = [
     "ForeignLoader",
     "Loader",
     "MixedLabels",
+    "PackedSplit",
     "ResidentLoader",
     "Split",
     "SyntheticSplit",
@@ -67,6 +78,7 @@ DATASETS: dict[str, Callable[[DatasetRequest], Dataset]] = {
     "cifar10": lambda asked: open_cifar(CIFAR10, root=asked.root, image_size=asked.image_size),
     "cifar100": lambda asked: open_cifar(CIFAR100, root=asked.root, image_size=asked.image_size),
     "folder": lambda asked: open_folder(root=asked.root, image_size=asked.image_size),
+    "packed": lambda asked: open_packed(root=asked.root, image_size=asked.image_size),
     "synthetic": _open_synthetic,
 }
 
@@ -125,8 +137,8 @@ def open_dataset(
     return dataset
 
 
-def detect_dataset(root: Path) -> Literal["folder", "cifar10", "cifar100"]:
-    """What a folder holds.
+def detect_dataset(root: Path) -> Literal["folder", "packed", "cifar10", "cifar100"]:
+    """What a folder holds, or a file.
 
     Raises:
         UserError: None of the known layouts.
@@ -137,7 +149,10 @@ def detect_dataset(root: Path) -> Literal["folder", "cifar10", "cifar100"]:
         return "cifar10"
     if cifar_folder(CIFAR100, root):
         return "cifar100"
+    if is_packed(root):
+        return "packed"
     raise UserError(
         f"data_root {root} " + ("holds no known data set" if root.is_dir() else "is no folder"),
-        f"it must hold train/ and val/, {CIFAR10.folder}/ or {CIFAR100.folder}/",
+        f"it must hold train/ and val/, {CIFAR10.folder}/ or {CIFAR100.folder}/, or be a packed "
+        ".arrow file",
     )

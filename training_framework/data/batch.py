@@ -17,11 +17,14 @@ class Batch(NamedTuple):
             images lie in channels_last order.
         labels: (N,) int64.
         indices: (N,) int64, positions in the split.
+        valid: (N,) bool, which samples count in an evaluation; None: all. The others could not be
+            decoded, and their images hold nothing.
     """
 
     images: Tensor
     labels: Tensor
     indices: Tensor
+    valid: Tensor | None = None
 
 
 class Loader(Protocol):
@@ -60,11 +63,16 @@ def prefetch_to_device(batches: Iterable[Batch], device: torch.device) -> Iterat
         for tensor in following:
             # Its memory belongs to the copying stream, which must not reuse it under the
             # computation.
-            tensor.record_stream(compute)
+            if tensor is not None:
+                tensor.record_stream(compute)
         ahead = following
     if ahead is not None:
         yield ahead
 
 
 def _moved(batch: Batch, device: torch.device) -> Batch:
-    return Batch(*(tensor.to(device, non_blocking=True) for tensor in batch))
+    def there(tensor: Tensor) -> Tensor:
+        return tensor.to(device, non_blocking=True)
+
+    valid = None if batch.valid is None else there(batch.valid)
+    return Batch(there(batch.images), there(batch.labels), there(batch.indices), valid)

@@ -2,19 +2,21 @@
 
 import contextlib
 import fcntl
+import hashlib
 import os
+import pickle
+import stat
 import sys
-import tarfile
-import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from training_framework.data.archives import unpack_files
 from training_framework.data.array_pickle import unpickle_arrays
+from training_framework.data.cifar_files import CIFAR10, CIFAR100, CifarFiles
 from training_framework.data.splits import ArraySplit, Dataset
 from training_framework.dataset_facts import DatasetFacts
 from training_framework.errors import UserError
@@ -23,64 +25,10 @@ __all__ = ["CIFAR10", "CIFAR100", "CifarFiles", "cifar_folder", "open_cifar"]
 
 _SIDE = 32
 _ROW_BYTES = 3 * _SIDE * _SIDE
+_INTEGERS = {int, *(np.dtype(code).type for code in "bBhHiIlLqQ")}
+_MOST_FILE_BYTES = 1 << 30
 _CONNECT_SECONDS = 5
 _READ_SECONDS = 60
-
-
-@dataclass(frozen=True, kw_only=True)
-class CifarFiles:
-    """Where a CIFAR set comes from and what its files are called.
-
-    Source: A. Krizhevsky, Learning Multiple Layers of Features from Tiny Images, 2009.
-    """
-
-    name: str
-    folder: str
-    train_files: tuple[str, ...]
-    val_file: str
-    meta_file: str
-    labels_key: bytes
-    names_key: bytes
-    num_classes: int
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    url: str
-    md5: str
-
-    @property
-    def archive(self) -> str:
-        """File name of the archive."""
-        return self.url.rpartition("/")[2]
-
-
-CIFAR10 = CifarFiles(
-    name="cifar10",
-    folder="cifar-10-batches-py",
-    train_files=tuple(f"data_batch_{number}" for number in range(1, 6)),
-    val_file="test_batch",
-    meta_file="batches.meta",
-    labels_key=b"labels",
-    names_key=b"label_names",
-    num_classes=10,
-    mean=(0.4914, 0.4822, 0.4465),
-    std=(0.2470, 0.2435, 0.2616),
-    url="https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
-    md5="c58f30108f718f92721af3b95e74349a",
-)
-CIFAR100 = CifarFiles(
-    name="cifar100",
-    folder="cifar-100-python",
-    train_files=("train",),
-    val_file="test",
-    meta_file="meta",
-    labels_key=b"fine_labels",
-    names_key=b"fine_label_names",
-    num_classes=100,
-    mean=(0.5071, 0.4865, 0.4409),
-    std=(0.2673, 0.2564, 0.2762),
-    url="https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz",
-    md5="eb9058c3a382ffc7106e4002c42a8d85",
-)
 
 
 def open_cifar(
@@ -103,12 +51,17 @@ def open_cifar(
         folder = _download(source, root)
     size = image_size or _SIDE
     names = _class_names(source, folder / source.meta_file)
-    batches = [_read_batch(source, folder / name) for name in source.train_files]
+    files = (*source.train_files, source.val_file)
+    contents = [_file_bytes(folder / name) for name in files]
+    batches = [
+        _read_batch(source, folder / name, content)
+        for name, content in zip(files, contents, strict=True)
+    ]
     train = ArraySplit(
-        torch.cat([batch.images for batch in batches]),
-        torch.cat([batch.labels for batch in batches]),
+        torch.cat([batch.images for batch in batches[:-1]]),
+        torch.cat([batch.labels for batch in batches[:-1]]),
     ).resized(size)
-    val = _read_batch(source, folder / source.val_file).resized(size)
+    val = batches[-1].resized(size)
     facts = DatasetFacts(
         name=source.name,
         train_images=len(train),
@@ -123,7 +76,25 @@ def open_cifar(
         flip=True,
         crop_padding=size // 8,
     )
-    return Dataset(facts, train, val)
+    return Dataset(facts, train, val, notes=_differences(source, files, contents))
+
+
+def _differences(
+    source: CifarFiles, files: tuple[str, ...], contents: list[bytes]
+) -> tuple[str, ...]:
+    """Say where files are not the published ones, which people may have good reasons for."""
+    differing = [
+        name
+        for name, content in zip(files, contents, strict=True)
+        if hashlib.md5(content, usedforsecurity=False).hexdigest() != source.file_md5s[name]
+    ]
+    if not differing:
+        return ()
+    which = "all files" if len(differing) == len(files) else ", ".join(differing)
+    return (
+        f"note: {which} of {source.name} differ from the published ones: accuracies do not compare "
+        "with those of others",
+    )
 
 
 def cifar_folder(source: CifarFiles, root: Path) -> Path | None:
@@ -145,11 +116,12 @@ def _refuse_incomplete(source: CifarFiles, folder: Path) -> None:
 
 
 def _class_names(source: CifarFiles, path: Path) -> tuple[str, ...]:
-    content = _load(path)
-    try:
-        names = tuple(name.decode() for name in content[source.names_key])
-    except (KeyError, AttributeError, TypeError, UnicodeDecodeError):
-        names = ()
+    content = _unpickled(path, _file_bytes(path))
+    names: tuple[str, ...] = ()
+    with contextlib.suppress(KeyError, AttributeError, TypeError, UnicodeDecodeError):
+        listed = content[source.names_key]
+        if type(listed) is list and len(listed) == source.num_classes:
+            names = tuple(name.decode() for name in listed)
     if len(names) != source.num_classes:
         raise UserError(
             f"{path}: does not list {source.num_classes} class names",
@@ -158,25 +130,28 @@ def _class_names(source: CifarFiles, path: Path) -> tuple[str, ...]:
     return names
 
 
-def _read_batch(source: CifarFiles, path: Path) -> ArraySplit:
-    content = _load(path)
+def _read_batch(source: CifarFiles, path: Path, data: bytes) -> ArraySplit:
+    content = _unpickled(path, data)
     cure = f"take the file from {source.archive}"
     try:
-        pixels, labels = content[b"data"], np.asarray(content[source.labels_key])
-    except (KeyError, TypeError, ValueError):
+        pixels, listed = content[b"data"], content[source.labels_key]
+    except (KeyError, TypeError):
         raise UserError(
             f"{path}: holds no 'data' and '{source.labels_key.decode()}'", cure
         ) from None
     if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8:
         raise UserError(f"{path}: 'data' is no array of uint8", cure)
-    if pixels.shape != (len(labels), _ROW_BYTES) or labels.ndim != 1 or not len(labels):
+    # A list in a list could be as deep and, made an array, as large as it likes.
+    flat = type(listed) is list and {type(item) for item in listed} <= _INTEGERS
+    if not flat and not (isinstance(listed, np.ndarray) and listed.dtype.kind in "iu"):
+        raise UserError(f"{path}: the labels are not integers", cure)
+    labels = np.asarray(listed, dtype=object if flat else None)
+    if labels.ndim != 1 or not len(labels) or pixels.shape != (len(labels), _ROW_BYTES):
         raise UserError(
             f"{path}: 'data' is {pixels.shape} for {labels.size} labels, "
             f"not (labels, {_ROW_BYTES})",
             cure,
         )
-    if labels.dtype.kind not in "iu":
-        raise UserError(f"{path}: the labels are {labels.dtype}, not integers", cure)
     wrong = np.flatnonzero((labels < 0) | (labels >= source.num_classes))
     if len(wrong):
         raise UserError(
@@ -188,14 +163,23 @@ def _read_batch(source: CifarFiles, path: Path) -> ArraySplit:
     return ArraySplit(images, torch.from_numpy(labels.astype(np.int64)))
 
 
-def _load(path: Path) -> Any:
+def _file_bytes(path: Path) -> bytes:
+    cure = "complete the data set's folder"
     try:
-        data = path.read_bytes()
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise UserError(f"{path}: is no file", cure)
+        if status.st_size > _MOST_FILE_BYTES:
+            raise UserError(f"{path}: {status.st_size:,} bytes are more than such a file has", cure)
+        return path.read_bytes()
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror}", "complete the data set's folder") from None
+        raise UserError(f"{path}: {error.strerror}", cure) from None
+
+
+def _unpickled(path: Path, data: bytes) -> Any:
     try:
         return unpickle_arrays(data)
-    except Exception as error:  # a broken pickle raises whatever its bytes happen to say
+    except pickle.UnpicklingError as error:
         raise UserError(
             f"{path}: not a CIFAR file ({error})", "replace it by the original"
         ) from None
@@ -224,10 +208,12 @@ def _download(source: CifarFiles, root: Path) -> Path:
                     progressbar=sys.stderr.isatty(), timeout=pooch_timeout
                 ),
             )
-            return _extract(source, Path(archive), root)
+            wanted = (*source.train_files, source.val_file, source.meta_file)
+            unpack_files(Path(archive), root / source.folder, wanted)
+            return root / source.folder
     except UserError:
         raise
-    except (OSError, ValueError, tarfile.TarError) as error:
+    except (OSError, ValueError) as error:
         if is_new:
             with contextlib.suppress(OSError):  # there may be an archive in it by now
                 root.rmdir()
@@ -249,14 +235,3 @@ def _one_process_at_a_time(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
-
-
-def _extract(source: CifarFiles, archive: Path, root: Path) -> Path:
-    """Unpack beside the final place, then rename, so that no half-unpacked folder is ever found."""
-    folder = root / source.folder
-    with tempfile.TemporaryDirectory(dir=root, prefix=".unpacking-") as scratch:
-        with tarfile.open(archive) as tar:
-            tar.extractall(scratch, filter="data")
-        unpacked = Path(scratch) / source.folder
-        unpacked.rename(folder)
-    return folder

@@ -8,15 +8,15 @@ import io
 import math
 import warnings
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import simplejpeg
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from torch.nn import functional
+from PIL.TiffImagePlugin import TiffImageFile
 
+from training_framework.data.jpeg_regions import Box, Region, decode_region
 from training_framework.errors import UserError
 
 __all__ = [
@@ -37,20 +37,17 @@ MAX_PIXELS = 178_956_970  # where Pillow, too, takes a picture for a decompressi
 
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 _JPEG_ERRORS = (ValueError, KeyError)  # KeyError where the header ends before the sampling factors
+_TILE_WIDTH, _TILE_LENGTH = 322, 323  # tags of a TIFF
 _CROP_ATTEMPTS = 10
 _RESIZED_PER_CROPPED = 256 / 224
 _LONGEST_SIDES = 4
+# Pixels that are decoded for each that is wanted, at least: what decoding at a smaller scale and
+# resizing give together then differs from resizing all pixels by about 1 level of 255.
+_OVERSAMPLING = 1.5
+
+_resample = torch.ops.aten._upsample_bilinear2d_aa.out
 
 Pixels = NDArray[np.uint8]
-
-
-class Box(NamedTuple):
-    """A rectangle of a picture, in pixels."""
-
-    top: int
-    left: int
-    height: int
-    width: int
 
 
 def image_shape(data: bytes, path: Path | str) -> tuple[int, int]:
@@ -115,10 +112,13 @@ def decode_random_resized_crop(
     rng: np.random.Generator,
     scale: tuple[float, float] = (0.08, 1.0),
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    out: Pixels | None = None,
 ) -> Pixels:
     """A random crop of a picture, resized: (size, size, 3) uint8 RGB.
 
-    The crop is chosen from the header, so that a JPEG is decoded no larger than the crop needs.
+    The crop is chosen from the header, so that a JPEG is decoded no larger than the crop needs, and
+    as little as possible of what lies outside of it. Where it is decoded at 1/2, 1/4 or 1/8 of its
+    size, the crop's edges are moved to the nearest multiples of 2, 4 or 8 pixels.
 
     Args:
         data: The file's bytes.
@@ -127,31 +127,51 @@ def decode_random_resized_crop(
         rng: Draws the crop.
         scale: Least and largest area of the crop, as a share of the picture.
         ratio: Least and largest width over height of the crop.
+        out: Where to put the result, a new array unless given.
 
     Raises:
-        UserError: It is truncated, no picture, or has more than `MAX_PIXELS` pixels.
+        UserError: It is no picture, has more than `MAX_PIXELS` pixels, or is damaged in a part that
+            has to be read.
     """
     height, width = image_shape(data, path)
     box = random_crop_box(height, width, rng=rng, scale=scale, ratio=ratio)
-    least = (math.ceil(height * size / box.height), math.ceil(width * size / box.width))
-    pixels = decode_image(data, path, min_size=least)
-    down, across = pixels.shape[0] / height, pixels.shape[1] / width
-    crop_height, crop_width = max(1, round(box.height * down)), max(1, round(box.width * across))
-    top = min(round(box.top * down), pixels.shape[0] - crop_height)
-    left = min(round(box.left * across), pixels.shape[1] - crop_width)
-    return resize(pixels[top : top + crop_height, left : left + crop_width], size, size)
+    wanted = math.ceil(_OVERSAMPLING * size)
+    factor = _decoding_factor(box.height, box.width, (wanted, wanted)) if _is_jpeg(data) else 1
+    box = _on_grid(box, factor)
+    region = decode_region(data, box, factor=factor) if _is_jpeg(data) else None
+    if region is None:
+        pixels = decode_image(data, path, min_size=(height // factor, width // factor))
+        region = Region(pixels, 0, 0)
+        if pixels.shape[:2] == (height, width):  # Pillow's
+            factor = 1
+    top, left = box.top // factor - region.top, box.left // factor - region.left
+    crop = region.pixels[top : top + box.height // factor, left : left + box.width // factor]
+    return resize(crop, size, size, out=out)
 
 
-def decode_center_crop(data: bytes, path: Path | str, *, size: int) -> Pixels:
+def decode_center_crop(
+    data: bytes, path: Path | str, *, size: int, out: Pixels | None = None
+) -> Pixels:
     """The middle of a picture, resized: (size, size, 3) uint8 RGB.
 
     The shorter side becomes 256/224 of `size`, of which the middle is kept.
 
+    Args:
+        data: The file's bytes.
+        path: What to call it in errors.
+        size: Side of the result in pixels.
+        out: Where to put the result, a new array unless given.
+
     Raises:
         UserError: It is truncated, no picture, or has more than `MAX_PIXELS` pixels.
     """
-    shape = _resized_shape(*image_shape(data, path), size)
-    return resize_and_center_crop(decode_image(data, path, min_size=shape), size)
+    height, width = _resized_shape(*image_shape(data, path), size)
+    wanted = math.ceil(_OVERSAMPLING * height), math.ceil(_OVERSAMPLING * width)
+    crop = resize_and_center_crop(decode_image(data, path, min_size=wanted), size)
+    if out is None:
+        return crop
+    out[:] = crop
+    return out
 
 
 def random_crop_box(
@@ -166,14 +186,16 @@ def random_crop_box(
 
     Where none fits in ten attempts, it is the largest central one within the ratios.
     """
+    least, most = math.log(ratio[0]), math.log(ratio[1])
     for _ in range(_CROP_ATTEMPTS):
-        area = height * width * rng.uniform(*scale)
-        aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+        of_area, of_ratio, of_top, of_left = rng.random(4).tolist()  # one call, for speed
+        area = height * width * (scale[0] + (scale[1] - scale[0]) * of_area)
+        aspect = math.exp(least + (most - least) * of_ratio)
         crop_width = round(math.sqrt(area * aspect))
         crop_height = round(math.sqrt(area / aspect))
         if 0 < crop_width <= width and 0 < crop_height <= height:
-            top = int(rng.integers(height - crop_height + 1))
-            left = int(rng.integers(width - crop_width + 1))
+            top = int(of_top * (height - crop_height + 1))
+            left = int(of_left * (width - crop_width + 1))
             return Box(top, left, crop_height, crop_width)
     aspect = min(max(width / height, ratio[0]), ratio[1])
     crop_width = min(width, max(1, round(height * aspect)))
@@ -197,16 +219,46 @@ def resize_and_center_crop(pixels: Pixels, size: int) -> Pixels:
     return resize(pixels, height, width)[top : top + size, left : left + size]
 
 
-def resize(pixels: Pixels, height: int, width: int) -> Pixels:
+def resize(pixels: Pixels, height: int, width: int, *, out: Pixels | None = None) -> Pixels:
     """Resize (H, W, 3) uint8 pixels: (height, width, 3), antialiased bilinear.
 
     PyTorch's resampling of uint8 is Pillow's (to one level), but takes the array as it is, where
     Pillow unpacks it into pixels of four bytes and packs it again.
+
+    Args:
+        pixels: (H, W, 3) uint8.
+        height: Of the result.
+        width: Of the result.
+        out: Where to put it, contiguous; a new array unless given.
     """
-    writable = np.require(pixels, requirements="W")  # torch warns of arrays that are not
-    image = torch.from_numpy(writable).permute(2, 0, 1).unsqueeze(0)
-    resized = functional.interpolate(image, (height, width), mode="bilinear", antialias=True)
-    return resized.squeeze(0).permute(1, 2, 0).numpy()
+    if out is None:
+        out = np.empty((height, width, 3), dtype=np.uint8)
+    # Contiguous, since reading rows out of a wider picture costs more than a copy; writable, since
+    # torch warns of arrays that are not.
+    source = np.require(pixels, requirements=("C", "W"))
+    # What functional.interpolate(antialias=True) computes, but that would lay out its result by
+    # channels, which takes as long again, and putting the pixels together afterwards once more.
+    _resample(_as_batch(source), [height, width], False, out=_as_batch(out))
+    return out
+
+
+def _as_batch(pixels: Pixels) -> torch.Tensor:
+    """A view of (H, W, 3) pixels as (1, 3, H, W), channels_last."""
+    return torch.from_numpy(pixels[None]).permute(0, 3, 1, 2)
+
+
+def _on_grid(box: Box, factor: int) -> Box:
+    """The box with its edges on multiples of `factor`, where pixels of that scale begin.
+
+    Resampling from between them would shift the picture, which costs more than all else.
+    """
+    if factor == 1:
+        return box
+    top, left, bottom, right = (
+        (edge + factor // 2) // factor * factor
+        for edge in (box.top, box.left, box.top + box.height, box.left + box.width)
+    )
+    return Box(top, left, bottom - top, right - left)
 
 
 def _resized_shape(height: int, width: int, size: int) -> tuple[int, int]:
@@ -255,6 +307,14 @@ def _open_with_pillow(data: bytes, path: Path | str) -> Image.Image:
 
 def _pillow_shape(data: bytes, path: Path | str) -> tuple[int, int]:
     image = _open_with_pillow(data, path)
+    if isinstance(image, TiffImageFile):
+        # A tile is unpacked whole, however little of it the picture shows.
+        width, height = (image.tag_v2.get(tag, 0) for tag in (_TILE_WIDTH, _TILE_LENGTH))
+        if width * height > MAX_PIXELS:
+            raise UserError(
+                f"{path}: a tile of {width}x{height} pixels is more than {MAX_PIXELS}",
+                "replace or delete the file",
+            )
     return image.height, image.width
 
 
@@ -268,7 +328,7 @@ def _decode_with_pillow(data: bytes, path: Path | str) -> Pixels:
         ) from None
     if image.mode.startswith("I"):
         # 16 bits a pixel, which Pillow would clip at 255.
-        gray = np.asarray(image).astype(np.int64) >> 8
+        gray = np.asarray(image) >> 8
         return np.repeat(gray.clip(0, 255).astype(np.uint8)[:, :, None], 3, axis=2)
     if image.mode == "F":
         raise UserError(f"{path}: float pixels have no known range", "save it with 8 bits a pixel")

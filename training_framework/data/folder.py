@@ -11,11 +11,20 @@ from training_framework.data.splits import Dataset, FileSplit
 from training_framework.dataset_facts import DatasetFacts
 from training_framework.errors import UserError
 
-__all__ = ["class_files", "class_names", "open_folder", "split_folder", "val_folder"]
+__all__ = [
+    "IMAGENET_MEAN",
+    "IMAGENET_STD",
+    "class_files",
+    "class_names",
+    "open_folder",
+    "refuse_empty_files",
+    "split_folder",
+    "val_folder",
+]
 
 _DEFAULT_IMAGE_SIZE = 224
-_IMAGENET_MEAN = (0.485, 0.456, 0.406)
-_IMAGENET_STD = (0.229, 0.224, 0.225)
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
 _IGNORED = frozenset({"thumbs.db", "desktop.ini"})
 
 
@@ -53,10 +62,29 @@ def open_folder(*, root: Path | None, image_size: int | None = None) -> Dataset:
         image_size=image_size or _DEFAULT_IMAGE_SIZE,
         storage="files",
         array_bytes=0,
-        mean=_IMAGENET_MEAN,
-        std=_IMAGENET_STD,
+        mean=IMAGENET_MEAN,
+        std=IMAGENET_STD,
     )
     return Dataset(facts, train_split, val_split)
+
+
+def refuse_empty_files(split: FileSplit) -> None:
+    """Refuse files of no bytes, as interrupted copies leave them.
+
+    It costs a microsecond or two a file on a local disk, so it is for validation sets: a training
+    picture is met in the first epoch, a validation picture only after it.
+
+    Raises:
+        UserError: A file is empty or cannot be reached.
+    """
+    for name in split.paths:
+        path = split.root / name
+        try:
+            size = path.stat().st_size
+        except OSError as error:
+            raise UserError(f"{path}: {error.strerror}", "restore the file") from None
+        if size == 0:
+            raise UserError(f"{path}: is empty", "replace or delete the file")
 
 
 def split_folder(root: Path, name: str) -> Path:
@@ -83,7 +111,7 @@ def class_names(folder: Path) -> tuple[str, ...]:
     """
     names = []
     for entry in _visible(folder):
-        if not entry.is_dir():
+        if not _is_folder(entry):
             raise UserError(
                 f"{entry.path}: lies outside the class folders", "move it into one or away"
             )
@@ -106,16 +134,41 @@ def class_files(folder: Path) -> list[str]:
 
 
 def _files_below(folder: Path | str) -> Iterator[str]:
-    for entry in _visible(folder):
-        if entry.is_dir():
-            yield from _files_below(entry.path)
-        elif os.path.splitext(entry.name)[1].lower() in IMAGE_SUFFIXES:  # noqa: PTH122
-            yield entry.path
-        else:
-            raise UserError(
-                f"{entry.path}: no picture by its name ({', '.join(sorted(IMAGE_SUFFIXES))})",
-                "move it away",
-            )
+    ahead, seen = [os.fspath(folder)], set[tuple[int, int]]()
+    while ahead:
+        current = ahead.pop()
+        _refuse_second_visit(current, seen)
+        for entry in _visible(current):
+            if _is_folder(entry):
+                ahead.append(entry.path)
+            elif os.path.splitext(entry.name)[1].lower() not in IMAGE_SUFFIXES:  # noqa: PTH122
+                raise UserError(
+                    f"{entry.path}: no picture by its name ({', '.join(sorted(IMAGE_SUFFIXES))})",
+                    "move it away",
+                )
+            elif entry.is_file():
+                yield entry.path
+            else:  # a link that leads nowhere; a pipe or device, which would be waited for
+                raise UserError(f"{entry.path}: is no file", "remove it, or mend the link")
+
+
+def _refuse_second_visit(folder: str, seen: set[tuple[int, int]]) -> None:
+    """Links may lead back to where they are, or to one folder over and over."""
+    try:
+        status = os.stat(folder)  # noqa: PTH116
+    except OSError as error:
+        raise UserError(f"{folder}: {error.strerror}", "make the folder readable") from None
+    place = (status.st_dev, status.st_ino)
+    if place in seen:
+        raise UserError(f"{folder}: is in its class twice, by a link", "remove the link")
+    seen.add(place)
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError as error:  # a link to itself
+        raise UserError(f"{entry.path}: {error.strerror}", "remove it") from None
 
 
 def _visible(folder: Path | str) -> Iterator[os.DirEntry[str]]:

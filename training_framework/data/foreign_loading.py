@@ -9,8 +9,24 @@ from torch import Tensor
 
 from training_framework.data.batch import Batch, prefetch_to_device
 from training_framework.errors import UserError
+from training_framework.reproducibility import random_states, restore_random_states
 
-__all__ = ["ForeignLoader"]
+__all__ = ["ForeignLoader", "batch_count"]
+
+
+def batch_count(loader: Iterable[Any]) -> int:
+    """Batches of a user's own loader.
+
+    Raises:
+        UserError: The loader has no length.
+    """
+    try:
+        return len(loader)  # type: ignore[arg-type]
+    except TypeError:
+        raise UserError(
+            f"the {type(loader).__name__} has no length",
+            "pass a loader whose len() is its number of batches",
+        ) from None
 
 
 class ForeignLoader:
@@ -37,16 +53,11 @@ class ForeignLoader:
         num_classes: int | None = None,
         channels: int = 3,
     ) -> None:
-        try:
-            self.batch_count = len(loader)  # type: ignore[arg-type]
-        except TypeError:
-            raise UserError(
-                f"the {type(loader).__name__} has no length",
-                "pass a loader whose len() is its number of batches",
-            ) from None
+        self.batch_count = batch_count(loader)
         self._loader = loader
         self._device = torch.device(device)
         self._num_classes = num_classes
+        self._epoch_start: dict[str, Any] | None = None
         self._channels = channels
 
     def epoch(self, epoch: int, start_batch: int = 0) -> Iterator[Batch]:
@@ -59,18 +70,74 @@ class ForeignLoader:
             set_epoch = getattr(getattr(self._loader, name, None), "set_epoch", None)
             if set_epoch is not None:
                 set_epoch(epoch)
-        return prefetch_to_device(islice(self._host_batches(), start_batch, None), self._device)
+        return prefetch_to_device(self._host_batches(start_batch), self._device)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The generators' states at the start of the epoch under way, which draw its order.
+
+        With them, those of the loader's own generators now.
+        """
+        return {"epoch_start": self._epoch_start, "own": self._own_states()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Let the epoch under way begin as it had begun, when its later batches are asked for.
+
+        Raises:
+            ValueError, TypeError, KeyError: It is no state that `state_dict` gave, or of a loader
+                with another number of generators.
+        """
+        self._set_own(state["own"])
+        self._epoch_start = state["epoch_start"]
 
     def close(self) -> None:
         """Nothing: the user's loader is the user's to close."""
 
-    def _host_batches(self) -> Iterator[Batch]:
+    def _host_batches(self, start_batch: int) -> Iterator[Batch]:
         seen = 0
-        for number, item in enumerate(self._loader):
+        for number, item in enumerate(self._items(start_batch)):
             images, labels = self._checked(number, item)
             indices = torch.arange(seen, seen + len(labels), device=self._device)
             seen += len(labels)
-            yield Batch(images, labels, indices)
+            if number >= start_batch:
+                yield Batch(images, labels, indices)
+
+    def _items(self, start_batch: int) -> Iterator[Any]:
+        """What the loader yields; after `start_batch` the generators are where they were before.
+
+        A loader that shuffles draws its order when it starts. So where a run goes on in an epoch,
+        the loader starts with the generators as they were at the epoch's start.
+        """
+        now = self._generator_states()
+        if start_batch == 0 or self._epoch_start is None:
+            self._epoch_start = now
+            yield from self._loader
+            return
+        self._set_generators(self._epoch_start)
+        items = iter(self._loader)
+        yield from islice(items, start_batch)
+        self._set_generators(now)
+        yield from items
+
+    def _own_generators(self) -> list[torch.Generator]:
+        """Those that were given to the loader or its samplers, each once."""
+        sampler = getattr(self._loader, "batch_sampler", None)
+        owners = (self._loader, getattr(self._loader, "sampler", None), sampler)
+        found = (getattr(owner, "generator", None) for owner in owners)
+        return list({id(one): one for one in found if isinstance(one, torch.Generator)}.values())
+
+    def _own_states(self) -> list[Tensor]:
+        return [generator.get_state() for generator in self._own_generators()]
+
+    def _set_own(self, states: list[Tensor]) -> None:
+        for generator, state in zip(self._own_generators(), states, strict=True):
+            generator.set_state(state)
+
+    def _generator_states(self) -> dict[str, Any]:
+        return {"global": random_states(self._device), "own": self._own_states()}
+
+    def _set_generators(self, states: dict[str, Any]) -> None:
+        restore_random_states(states["global"], self._device)
+        self._set_own(states["own"])
 
     def _checked(self, number: int, item: Any) -> tuple[Tensor, Tensor]:
         where = f"batch {number} of the {type(self._loader).__name__}"

@@ -5,9 +5,16 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
+from training_framework.data.bad_images import BadImages
 from training_framework.data.batch import Batch, Loader
 from training_framework.data.sampling import BatchPlan
-from training_framework.data.splits import ArraySplit, FileSplit, Split, SyntheticSplit
+from training_framework.data.splits import (
+    ArraySplit,
+    FileSplit,
+    PackedSplit,
+    Split,
+    SyntheticSplit,
+)
 from training_framework.data.worker_loading import WorkerLoader
 from training_framework.errors import UserError
 
@@ -58,6 +65,7 @@ def build_loader(
     num_workers: int = 0,
     prefetch_factor: int = 4,
     pin_memory: bool = False,
+    bad_images: BadImages | None = None,
 ) -> Loader:
     """Choose and build the loader of a split.
 
@@ -74,6 +82,8 @@ def build_loader(
         num_workers: Loader processes; 0 loads in this one. Of no concern to a resident split.
         prefetch_factor: Batches that each worker prepares ahead.
         pin_memory: Page-locked host memory, for copies to CUDA that run beside the computation.
+        bad_images: Where pictures that cannot be decoded are passed over and noted; None: each is
+            an error.
 
     Raises:
         UserError: Files cannot be resident, arrays have another image size, or a batch would leave
@@ -89,9 +99,9 @@ def build_loader(
     )
     if isinstance(split, SyntheticSplit):
         split, resident = split.materialize(device), True
-    if isinstance(split, FileSplit) and resident:
+    if isinstance(split, FileSplit | PackedSplit) and resident:
         raise UserError(
-            f"resident_data is on, but {split.root} holds files", "set resident_data to false"
+            f"resident_data is on, but {split.place} holds files", "set resident_data to false"
         )
     if isinstance(split, ArraySplit):
         height, width = split.images.shape[2:]
@@ -110,4 +120,5 @@ def build_loader(
         num_workers=num_workers,
         prefetch_factor=prefetch_factor,
         pin_memory=pin_memory,
+        bad_images=bad_images,
     )

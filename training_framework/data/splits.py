@@ -3,14 +3,25 @@
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
+from training_framework.data.packed_file import PackedFile
 from training_framework.dataset_facts import DatasetFacts
 from training_framework.errors import UserError
 
-__all__ = ["ArraySplit", "Dataset", "FileSplit", "Split", "SyntheticSplit", "limit_split"]
+__all__ = [
+    "ArraySplit",
+    "Dataset",
+    "FileSplit",
+    "PackedSplit",
+    "Split",
+    "SyntheticSplit",
+    "limit_split",
+]
 
 _RESIZED_AT_ONCE = 4096
 _GENERATED_BYTES_AT_ONCE = 1 << 28
@@ -59,6 +70,42 @@ class FileSplit:
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def place(self) -> Path:
+        """Where the pictures are."""
+        return self.root
+
+    def name_of(self, sample: int) -> str:
+        """What to call a sample in messages: its path."""
+        return str(self.root / self.paths[sample])
+
+
+@dataclass(frozen=True, eq=False)
+class PackedSplit:
+    """Picture files in a packed file.
+
+    Attributes:
+        file: The packed file.
+        rows: (N,) int64, their rows in it.
+        labels: (N,) int64.
+    """
+
+    file: PackedFile
+    rows: NDArray[np.int64]
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def place(self) -> Path:
+        """Where the pictures are."""
+        return self.file.path
+
+    def name_of(self, sample: int) -> str:
+        """What to call a sample in messages: the file, and the sample's split and path in it."""
+        return f"{self.file.path}/{self.file.name_of(int(self.rows[sample]))}"
+
 
 @dataclass(frozen=True)
 class SyntheticSplit:
@@ -105,7 +152,7 @@ class SyntheticSplit:
         return ArraySplit(images.permute(0, 3, 1, 2), labels)
 
 
-Split = ArraySplit | FileSplit | SyntheticSplit
+Split = ArraySplit | FileSplit | PackedSplit | SyntheticSplit
 
 
 def limit_split(split: Split, count: int, *, seed: int) -> Split:
@@ -131,16 +178,19 @@ def limit_split(split: Split, count: int, *, seed: int) -> Split:
     if isinstance(split, FileSplit):
         paths = tuple(split.paths[index] for index in kept.tolist())
         return replace(split, paths=paths, labels=split.labels[kept])
+    if isinstance(split, PackedSplit):
+        return replace(split, rows=split.rows[kept.numpy()], labels=split.labels[kept])
     return ArraySplit(split.images[kept], split.labels[kept])
 
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """A data set, opened: its facts and its two splits."""
+    """A data set, opened: its facts, its two splits, and lines to show the user."""
 
     facts: DatasetFacts
     train: Split
     val: Split
+    notes: tuple[str, ...] = ()
 
     def with_train_images(self, count: int, *, seed: int) -> "Dataset":
         """The set with `count` of its training images, drawn as `limit_split` does.
@@ -160,4 +210,4 @@ class Dataset:
             train_images=count,
             array_bytes=image_bytes * (count + self.facts.val_images),
         )
-        return Dataset(facts, limit_split(self.train, count, seed=seed), self.val)
+        return Dataset(facts, limit_split(self.train, count, seed=seed), self.val, self.notes)

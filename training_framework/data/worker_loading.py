@@ -1,32 +1,30 @@
-"""Batches made by torch's DataLoader workers: files decoded, arrays gathered."""
+"""Batches made by torch's DataLoader workers, which may die and are then started anew."""
 
+import contextlib
+import multiprocessing.util
+import os
 import signal
-from collections.abc import Generator, Iterator
+import threading
+import warnings
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from training_framework.data.bad_images import BadImages, SplitName
 from training_framework.data.batch import Batch, prefetch_to_device
-from training_framework.data.decoding import (
-    Pixels,
-    decode_center_crop,
-    decode_random_resized_crop,
-)
-from training_framework.data.draws import Purpose, keyed_generator
+from training_framework.data.host_batches import ArrayBatches, FileBatches, HostBatch, Request
 from training_framework.data.sampling import BatchPlan, Indices
-from training_framework.data.splits import ArraySplit, FileSplit
+from training_framework.data.splits import ArraySplit, FileSplit, PackedSplit
 from training_framework.errors import UserError
 
-__all__ = ["ArrayBatches", "FileBatches", "WorkerLoader"]
+__all__ = ["WorkerLoader"]
 
-# What a worker is asked for: the epoch and the samples of one batch. The epoch travels along
-# because workers outlive it, and because a sample's random crop is a function of seed, epoch and
-# sample.
-Request = tuple[int, Indices]
+_RESTARTS_PER_EPOCH = 2
+# What a torch DataLoader raises where a worker is no more, or is dying at this very moment.
+_SIGNS_OF_DEATH = (RuntimeError, ConnectionError, EOFError, FileNotFoundError)
 
 
 @dataclass(frozen=True)
@@ -37,77 +35,16 @@ class _Fault:
     cure: str
 
 
-class _PackedPaths:
-    """Many paths as two arrays.
-
-    A tuple of strings, touched by forked workers, is copied into each of them page by page, because
-    reading a Python object writes its reference count.
-    """
-
-    def __init__(self, paths: tuple[str, ...]) -> None:
-        encoded = [path.encode("utf-8", "surrogateescape") for path in paths]
-        self._ends = np.cumsum([len(path) for path in encoded], dtype=np.int64)
-        self._characters = np.frombuffer(b"".join(encoded), dtype=np.uint8)
-
-    def __getitem__(self, index: int) -> str:
-        start = self._ends[index - 1] if index else 0
-        path = self._characters[start : self._ends[index]].tobytes()
-        return path.decode("utf-8", "surrogateescape")
-
-
-class FileBatches(Dataset[Batch]):
-    """Decoded batches of a file split: random resized crops to train on, centre crops otherwise.
-
-    Args:
-        split: The files.
-        image_size: Side in pixels of the crops.
-        train: Random crops.
-        seed: Draws them, with epoch and sample.
-    """
-
-    def __init__(self, split: FileSplit, *, image_size: int, train: bool, seed: int) -> None:
-        self._root = split.root
-        self._paths = _PackedPaths(split.paths)
-        self._labels = split.labels
-        self._image_size = image_size
-        self._train = train
-        self._seed = seed
-
-    def __getitem__(self, request: Request) -> Batch:
-        epoch, samples = request
-        size = self._image_size
-        images: Pixels = np.empty((len(samples), size, size, 3), dtype=np.uint8)
-        for row, sample in enumerate(samples.tolist()):
-            images[row] = self._pixels(sample, epoch)
-        indices = torch.from_numpy(samples)
-        return Batch(torch.from_numpy(images), self._labels[indices], indices)
-
-    def _pixels(self, sample: int, epoch: int) -> Pixels:
-        path = self._root / self._paths[sample]
-        data = _read(path)
-        if not self._train:
-            return decode_center_crop(data, path, size=self._image_size)
-        rng = keyed_generator(self._seed, Purpose.DECODING, epoch, sample)
-        return decode_random_resized_crop(data, path, size=self._image_size, rng=rng)
-
-
-class ArrayBatches(Dataset[Batch]):
-    """Batches of an array split that stays in host memory."""
-
-    def __init__(self, split: ArraySplit) -> None:
-        self._images = split.images.permute(0, 2, 3, 1).contiguous()
-        self._labels = split.labels
-
-    def __getitem__(self, request: Request) -> Batch:
-        indices = torch.from_numpy(request[1])
-        return Batch(self._images[indices], self._labels[indices], indices)
+class _WorkerDied(Exception):
+    """A loader process is gone; the text says what torch knows of it."""
 
 
 class WorkerLoader:
     """A split that does not fit on the device, or has to be decoded.
 
     Workers start with the first epoch and stay. What a batch holds depends on the plan and the seed
-    alone, not on the number of workers nor on where an epoch was resumed.
+    alone, not on the number of workers nor on where an epoch was resumed. So a worker that is
+    killed costs a few seconds: new ones go on with the batch that is missing, twice an epoch.
 
     Args:
         split: Files or arrays.
@@ -117,11 +54,16 @@ class WorkerLoader:
         num_workers: Processes; 0 loads in this one.
         prefetch_factor: Batches that each worker prepares ahead.
         pin_memory: Page-locked host memory; only for CUDA.
+        bad_images: Where pictures that cannot be decoded are passed over and noted; None: each is
+            an error.
+
+    Attributes:
+        report: Says a line to people; a warning, unless set.
     """
 
     def __init__(
         self,
-        split: ArraySplit | FileSplit,
+        split: ArraySplit | FileSplit | PackedSplit,
         *,
         plan: BatchPlan,
         device: torch.device | str,
@@ -129,30 +71,38 @@ class WorkerLoader:
         num_workers: int = 0,
         prefetch_factor: int = 4,
         pin_memory: bool = False,
+        bad_images: BadImages | None = None,
     ) -> None:
-        self._batches: Dataset[Batch]
-        if isinstance(split, FileSplit):
+        self._batches: Dataset[HostBatch]
+        if isinstance(split, FileSplit | PackedSplit):
             self._batches = FileBatches(
-                split, image_size=image_size, train=plan.train, seed=plan.seed
+                split,
+                image_size=image_size,
+                train=plan.train,
+                seed=plan.seed,
+                bad_images=bad_images,
             )
         else:
             self._batches = ArrayBatches(split)
         self.batch_count = plan.batch_count
+        self.report: Callable[[str], None] = _warn
         self._plan = plan
+        self._split_name: SplitName = "train" if plan.train else "val"
+        self._bad_images = bad_images
         self._device = torch.device(device)
         self._num_workers = num_workers
         self._prefetch_factor = prefetch_factor
         self._pin_memory = pin_memory
         self._requests = _Requests()
-        self._data_loader: DataLoader[Batch | _Fault] | None = None
+        self._data_loader: DataLoader[HostBatch | _Fault] | None = None
         self._running: Generator[Batch] | None = None
 
     def epoch(self, epoch: int, start_batch: int = 0) -> Iterator[Batch]:
         """The batches of an epoch, from `start_batch` on; ends an epoch that is still open.
 
         Raises:
-            UserError: A file cannot be read or decoded, or a worker was killed. The next epoch
-                starts new workers.
+            UserError: A file cannot be read or decoded, too many are bad, or workers die again and
+                again. The next epoch starts new workers.
         """
         if self._running is not None:
             self._running.close()
@@ -167,31 +117,56 @@ class WorkerLoader:
         self._data_loader = None
 
     def _epoch(self, epoch: int, start_batch: int) -> Generator[Batch]:
-        self._requests.epoch = epoch
-        self._requests.batches = self._plan.batches(epoch, start_batch)
-        for batch in prefetch_to_device(self._host_batches(), self._device):
+        for batch in prefetch_to_device(self._host_batches(epoch, start_batch), self._device):
             yield batch._replace(images=batch.images.permute(0, 3, 1, 2))
 
-    def _host_batches(self) -> Iterator[Batch]:
+    def _host_batches(self, epoch: int, start_batch: int) -> Iterator[Batch]:
+        wanted = self._plan.batches(epoch, start_batch)
+        done = deaths = 0
+        while done < len(wanted):
+            self._requests.set(epoch, wanted[done:])
+            death = ""
+            try:
+                for batch in self._items():
+                    yield batch
+                    done += 1
+            except _WorkerDied as error:
+                death = str(error)
+            if not death:
+                continue
+            # Here, where no traceback holds on to the loader, letting go of it ends its workers.
+            self._data_loader = None
+            deaths += 1
+            if deaths > _RESTARTS_PER_EPOCH:
+                raise UserError(
+                    f"data loading processes died {deaths} times in an epoch: {death}",
+                    "if memory was short (/dev/shm too), lower num_workers, prefetch_factor or the "
+                    "batch size",
+                )
+            self.report(f"note: {death}; new loader processes go on where it left")
+
+    def _items(self) -> Iterator[Batch]:
+        """What is requested, until an error, or a worker's death."""
         if self._data_loader is None:
             self._data_loader = self._start()
-        try:
-            for batch in self._data_loader:
-                if isinstance(batch, _Fault):
-                    raise UserError(batch.fault, batch.cure)
-                yield batch
-        except RuntimeError as error:
-            self._data_loader = None
-            if not str(error).startswith("DataLoader worker"):
-                raise
-            raise UserError(
-                f"a data loading process died: {error}",
-                "if memory was short (/dev/shm too), lower num_workers, prefetch_factor or the "
-                "batch size",
-            ) from None
+        with _deaths_noticed_here(), _deaths_named():
+            items = iter(self._data_loader)
+        for _ in range(len(self._requests)):
+            with _deaths_named():
+                item = next(items)
+            if isinstance(item, _Fault):
+                raise UserError(item.fault, item.cure)
+            if self._bad_images is not None:
+                self._bad_images.add(self._split_name, item.bad)
+            # The indices are kept for as long as they may have to be named, over many batches; what
+            # comes from a worker would hold a file descriptor each.
+            yield item.batch._replace(indices=item.batch.indices.clone())
 
-    def _start(self) -> DataLoader[Batch | _Fault]:
+    def _start(self) -> DataLoader[HostBatch | _Fault]:
         parallel = self._num_workers > 0
+        if parallel:
+            # Made by the first process, it is removed by it, whatever becomes of its workers.
+            multiprocessing.util.get_temp_dir()
         return DataLoader(
             _FaultsAsItems(self._batches),
             batch_size=None,
@@ -201,7 +176,7 @@ class WorkerLoader:
             prefetch_factor=self._prefetch_factor if parallel else None,
             persistent_workers=parallel,
             pin_memory=self._pin_memory and self._device.type == "cuda",
-            worker_init_fn=_leave_signals_to_parent,
+            worker_init_fn=_follow_parent,
             # Its own, so that starting an epoch leaves the run's generator as it is.
             generator=torch.Generator(),
         )
@@ -211,42 +186,94 @@ class _Requests:
     """The sampler that is set anew for every epoch."""
 
     def __init__(self) -> None:
-        self.epoch = 0
-        self.batches: list[Indices] = []
+        self._epoch = 0
+        self._batches: list[Indices] = []
+
+    def set(self, epoch: int, batches: list[Indices]) -> None:
+        self._epoch, self._batches = epoch, batches
 
     def __iter__(self) -> Iterator[Request]:
-        return ((self.epoch, batch) for batch in self.batches)
+        return ((self._epoch, batch) for batch in self._batches)
 
     def __len__(self) -> int:
-        return len(self.batches)
+        return len(self._batches)
 
 
-class _FaultsAsItems(Dataset[Batch | _Fault]):
-    def __init__(self, batches: Dataset[Batch]) -> None:
+class _FaultsAsItems(Dataset[HostBatch | _Fault]):
+    def __init__(self, batches: Dataset[HostBatch]) -> None:
         self._batches = batches
 
-    def __getitem__(self, request: Request) -> Batch | _Fault:
+    def __getitem__(self, request: Request) -> HostBatch | _Fault:
         try:
-            return self._batches[request]
+            item = self._batches[request]
         except UserError as error:
             return _Fault(error.fault, error.cure)
+        if get_worker_info() is None:
+            return item
+        try:
+            # torch would do it in a thread of the worker, whose failure nobody hears of.
+            for tensor in item.batch:
+                if tensor is not None:
+                    tensor.share_memory_()
+        except RuntimeError as error:
+            return _Fault(
+                f"a batch cannot be handed over by a loader process ({error})",
+                "make /dev/shm larger, or lower num_workers, prefetch_factor or the batch size",
+            )
+        return item
 
 
 def _unchanged(item: Any) -> Any:
     return item
 
 
-def _leave_signals_to_parent(_worker: int) -> None:
+def _warn(line: str) -> None:
+    warnings.warn(line, RuntimeWarning, stacklevel=2)
+
+
+def _follow_parent(_worker: int) -> None:
+    """In a worker: leave signals to its parent, and end with it."""
     # Ctrl-C reaches the whole process group, and a forked worker inherits the parent's handlers:
     # the parent decides when to stop, and must be able to end its workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True, name="parent watch").start()
 
 
-def _read(path: Path) -> bytes:
+def _end_with_parent() -> None:
+    # torch's own watch takes whoever is the parent when it starts for the parent: where the run was
+    # killed just before, the worker would outlive it for good.
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+@contextlib.contextmanager
+def _deaths_named() -> Iterator[None]:
     try:
-        return path.read_bytes()
-    except OSError as error:
-        raise UserError(
-            f"{path}: {error.strerror}", "restore the file or list the folder anew"
-        ) from None
+        yield
+    except _SIGNS_OF_DEATH as error:
+        if isinstance(error, RuntimeError) and not str(error).startswith("DataLoader worker"):
+            raise
+        raise _WorkerDied(str(error) or type(error).__name__) from None
+
+
+@contextlib.contextmanager
+def _deaths_noticed_here() -> Iterator[None]:
+    """Take back torch's handler of SIGCHLD, which starting workers sets.
+
+    It raises wherever the main thread happens to be when a worker dies: in the middle of a step, or
+    of a save. Without it a death is noticed, within 5 seconds, where its batch is missing.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGCHLD)
+    try:
+        yield
+    finally:
+        if str(getattr(before, "__module__", "")).startswith("torch."):
+            before = signal.SIG_DFL
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL if before is None else before)

@@ -13,12 +13,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from training_framework.checkpoint.file import begins_like_checkpoint, read_state
 from training_framework.errors import UserError
-from training_framework.models.resnet import MODELS, Stem, build_model
+from training_framework.models.pickle_guard import Oversized, check_pickles
+from training_framework.models.weight_recognition import HEAD, cure_of_mismatch
 
 __all__ = ["load_weights", "read_metadata", "save_weights"]
 
-HEAD: Final = "fc."
 WRAPPERS: Final = ("state_dict", "model")
 NAME_PREFIXES: Final = ("module.", "_orig_mod.", "model.")
 PICKLE_SUFFIXES: Final = (".pth", ".pt", ".ckpt")
@@ -29,7 +30,8 @@ FIRST_TORCH_WITH_SAFE_PICKLE: Final = (2, 10)
 def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> list[str]:
     """Load a weight file into a model, in place; nothing changes where it raises.
 
-    Reads `.safetensors`, and `.pth`, `.pt` and `.ckpt` without running what they may hold. A
+    Reads `.safetensors`, a `.ckpt` of this framework (the weight average where it has one), and
+    `.pth`, `.pt` and `.ckpt` of others without running what they may hold. A
     state dict inside {"model": ...} or {"state_dict": ...} is found, and the prefixes that DDP,
     torch.compile and Lightning put before names are taken off. A head (`fc`) of another size, or
     none, is left as the model has it.
@@ -43,7 +45,8 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> list[str]:
 
     Raises:
         UserError: The file is missing, damaged, of another kind or holds code; or a tensor is
-            missing, unexpected, of another shape or differs from one it is shared with.
+            missing, unexpected, of another shape, not finite, or differs from one it is shared
+            with.
     """
     path = Path(path)
     tensors = _read_tensors(path)
@@ -55,6 +58,9 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> list[str]:
         if name.endswith("num_batches_tracked"):
             tensors.setdefault(name, expected[name])
     _check(tensors, expected, path)
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise UserError(f"{path}: {name} holds NaN or infinity", "take an earlier checkpoint")
     model.load_state_dict({**expected, **tensors})
     return [f"weights: {len(tensors)} tensors from {path}", *lines]
 
@@ -137,6 +143,9 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
             content: object = load_file(path)
         except SafetensorError as error:
             raise _damaged(path, error) from error
+    elif suffix == ".ckpt" and begins_like_checkpoint(path):
+        state = read_state(path)
+        content = state.get("average") or state.get("model") if isinstance(state, dict) else state
     elif suffix in PICKLE_SUFFIXES:
         content = _read_pickle(path)
     else:
@@ -159,8 +168,20 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
                 f"{path}: '{name}' is a {type(value).__name__}, not a tensor",
                 "save model.state_dict(), or a dictionary with it under 'state_dict'",
             )
+        fault = _fault_of(value)
+        if fault:
+            raise UserError(f"{path}: '{name}' {fault}", "take another weight file")
         tensors[_without_prefixes(name)] = value
     return tensors
+
+
+def _fault_of(tensor: Tensor) -> str:
+    """Why a tensor cannot be a weight; empty where it can."""
+    if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
+        return "is no plain tensor"
+    if tensor.nbytes > tensor.untyped_storage().nbytes():  # one number may stand for any size
+        return "is larger than what is stored of it"
+    return ""
 
 
 def _without_prefixes(name: str) -> str:
@@ -178,9 +199,15 @@ def _read_pickle(path: Path) -> object:
             "install torch 2.10 or newer, or give the weights as .safetensors",
         )
     try:
+        check_pickles(path)
         return torch.load(
             path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path) or None
         )
+    except Oversized as error:
+        raise UserError(
+            f"{path}: was not loaded, since that could take all memory ({error})",
+            "save model.state_dict() alone, or give the weights as .safetensors",
+        ) from None
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL ([\w.]+)", str(error))
         if found is None:
@@ -248,38 +275,8 @@ def _check(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: 
             )
         else:
             continue
-        raise UserError(fault, _cure(tensors))
+        raise UserError(fault, cure_of_mismatch(tensors))
     for name in tensors:
         if name not in expected:
             fault = f"{path}: {name} ({shape_of(tensors[name])}) is not in the model"
-            raise UserError(fault, _cure(tensors))
-
-
-def _cure(tensors: Mapping[str, Tensor]) -> str:
-    """Say which model the file's tensors belong to."""
-    found = _recognize(tensors)
-    if found is None:
-        return f"give a file for this model; this one fits none of {', '.join(MODELS)}"
-    return f"the file holds a {found[0]} with the {found[1]} stem: choose that model and stem"
-
-
-def _recognize(tensors: Mapping[str, Tensor]) -> tuple[str, Stem] | None:
-    def shapes_of(state: Mapping[str, Tensor]) -> dict[str, torch.Size]:
-        return {
-            name: tensor.shape
-            for name, tensor in state.items()
-            if not name.startswith(HEAD) and not name.endswith("num_batches_tracked")
-        }
-
-    stems: tuple[Stem, ...] = ("cifar", "imagenet")
-    shapes = shapes_of(tensors)
-    blocks = {tuple(name.split(".")[:2]) for name in shapes if name.startswith("layer")}
-    for name, variant in MODELS.items():
-        if len(blocks) != sum(variant.blocks_per_stage):
-            continue
-        for stem in stems:
-            with torch.device("meta"):
-                candidate = build_model(name, num_classes=1, stem=stem)
-            if shapes == shapes_of(candidate.state_dict()):
-                return name, stem
-    return None
+            raise UserError(fault, cure_of_mismatch(tensors))

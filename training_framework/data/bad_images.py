@@ -1,0 +1,145 @@
+"""Pictures that could not be decoded and were passed over: counted, capped, listed."""
+
+import json
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Literal
+
+from training_framework.errors import UserError, one_line
+
+__all__ = ["BadImages", "SplitName"]
+
+SplitName = Literal["train", "val"]
+
+_SPLITS: tuple[SplitName, ...] = ("train", "val")
+_FEWEST_ALLOWED = 10
+_ALLOWED_PERCENT = 1
+_NAMED_IN_ERROR = 5
+_MOST_NOTES = 10
+
+
+def _warn(line: str) -> None:
+    warnings.warn(line, RuntimeWarning, stacklevel=2)
+
+
+class BadImages:
+    """The bad pictures of a run, each once; more of them than a split may have are an error.
+
+    A split may have 1% of its pictures, or 10 where that is more, but always less than half.
+
+    Args:
+        train: Pictures of the training split.
+        val: Pictures of the validation split.
+        report: Says a line to people; by default that is a warning.
+    """
+
+    def __init__(self, *, train: int, val: int, report: Callable[[str], None] = _warn) -> None:
+        self._counts: dict[SplitName, int] = {"train": train, "val": val}
+        self._reasons: dict[SplitName, dict[str, str]] = {"train": {}, "val": {}}
+        self._report = report
+        self._path: Path | None = None
+
+    def __len__(self) -> int:
+        return sum(map(len, self._reasons.values()))
+
+    def limit(self, split: SplitName) -> int:
+        """How many bad pictures a split may have."""
+        count = self._counts[split]
+        return max(0, min(max(_FEWEST_ALLOWED, count * _ALLOWED_PERCENT // 100), (count - 1) // 2))
+
+    def add(self, split: SplitName, reasons: Mapping[str, str]) -> None:
+        """Take note of pictures, by name with the reason; those known already change nothing.
+
+        Raises:
+            UserError: They are more than the split may have, or the list cannot be written.
+        """
+        known = self._reasons[split]
+        fresh = {name: reason for name, reason in reasons.items() if name not in known}
+        for name, reason in fresh.items():
+            known[name] = reason
+            self._say(name, reason)
+        self._append(split, fresh)
+        limit = self.limit(split)
+        if fresh and len(known) > limit:
+            first = ", ".join(list(known)[:_NAMED_IN_ERROR])
+            raise UserError(
+                f"{len(known)} pictures of the {split} split cannot be decoded, and {limit} of "
+                f"{self._counts[split]} are passed over at most: {first}"
+                + (", ..." if len(known) > _NAMED_IN_ERROR else ""),
+                "mend or delete them" + (f"; {self._path} lists them" if self._path else ""),
+            )
+
+    def by_split(self) -> dict[SplitName, dict[str, str]]:
+        """Names and reasons of all so far, by split."""
+        return {split: dict(reasons) for split, reasons in self._reasons.items()}
+
+    def list_in(self, path: Path, report: Callable[[str], None]) -> None:
+        """Go on from what a file lists, and list them there from now on.
+
+        A line holds the split, the picture's name and the reason, between tabs. A name with tabs,
+        newlines or bytes that are no text is a JSON string.
+
+        Args:
+            path: The file; it need not exist, and is not made before there is a bad picture.
+            report: Says a line to people from now on.
+
+        Raises:
+            UserError: The file cannot be read or written.
+        """
+        listed = _read(path)
+        found, self._path, self._report = self._reasons, path, report
+        self._reasons = listed
+        for split in _SPLITS:
+            new = {n: reason for n, reason in found[split].items() if n not in listed[split]}
+            listed[split].update(new)
+            self._append(split, new)
+
+    def _say(self, name: str, reason: str) -> None:
+        if len(self) <= _MOST_NOTES:
+            self._report(one_line(f"note: passed over {name}: {reason}"))
+        if len(self) == _MOST_NOTES:
+            self._report("note: further bad pictures are only listed")
+
+    def _append(self, split: SplitName, reasons: Mapping[str, str]) -> None:
+        if self._path is None or not reasons:
+            return
+        lines = (f"{split}\t{_written(n)}\t{one_line(why)}\n" for n, why in reasons.items())
+        try:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write("".join(lines))
+        except OSError as error:
+            raise UserError(
+                f"{self._path}: cannot be written to ({error.strerror})", "make room there"
+            ) from None
+
+
+def _written(name: str) -> str:
+    return name if name.isprintable() and not name.startswith('"') else json.dumps(name)
+
+
+def _read(path: Path) -> dict[SplitName, dict[str, str]]:
+    """What a file lists; a last line that a kill tore off is taken out of it."""
+    listed: dict[SplitName, dict[str, str]] = {"train": {}, "val": {}}
+    try:
+        if not path.exists():
+            return listed
+        whole, _, torn = path.read_bytes().rpartition(b"\n")
+        if torn:
+            with path.open("r+b") as file:
+                file.truncate(len(whole) + (1 if whole else 0))
+        for split, name, reason in _fields(whole.decode("utf-8").split("\n")):
+            listed[split][json.loads(name) if name.startswith('"') else name] = reason
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})", "check the file") from None
+    except ValueError:  # no UTF-8, no JSON
+        raise UserError(
+            f"{path}: is no list of bad pictures", "move it away; a new one is begun"
+        ) from None
+    return listed
+
+
+def _fields(lines: Iterable[str]) -> Iterable[tuple[SplitName, str, str]]:
+    for line in filter(None, lines):
+        split, name, reason = line.split("\t")
+        yield _SPLITS[_SPLITS.index(split)], name, reason

@@ -1,0 +1,43 @@
+"""Which of our networks a file's tensors belong to, for errors that say the cure."""
+
+from collections.abc import Mapping
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from training_framework.models.resnet import MODELS, Stem, build_model
+
+__all__ = ["HEAD", "cure_of_mismatch"]
+
+HEAD: Final = "fc."
+
+
+def cure_of_mismatch(tensors: Mapping[str, Tensor]) -> str:
+    """Say which model a file's tensors belong to."""
+    found = _recognize(tensors)
+    if found is None:
+        return f"give a file for this model; this one fits none of {', '.join(MODELS)}"
+    return f"the file holds a {found[0]} with the {found[1]} stem: choose that model and stem"
+
+
+def _recognize(tensors: Mapping[str, Tensor]) -> tuple[str, Stem] | None:
+    def shapes_of(state: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+        return {
+            name: tensor.shape
+            for name, tensor in state.items()
+            if not name.startswith(HEAD) and not name.endswith("num_batches_tracked")
+        }
+
+    stems: tuple[Stem, ...] = ("cifar", "imagenet")
+    shapes = shapes_of(tensors)
+    blocks = {tuple(name.split(".")[:2]) for name in shapes if name.startswith("layer")}
+    for name, variant in MODELS.items():
+        if len(blocks) != sum(variant.blocks_per_stage):
+            continue
+        for stem in stems:
+            with torch.device("meta"):
+                candidate = build_model(name, num_classes=1, stem=stem)
+            if shapes == shapes_of(candidate.state_dict()):
+                return name, stem
+    return None
