@@ -8,11 +8,15 @@ from typing import Any
 from torch import nn
 
 from training_framework.checkpoint import load_checkpoint
+from training_framework.dataset_facts import DatasetFacts
 from training_framework.errors import UserError
 from training_framework.models import ResNet, build_model, load_weights, read_metadata
+from training_framework.plan import TrainPlan
 
 __all__ = ["NetworkCard", "load_network"]
 
+MOST_CLASSES = 100_000
+LARGEST_IMAGE_SIZE = 4096
 _METADATA_KEY = "network"
 
 
@@ -40,6 +44,22 @@ class NetworkCard:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     center_crop: bool
+
+    @classmethod
+    def of(
+        cls, model: str, plan: TrainPlan, facts: DatasetFacts, *, share_early_weights: bool
+    ) -> "NetworkCard":
+        """The card of a network that is trained as planned on a data set."""
+        return cls(
+            model=model,
+            stem=plan.stem,
+            share_early_weights=share_early_weights,
+            class_names=facts.class_names or tuple(map(str, range(plan.num_classes))),
+            image_size=plan.image_size,
+            mean=facts.mean,
+            std=facts.std,
+            center_crop=facts.storage == "files",
+        )
 
     def build(self) -> ResNet:
         """The network, with initial weights.
@@ -70,25 +90,47 @@ class NetworkCard:
         """The card in a file.
 
         Raises:
-            UserError: It is missing or incomplete.
+            UserError: It is missing, incomplete, or asks for a network out of all proportion.
         """
+        card: NetworkCard | None = None
         try:
             plain = dict(values)
             for key in ("class_names", "mean", "std"):
                 plain[key] = tuple(plain[key])
-            return cls(**plain)
+            card = cls(**plain)
         except (TypeError, KeyError, ValueError):
+            pass
+        if card is None or not card._makes_sense():
             raise UserError(
                 f"{path}: does not say which network it belongs to",
                 "use a checkpoint or weights.safetensors that this framework wrote",
             ) from None
+        return card
+
+    def _makes_sense(self) -> bool:
+        """Whether all values are of their types and sizes; a file may say anything."""
+        numbers = (*self.mean, *self.std)
+        return (
+            isinstance(self.model, str)
+            and isinstance(self.stem, str)
+            and isinstance(self.share_early_weights, bool)
+            and isinstance(self.center_crop, bool)
+            and 1 <= len(self.class_names) <= MOST_CLASSES
+            and all(isinstance(name, str) for name in self.class_names)
+            and type(self.image_size) is int
+            and 1 <= self.image_size <= LARGEST_IMAGE_SIZE
+            and len(self.mean) == len(self.std) == 3
+            and all(type(number) in (int, float) for number in numbers)
+            and all(-1e6 < number < 1e6 for number in numbers)  # NaN is in no interval
+            and min(self.std) > 0
+        )
 
     @classmethod
     def from_json(cls, text: str, path: Path) -> "NetworkCard":
         """As `from_dict`, from the header of a safetensors file."""
         try:
             values = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             values = None
         return cls.from_dict(values, path)
 

@@ -1,47 +1,227 @@
 """The folder of a run: `<output_dir>/<name>/version_N`, never shared by two runs."""
 
+import errno
+import fcntl
 import json
 import os
 import re
+import shutil
 import tempfile
+import uuid
 from pathlib import Path
 from typing import Any
 
 from training_framework.errors import UserError
 
-__all__ = ["create_run_directory", "run_directory_of", "write_json", "write_text_atomically"]
+__all__ = [
+    "DirectoryLock",
+    "check_space",
+    "check_writable",
+    "create_run_directory",
+    "next_version",
+    "run_directories",
+    "run_directory_of",
+    "under_way",
+    "write_json",
+    "write_text_atomically",
+]
 
 _VERSION = re.compile(r"version_(\d+)")
+_PROBE_BYTES = 2**16
 
 
-def create_run_directory(output_dir: Path, name: str) -> Path:
-    """Make the next free `version_N` below `<output_dir>/<name>`, with its `checkpoints` folder.
+class DirectoryLock:
+    """A run directory that this process alone may write to.
 
-    The folder is made by one system call that fails where it exists, so of two runs that start at
-    once each gets its own.
+    It is a lock of the system on the file `.lock` in it, so it ends with the process however that
+    ends, and a file that was left never blocks.
+
+    Attributes:
+        directory: The run directory.
+    """
+
+    def __init__(self, directory: Path, descriptor: int) -> None:
+        self.directory = directory
+        self._descriptor = descriptor
+        _held.add(descriptor)
+
+    @classmethod
+    def take(cls, directory: Path) -> "DirectoryLock | None":
+        """Lock a directory; None where another run holds it.
+
+        On a file system without locks nothing is held, and nothing refused.
+
+        Raises:
+            UserError: The directory cannot be written to.
+        """
+        try:
+            descriptor = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            raise _not_writable(directory, error) from None
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            return None
+        except OSError:
+            pass
+        return cls(directory, descriptor)
+
+    def release(self) -> None:
+        """Let others write; a second call does nothing."""
+        if self._descriptor in _held:
+            _held.remove(self._descriptor)
+            os.close(self._descriptor)
+
+
+_held: set[int] = set()
+
+
+def _leave_locks_to_parent() -> None:
+    # A forked loader process has the parent's locks too, and would hold them for as long as it
+    # outlives a parent that was killed.
+    while _held:
+        os.close(_held.pop())
+
+
+os.register_at_fork(after_in_child=_leave_locks_to_parent)
+
+
+def run_directories(parent: Path) -> list[Path]:
+    """The runs below `<output_dir>/<name>`, the newest first; none where there is no such folder.
 
     Raises:
-        UserError: The place cannot be written to.
+        UserError: The folder cannot be read.
+    """
+    try:
+        found = [(int(match[1]), path) for path in parent.iterdir() if (match := _version_of(path))]
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise _not_writable(parent, error) from None
+    return [path for _, path in sorted(found, reverse=True)]
+
+
+def next_version(parent: Path) -> int:
+    """The number of the next run below `<output_dir>/<name>`.
+
+    Raises:
+        UserError: The folder cannot be read.
+    """
+    newest = next(iter(run_directories(parent)), None)
+    match = None if newest is None else _version_of(newest)
+    return int(match[1]) + 1 if match else 0
+
+
+def _version_of(path: Path) -> re.Match[str] | None:
+    return _VERSION.fullmatch(path.name)
+
+
+def create_run_directory(
+    output_dir: Path, name: str, *, config_yaml: str, version: int | None = None
+) -> DirectoryLock:
+    """Make a `version_N` below `<output_dir>/<name>`, locked, with its `checkpoints` folder.
+
+    It is made under another name and moved into its place, by one system call that fails where
+    something is: so of two runs that start at once each gets its own, and nobody ever sees a part
+    of it, or sees it without its lock.
+
+    Args:
+        output_dir: Folder of all runs; made where it is missing.
+        name: The run's.
+        config_yaml: Text of its config.yaml.
+        version: The number; None takes the next free one.
+
+    Raises:
+        UserError: The place cannot be written to, or the given number is taken by now.
     """
     parent = output_dir / name
+    unnamed = parent / f".new-{uuid.uuid4().hex}"
+    lock = None
     try:
         parent.mkdir(parents=True, exist_ok=True)
-        versions = (_VERSION.fullmatch(path.name) for path in parent.iterdir())
-        number = max((int(match[1]) + 1 for match in versions if match), default=0)
-        while True:
-            directory = parent / f"version_{number}"
-            try:
-                directory.mkdir()
-                break
-            except FileExistsError:
-                number += 1
-        (directory / "checkpoints").mkdir()
+        unnamed.mkdir()
+        (unnamed / "checkpoints").mkdir()
+        write_text_atomically(unnamed / "config.yaml", config_yaml)
+        lock = DirectoryLock.take(unnamed)
+        assert lock is not None, "nobody else knows the name"
+        lock.directory = _moved(unnamed, parent, version)
+    except BaseException as error:
+        if lock is not None:
+            lock.release()
+        shutil.rmtree(unnamed, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise _not_writable(parent, error) from None
+        raise
+    return lock
+
+
+def _moved(unnamed: Path, parent: Path, version: int | None) -> Path:
+    number = next_version(parent) if version is None else version
+    while True:
+        directory = parent / f"version_{number}"
+        try:
+            unnamed.rename(directory)
+            return directory
+        except OSError as error:
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
+                raise
+        if version is not None:
+            raise under_way(directory)
+        number += 1
+
+
+def under_way(directory: Path) -> UserError:
+    """What a run is told that finds another one in its place."""
+    return UserError(
+        f"{directory}: another run is under way in it",
+        "wait for its end, or start beside it with --resume never or another --name",
+    )
+
+
+def check_writable(directory: Path) -> None:
+    """Find out whether files can be written to a folder, or below the nearest one that exists.
+
+    A small file is written there, flushed to the disk, and removed.
+
+    Raises:
+        UserError: They cannot: the disk is full, read-only, or the place is no folder.
+    """
+    nearest = _nearest_existing(directory)
+    try:
+        with tempfile.TemporaryFile(dir=nearest, buffering=0) as file:
+            file.write(bytes(_PROBE_BYTES))
+            os.fsync(file.fileno())
     except OSError as error:
+        raise _not_writable(nearest, error) from None
+
+
+def check_space(directory: Path, needed_bytes: int) -> None:
+    """Refuse a disk that cannot hold a file of that size in a folder, existing or to be made.
+
+    Raises:
+        UserError: Less is free.
+    """
+    free = shutil.disk_usage(_nearest_existing(directory)).free
+    if free < needed_bytes:
         raise UserError(
-            f"{error.filename or parent}: cannot be written to ({error.strerror})",
-            "give another --output-dir",
-        ) from None
+            f"{directory}: its disk has {free / 2**20:,.0f} MiB left, and a checkpoint of this run "
+            f"takes {needed_bytes / 2**20:,.0f} MiB",
+            "free some space or give another --output-dir",
+        )
+
+
+def _nearest_existing(directory: Path) -> Path:
+    while not os.path.lexists(directory) and directory != directory.parent:
+        directory = directory.parent
     return directory
+
+
+def _not_writable(place: Path, error: OSError) -> UserError:
+    return UserError(
+        f"{error.filename or place}: cannot be written to ({error.strerror})",
+        "give another --output-dir",
+    )
 
 
 def run_directory_of(checkpoint: Path) -> Path | None:

@@ -1,0 +1,239 @@
+"""The checkpoints of a run: the last one, the one before it, and the best."""
+
+import os
+import re
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Self
+
+import psutil
+
+from training_framework.checkpoint.file import read_description
+from training_framework.checkpoint.flat_state import FlatState
+from training_framework.checkpoint.loading import previous_of
+from training_framework.checkpoint.writing import (
+    flush_directory,
+    removed_on_failure,
+    unwritable,
+    write_beside,
+)
+from training_framework.errors import UserError
+from training_framework.faults import fault_point
+
+__all__ = ["CheckpointKeeper"]
+
+
+class CheckpointKeeper:
+    """Keeps `last.ckpt`, the one before it as `last-1.ckpt`, and the best few in a folder.
+
+    The best are named by epoch and accuracy, `resnet50-epoch=00-val_acc1=20.0000.ckpt`; of equal
+    ones the earlier stays.
+
+    A save copies the state in memory and returns; a thread writes the copy, while at most one
+    further save may wait for it. So a second copy of the weights, their average and the optimizer's
+    state exists for as long as that takes; where the machine has less memory than that available,
+    the state itself is written, and the training waits. What goes wrong in the thread is raised by
+    the next `save`, `wait` or `close`. As a context manager it closes at the end.
+
+    Args:
+        directory: Existing folder.
+        prefix: Start of the best ones' names: the model's.
+        keep: How many of the best to keep; 0 keeps none.
+        every_n_steps: Steps between two saves, as `is_due` says; None: no such interval.
+        every_seconds: Seconds from one save to the next, likewise.
+        more_state: Called by `save` for what the checkpoint shall hold beside the given state.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        prefix: str,
+        keep: int,
+        every_n_steps: int | None = None,
+        every_seconds: float | None = None,
+        more_state: Callable[[], dict[str, Any]] = dict,
+    ) -> None:
+        self.directory = directory
+        self._prefix = prefix
+        self._keep = keep
+        self._every_n_steps = every_n_steps
+        self._every_seconds = every_seconds
+        self._more_state = more_state
+        self._saved_at = time.monotonic()
+        self._writer: threading.Thread | None = None
+        self._error: BaseException | None = None
+        for left in directory.glob(".*.ckpt.tmp"):  # by a run that was killed as it wrote
+            left.unlink(missing_ok=True)
+
+    @property
+    def last(self) -> Path:
+        """The newest checkpoint."""
+        return self.directory / "last.ckpt"
+
+    def is_due(self, step: int) -> bool:
+        """Whether an interval between two saves has passed, after `step` steps.
+
+        While a save is being written, no number of seconds makes another one due.
+        """
+        if self._every_n_steps is not None and step % self._every_n_steps == 0:
+            return True
+        return (
+            self._every_seconds is not None
+            and time.monotonic() - self._saved_at >= self._every_seconds
+            and (self._writer is None or not self._writer.is_alive())
+        )
+
+    def save(self, state: dict[str, Any], *, epoch: int, val_acc1: float | None) -> None:
+        """Write `last.ckpt`, and keep it under its own name too if it is one of the best.
+
+        Args:
+            state: As for `save_checkpoint`, with the steps made as `state["progress"]["step"]`. It
+                may be changed as soon as this returns.
+            epoch: Epoch of the last step, from 0.
+            val_acc1: Accuracy in percent of an evaluation at this very step; None where there was
+                none: then only `last.ckpt` is written.
+
+        Raises:
+            UserError: This save or the one before it could not be written.
+        """
+        self.wait()
+        flat = FlatState.of({**state, **self._more_state()})
+        arguments = (state["progress"]["step"], epoch, val_acc1)
+        self._saved_at = time.monotonic()
+        if psutil.virtual_memory().available < 2 * flat.tensor_bytes:
+            self._write(flat, *arguments)
+            return
+        self._writer = threading.Thread(
+            target=self._write_in_thread, args=(flat.copied(), *arguments), name="checkpoint"
+        )
+        self._writer.start()
+
+    def wait(self) -> None:
+        """Wait until the latest save is on the disk.
+
+        Raises:
+            UserError: It could not be written.
+        """
+        if self._writer is not None:
+            self._writer.join()
+            self._writer = None
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def close(self) -> None:
+        """As `wait`."""
+        self.wait()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        try:
+            self.close()
+        except UserError:
+            if error is None:  # the first error is the one to show
+                raise
+
+    def _write_in_thread(self, *arguments: Any) -> None:
+        try:
+            self._write(*arguments)
+        except BaseException as error:
+            self._error = error
+
+    def _write(self, state: FlatState, step: int, epoch: int, val_acc1: float | None) -> None:
+        try:
+            temporary = write_beside(self.last, state)
+            with removed_on_failure(temporary):
+                fault_point("checkpoint.before_replace")
+                # Before it is the last one: a run killed in between makes this step once more, and
+                # with it the same best checkpoint.
+                if val_acc1 is not None:
+                    self._keep_if_best(temporary, step, epoch, val_acc1)
+                self._keep_previous()
+                temporary.replace(self.last)
+            flush_directory(self.directory)
+            fault_point("checkpoint.after_save")
+        except OSError as error:
+            raise unwritable(self.last, error) from None
+
+    def _keep_previous(self) -> None:
+        """Let `last.ckpt` be `last-1.ckpt` too, so that there is a `last.ckpt` at every moment."""
+        if not self.last.exists():
+            return
+        previous = previous_of(self.last)
+        link = previous.with_name(f".{previous.name}.tmp")
+        link.unlink(missing_ok=True)
+        try:
+            os.link(self.last, link)
+        except OSError:  # a file system without hard links: for a moment last-1.ckpt stands alone
+            self.last.replace(previous)
+            return
+        link.replace(previous)
+        link.unlink(missing_ok=True)  # a rename between two names of one file does nothing
+
+    def _keep_if_best(self, written: Path, step: int, epoch: int, val_acc1: float) -> None:
+        kept = self._best_first()
+        if self._keep == 0:
+            return
+        if len(kept) >= self._keep and val_acc1 <= kept[self._keep - 1][0]:
+            return
+        path = self._free_name(step, epoch, val_acc1)
+        if path is not None:
+            _give_second_name(written, path)
+        for _, dropped in self._best_first()[self._keep :]:
+            dropped.unlink()
+
+    def _best_first(self) -> list[tuple[float, Path]]:
+        pattern = re.compile(
+            re.escape(self._prefix) + r"-epoch=(\d+)-val_acc1=(\d+\.\d+)(?:-v(\d+))?\.ckpt"
+        )
+        found = []
+        for path in self.directory.iterdir():
+            match = pattern.fullmatch(path.name)
+            if match:
+                order = (-float(match[2]), int(match[1]), int(match[3] or 0))
+                found.append((order, float(match[2]), path))
+        return [(accuracy, path) for _, accuracy, path in sorted(found)]
+
+    def _free_name(self, step: int, epoch: int, val_acc1: float) -> Path | None:
+        """A name for one of the best; None where this very step has one already.
+
+        A run that was killed can make a step twice, and two evaluations of one epoch can find the
+        same accuracy.
+        """
+        stem = f"{self._prefix}-epoch={epoch:02d}-val_acc1={val_acc1:.4f}"
+        path = self.directory / f"{stem}.ckpt"
+        version = 1
+        while path.exists():
+            if _step_of(path) == step:
+                return None
+            path = self.directory / f"{stem}-v{version}.ckpt"
+            version += 1
+        return path
+
+
+def _step_of(path: Path) -> int | None:
+    try:
+        step: int = read_description(path)["progress"]["step"]
+    except (UserError, KeyError, TypeError):
+        return None
+    return step
+
+
+def _give_second_name(written: Path, path: Path) -> None:
+    """Give a file a second name, which stays when the first one is given to another."""
+    try:
+        os.link(written, path)
+        return
+    except OSError:  # a file system without hard links
+        temporary = path.with_name(f".{path.name}.tmp")
+    with removed_on_failure(temporary):
+        shutil.copyfile(written, temporary)
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
