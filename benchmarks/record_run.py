@@ -42,7 +42,8 @@ def main() -> None:
 def record(experiment: str, flags: list[str], dataset: str | None, folder: Path) -> dict[str, Any]:
     """Run `efficient-resnet train` with the flags and gather what it left."""
     others_busy = psutil.cpu_percent(interval=2.0)
-    start = time.time()
+    date = time.strftime("%Y-%m-%d", time.gmtime())
+    start = time.perf_counter()
     process = subprocess.run(
         [sys.executable, "-m", "training_framework", "train", *flags, "--output-dir", str(folder)],
         stdout=subprocess.PIPE,
@@ -51,7 +52,7 @@ def record(experiment: str, flags: list[str], dataset: str | None, folder: Path)
         check=False,
         env=os.environ,
     )
-    seconds = time.time() - start
+    seconds = time.perf_counter() - start
     print(process.stdout)
     if process.returncode:
         sys.exit(process.returncode)
@@ -66,7 +67,7 @@ def record(experiment: str, flags: list[str], dataset: str | None, folder: Path)
     return {
         "experiment": experiment,
         "command": " ".join(["efficient-resnet", "train", *public]),
-        "date": time.strftime("%Y-%m-%d", time.gmtime(start)),
+        "date": date,
         "commit": commit.stdout.strip(),
         "clock": "whole process: imports, data, training, evaluation, checkpoints",
         "seconds": seconds,

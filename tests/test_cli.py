@@ -250,7 +250,9 @@ def start(command: str, **options: Any) -> "subprocess.Popen[str]":
 
 
 @pytest.mark.parametrize(
-    ("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["SIGINT", "SIGTERM"]
+    ("number", "status"),
+    [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)],
+    ids=["SIGINT", "SIGTERM", "SIGHUP"],
 )
 def test_a_signal_ends_a_run_in_order_and_it_can_go_on(in_tmp_path, capsys, number, status):
     flags = f"{TINY} --epochs 1000 --log-every-n-steps 1 --val-check-interval 1000 --name a"
@@ -300,10 +302,12 @@ def test_an_interrupt_before_the_training_is_one_line(in_tmp_path, capsys, monke
         ),
         (
             torch.OutOfMemoryError(
-                "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of"
+                "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of "
+                "3.00 GiB of which 1.00 GiB is free. Including non-PyTorch memory, this process has"
             ),
-            "memory is full: CUDA out of memory. Tried to allocate 2.00 GiB; lower batch_size or "
-            "img_size, set activation_checkpointing, or set resident_data to false",
+            "memory is full: CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total "
+            "capacity of 3.00 GiB of which 1.00 GiB is free; lower batch_size or img_size, set "
+            "activation_checkpointing, or set resident_data to false",
         ),
     ],
 )
@@ -317,14 +321,30 @@ def test_a_full_disk_or_memory_is_one_line(in_tmp_path, capsys, monkeypatch, err
 
 
 @pytest.mark.parametrize("error", [OSError(errno.EIO, "I/O error"), RuntimeError("a bug")])
-def test_a_fault_of_our_own_keeps_its_traceback(in_tmp_path, monkeypatch, error):
+def test_a_fault_of_our_own_is_one_line_and_its_traceback_is_kept(
+    in_tmp_path, capsys, monkeypatch, error
+):
     def fail(config: TrainConfig) -> None:
         raise error
 
     monkeypatch.setattr("training_framework.train.main", fail)
-    with pytest.raises(type(error)) as caught:
-        run("train")
-    assert caught.value is error
+    monkeypatch.setattr("tempfile.tempdir", str(in_tmp_path))
+    assert run("train") == 70
+    (kept,) = in_tmp_path.glob("efficient-resnet-*.txt")
+    assert "Traceback" in kept.read_text() and "in fail" in kept.read_text()
+    err = capsys.readouterr().err
+    assert str(error) in err and str(kept) in err
+    assert err.startswith("error: ") and err.count("\n") == 1
+
+
+def test_debug_shows_the_traceback_of_an_error_anywhere_on_the_line(in_tmp_path, capsys):
+    for arguments in ("--debug plan --epochs 0", "plan --epochs 0 --debug"):
+        assert run(arguments) == 2
+        err = capsys.readouterr().err
+        assert "Traceback" in err
+        assert err.splitlines()[-1].startswith("error: command line: epochs: 0 should be")
+    assert run("plan --epochs 0") == 2
+    assert "Traceback" not in capsys.readouterr().err
 
 
 def test_a_reader_that_has_left_is_no_error(in_tmp_path):

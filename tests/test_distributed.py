@@ -12,8 +12,8 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 
+from training_framework.checkpoint import load_checkpoint
 from training_framework.cli import main
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
@@ -98,7 +98,9 @@ def test_one_process_alone_writes(trained):
     assert steps == list(range(1, 4 * 11 + 1))
     directory = trained / "logs/two/version_0"
     names = {path.name for path in directory.iterdir()}
-    assert names == {"checkpoints", "config.yaml", "metrics.csv", "run.json", "weights.safetensors"}
+    assert names == {
+        ".lock", "checkpoints", "config.yaml", "metrics.csv", "run.json", "weights.safetensors"
+    }  # fmt: skip
 
 
 def test_two_processes_evaluate_the_same_images_and_hits_as_one(trained):
@@ -150,6 +152,32 @@ def test_an_error_is_said_once_and_ends_all_processes(tmp_path, fault):
     assert not list(tmp_path.rglob("*.ckpt"))
 
 
+def test_two_processes_stopped_in_an_evaluation_make_it_when_they_go_on(trained):
+    arguments = torchrun("train", *DIGITS, *FOUR_EPOCHS, "--name=stopped")
+    options = {"cwd": trained, "capture_output": True, "text": True, "timeout": 120}
+    for fault, steps in (("evaluation.batch:2:term", 10), ("", 44)):
+        environment = ENVIRONMENT | {"TRAINING_FRAMEWORK_FAULT": fault}
+        done = subprocess.run(arguments, env=environment, check=False, **options)
+        assert (done.returncode == 0) == (not fault), done.stderr
+        assert len(rows_of(trained, "stopped")) == steps
+    without_times = [
+        [{key: row[key] for key in ("step", "train/loss", "val/loss", "val/acc1", "grad_norm")}
+         for row in rows_of(trained, name)]
+        for name in ("stopped", "two")
+    ]  # fmt: skip
+    assert without_times[0] == without_times[1]
+
+
+def test_a_loss_that_is_not_finite_ends_two_processes_with_one_line(tmp_path):
+    done = run_two(tmp_path, "train", *DIGITS, "--batch-size=64", "--epochs=1", "--lr=1e30")
+    assert done.returncode != 0
+    (error,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert re.search(
+        r"the training loss became nan at step \d, batch \d of epoch 0: samples", error
+    )
+    assert not list(tmp_path.rglob("*.ckpt"))
+
+
 def test_sigterm_to_torchrun_saves_and_ends(tmp_path):
     settings = (*DIGITS, *CALM, "--epochs=1000", "--batch-size=64", "--name=run")
     # Rows that are far apart, so that the stop falls between two of them.
@@ -172,7 +200,7 @@ def test_sigterm_to_torchrun_saves_and_ends(tmp_path):
         started.kill()
         started.wait()
     assert started.returncode != 0
-    state = torch.load(tmp_path / "logs/run/version_0/checkpoints/last.ckpt", weights_only=True)
+    state = load_checkpoint(tmp_path / "logs/run/version_0/checkpoints/last.ckpt")
     assert state["progress"]["step"] > 22
     counted = int(state["sums"]["sums"][3])
     assert counted == 64 * (state["progress"]["step"] % 22), "images of both processes"

@@ -80,5 +80,13 @@ def test_the_peak_is_measured_cited_or_said_to_be_unknown():
     assert measure_peak_flops("cuda", "Unheard-of 9000", torch.bfloat16) == (0.0, "n/a")
 
 
+def test_measuring_the_peak_leaves_the_runs_generator_alone():
+    torch.manual_seed(0)
+    expected = torch.rand(1)
+    torch.manual_seed(0)
+    measure_peak_flops("cpu", "any", torch.float32)
+    assert torch.equal(torch.rand(1), expected)
+
+
 def test_memory_in_use_is_that_of_this_process():
     assert 2**24 < memory_in_use(torch.device("cpu")) < detect_hardware().memory_bytes

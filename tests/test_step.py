@@ -91,6 +91,24 @@ def test_a_group_of_batches_gives_the_gradient_of_its_mean(batch):
         torch.testing.assert_close(a.grad, b.grad)
 
 
+@pytest.mark.parametrize("mixed", [False, True])
+def test_parts_of_a_batch_give_the_loss_and_gradient_of_the_whole(batch, mixed):
+    images, labels = batch
+    partner = (labels.roll(1), torch.tensor(0.3)) if mixed else None
+    losses, hits, gradients = [], [], []
+    for micro_batch_size in (None, 3):  # 8 images in parts of 3, 3 and 2
+        network = small_network().eval()  # norms: fixed statistics
+        sums = ClassificationSums("cpu", num_classes=10)
+        step = TrainStep(network, sgd(network), device_type="cpu", label_smoothing=0.1, sums=sums)
+        step.micro_batch_size = micro_batch_size
+        losses.append(step.accumulate(images, labels, partner, group_size=2))
+        hits.append((sums.read().acc5, sums.read().count))
+        gradients.append([parameter.grad for parameter in network.parameters()])
+    torch.testing.assert_close(losses[1], losses[0])
+    torch.testing.assert_close(gradients[1], gradients[0])
+    assert hits[1] == hits[0]
+
+
 def test_clipping_scales_the_gradient_to_the_norm_and_keeps_what_it_was(batch):
     network, reference = small_network(), small_network()
     F.cross_entropy(reference(batch[0]), batch[1]).backward()

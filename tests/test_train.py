@@ -122,8 +122,8 @@ def test_a_run_leaves_everything_that_is_promised(in_tmp_path):
     assert [int(row["step"]) for row in rows] == list(range(1, 9))
     assert [row["val/acc1"] != "" for row in rows] == [False, True] * 4
     names = sorted(path.name for path in (directory / "checkpoints").iterdir())
-    assert "last.ckpt" in names
-    best = [name for name in names if name != "last.ckpt"]
+    assert names[:2] == ["last-1.ckpt", "last.ckpt"]
+    best = names[2:]
     assert len(best) == 2
     assert all(name.startswith("resnet10-epoch=0") and "-val_acc1=" in name for name in best)
     assert list(directory.glob("events.out.tfevents.*"))
@@ -230,7 +230,7 @@ def test_loaders_that_cannot_be_trained_on_are_explained(in_tmp_path, loader, me
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_and_names_the_step(in_tmp_path):
-    with pytest.raises(UserError, match=r"loss became nan by step \d.*lower lr"):
+    with pytest.raises(UserError, match=r"loss became nan at step \d.*lower lr"):
         main(**{**TINY, "lr": 1e30, "epochs": 3})
 
 

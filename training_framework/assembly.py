@@ -1,6 +1,6 @@
 """From a configuration and a plan to the parts of a run, each built from plain arguments."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -10,18 +10,23 @@ from torch.nn.parallel import DistributedDataParallel
 
 from training_framework.config import TrainConfig
 from training_framework.data import (
+    BadImages,
     Dataset,
     EvalTransform,
+    FileSplit,
     ForeignLoader,
     Loader,
+    PackedSplit,
     Split,
     TrainTransform,
+    WorkerLoader,
     build_loader,
     detect_dataset,
     open_dataset,
 )
+from training_framework.data.folder import refuse_empty_files
 from training_framework.dataset_facts import DatasetFacts
-from training_framework.distributed import Processes
+from training_framework.distributed import Processes, gathered
 from training_framework.errors import UserError
 from training_framework.loggers import (
     ConsoleLogger,
@@ -56,6 +61,7 @@ __all__ = [
     "foreign_facts",
     "open_configured_dataset",
     "open_loggers",
+    "sample_name",
     "split_loader",
 ]
 
@@ -131,8 +137,20 @@ def _count_classes(dataset: Any) -> int:
     return int(torch.as_tensor(labels).max()) + 1
 
 
+def sample_name(source: Dataset | tuple[Iterable[Any], Iterable[Any] | None], index: int) -> str:
+    """What to call a training sample in messages: its file, or its position where there is none."""
+    if isinstance(source, Dataset) and isinstance(source.train, FileSplit | PackedSplit):
+        return source.train.name_of(index)
+    return str(index)
+
+
 class Loaders:
-    """The loaders of a run and what turns their batches into the network's input."""
+    """The loaders of a run and what turns their batches into the network's input.
+
+    Attributes:
+        bad_images: Pictures that could not be decoded and were passed over; None where the first
+            one ends the run.
+    """
 
     def __init__(
         self,
@@ -141,11 +159,13 @@ class Loaders:
         val: Loader | None,
         train_transform: TrainTransform,
         eval_transform: EvalTransform,
+        bad_images: BadImages | None = None,
     ) -> None:
         self.train = train
         self.val = val
         self.train_transform = train_transform
         self.eval_transform = eval_transform
+        self.bad_images = bad_images
 
     @classmethod
     def assemble(
@@ -158,9 +178,19 @@ class Loaders:
         processes: Processes,
         device: torch.device,
     ) -> "Loaders":
-        """Build them for a data set, or around the user's own (train, val) loaders."""
+        """Build them for a data set, or around the user's own (train, val) loaders.
+
+        Raises:
+            UserError: A validation file is empty, which would be met after an epoch only.
+        """
+        bad_images = None
         if isinstance(source, Dataset):
+            if config.on_bad_image == "skip":
+                bad_images = BadImages(train=len(source.train), val=len(source.val))
+            elif isinstance(source.val, FileSplit):
+                refuse_empty_files(source.val)
             parts: dict[str, Any] = {
+                "bad_images": bad_images,
                 "config": config,
                 "plan": plan,
                 "processes": processes,
@@ -191,8 +221,35 @@ class Loaders:
             channels_last=plan.channels_last,
         )
         return cls(
-            train=train, val=val, train_transform=train_transform, eval_transform=eval_transform
+            train=train,
+            val=val,
+            train_transform=train_transform,
+            eval_transform=eval_transform,
+            bad_images=bad_images,
         )
+
+    def report_to(self, report: Callable[[str], None], bad_images_file: Path) -> None:
+        """Say what happens while loading through `report`, and list bad pictures in a file."""
+        for loader in (self.train, self.val):
+            if isinstance(loader, WorkerLoader):
+                loader.report = report
+        if self.bad_images is not None:
+            self.bad_images.list_in(bad_images_file, report)
+
+    def share_bad_images(self) -> int:
+        """Let every process know of all bad pictures: their number.
+
+        All processes must call it at the same point.
+
+        Raises:
+            UserError: Together they are too many.
+        """
+        if self.bad_images is None:
+            return 0
+        for by_split in gathered(self.bad_images.by_split()):
+            for split, reasons in by_split.items():
+                self.bad_images.add(split, reasons)
+        return len(self.bad_images)
 
     def close(self) -> None:
         """End the loaders' processes."""
@@ -209,6 +266,7 @@ def split_loader(
     plan: TrainPlan,
     processes: Processes,
     device: torch.device,
+    bad_images: BadImages | None = None,
 ) -> Loader:
     """The loader of one split as planned: for training, or for evaluation."""
     return build_loader(
@@ -224,6 +282,7 @@ def split_loader(
         num_workers=plan.num_workers,
         prefetch_factor=config.prefetch_factor,
         pin_memory=plan.pin_memory,
+        bad_images=bad_images,
     )
 
 

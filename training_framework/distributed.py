@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,7 +14,14 @@ from torch import nn
 
 from training_framework.errors import UserError
 
-__all__ = ["Processes", "is_first_to_say", "largest", "process_group", "share_buffers"]
+__all__ = [
+    "Processes",
+    "gathered",
+    "is_first_to_say",
+    "largest",
+    "process_group",
+    "share_buffers",
+]
 
 BOARD_TIMEOUT = timedelta(seconds=5)
 
@@ -103,6 +111,18 @@ def largest(values: Sequence[float], device: torch.device) -> list[float]:
     if dist.is_initialized():
         dist.all_reduce(numbers, op=dist.ReduceOp.MAX)
     return numbers.tolist()
+
+
+def gathered(value: Any) -> list[Any]:
+    """Every process's value, in the order of their ranks: plain values, a few.
+
+    All processes must call it at the same point.
+    """
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 """Evaluate a model: every sample once, whatever the number of processes."""
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,9 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from training_framework.data import Batch, Loader
+from training_framework.distributed import largest
+from training_framework.faults import fault_point
 from training_framework.loss import per_sample_losses
 from training_framework.metrics import ClassificationMetrics, ClassificationSums
 from training_framework.precision import Precision, autocast
+from training_framework.signals import StopRequested
 
 __all__ = ["Evaluation", "evaluate"]
 
@@ -22,6 +26,11 @@ class Evaluation:
     metrics: ClassificationMetrics
     seconds: float
 
+    @property
+    def is_finite(self) -> bool:
+        """Whether the loss is a number; otherwise the accuracy says little of the weights."""
+        return math.isfinite(self.metrics.loss)
+
 
 @torch.inference_mode()
 def evaluate(
@@ -32,6 +41,7 @@ def evaluate(
     device: torch.device,
     num_classes: int,
     precision: Precision,
+    should_stop: Callable[[], bool] | None = None,
 ) -> Evaluation:
     """Loss (without label smoothing), top-1 and top-5 over a split.
 
@@ -45,18 +55,30 @@ def evaluate(
         device: Where the model is.
         num_classes: Classes of the logits.
         precision: What the forward pass computes in.
+        should_stop: Asked after every batch. Where any rank is told to stop, the evaluation has no
+            result on any of them.
+
+    Raises:
+        StopRequested: It was stopped.
     """
     start = time.perf_counter()
     was_training = model.training
     model.eval()
     sums = ClassificationSums(device, num_classes=num_classes)
+    stopped = False
     try:
         for batch in loader.epoch(0):
+            fault_point("evaluation.batch")
             images, labels = transform(batch)
             with autocast(device.type, precision):
                 logits = model(images)
-            sums.update(logits, labels, per_sample_losses(logits, labels))
+            sums.update(logits, labels, per_sample_losses(logits, labels), valid=batch.valid)
+            stopped = should_stop is not None and should_stop()
+            if stopped:
+                break
     finally:
         model.train(was_training)
+    if should_stop is not None and any(largest([stopped], device)):
+        raise StopRequested
     sums.all_reduce()
     return Evaluation(metrics=sums.read(), seconds=time.perf_counter() - start)

@@ -22,6 +22,7 @@ __all__ = [
     "library_versions",
     "measure_peak_flops",
     "memory_in_use",
+    "usable_cores",
 ]
 
 PEAK_TRIAL_SECONDS = 0.1
@@ -113,7 +114,7 @@ def detect_hardware() -> Hardware:
     ]
     return Hardware(
         cpu_name=cpu_name,
-        cores=_usable_cores(),
+        cores=usable_cores(),
         instruction_sets=tuple(sets),
         memory_bytes=_usable_memory(),
         accelerators=_accelerators(),
@@ -133,7 +134,8 @@ def _cpu_flags() -> tuple[set[str], str]:
     return set(flags.split()), fields.get("model name", platform.machine())
 
 
-def _usable_cores() -> int:
+def usable_cores() -> int:
+    """Cores this process may run on, affinity and a container's quota counted in."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     try:  # a container's quota: "max 100000" or "150000 100000" (microseconds of CPU per period)
         quota, period = CPU_QUOTA_FILE.read_text(encoding="ascii").split()
@@ -281,14 +283,20 @@ def measure_peak_flops(
 def _measured_cpu_peak(dtype: torch.dtype) -> float:
     """Best FLOP/s of a few matrix products and a convolution."""
     best = 0.0
+    # Its own: how much is drawn depends on the time it takes, and the run's generator must not.
+    draws = torch.Generator().manual_seed(0)
+
+    def numbers(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=draws).to(dtype)
+
     for size in (256, 512, 1024):
-        a, b = torch.randn(size, size).to(dtype), torch.randn(size, size).to(dtype)
+        a, b = numbers(size, size), numbers(size, size)
         seconds = _fastest_call(lambda a=a, b=b: torch.mm(a, b))  # type: ignore[misc]
         best = max(best, 2 * size**3 / seconds)
         if seconds > PEAK_TRIAL_SECONDS:  # emulated: larger ones would take ever longer
             return best
-    images = torch.randn(8, 128, 28, 28).to(dtype).contiguous(memory_format=torch.channels_last)
-    weight = torch.randn(128, 128, 3, 3).to(dtype).contiguous(memory_format=torch.channels_last)
+    images = numbers(8, 128, 28, 28).contiguous(memory_format=torch.channels_last)
+    weight = numbers(128, 128, 3, 3).contiguous(memory_format=torch.channels_last)
     seconds = _fastest_call(lambda: torch.nn.functional.conv2d(images, weight, padding=1))
     # At the border fewer taps meet a pixel: 3 * 28 - 2 in each direction.
     return max(best, 2 * 8 * 128 * 128 * (3 * 28 - 2) ** 2 / seconds)

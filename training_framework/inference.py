@@ -1,6 +1,7 @@
 """Use what was trained: evaluate it on a data set, let it name pictures."""
 
 import itertools
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from training_framework.assembly import open_configured_dataset, split_loader
 from training_framework.checkpoint import load_checkpoint
 from training_framework.config import TrainConfig, load_config
 from training_framework.config.names import canonical
-from training_framework.data import Dataset, EvalTransform
+from training_framework.data import BadImages, Dataset, EvalTransform
 from training_framework.data.decoding import (
     IMAGE_SUFFIXES,
     Pixels,
@@ -20,6 +21,7 @@ from training_framework.data.decoding import (
     decode_image,
     resize,
 )
+from training_framework.data.host_batches import StorageFault, read_picture
 from training_framework.dataset_facts import DatasetFacts
 from training_framework.distributed import Processes, process_group
 from training_framework.errors import UserError
@@ -69,9 +71,13 @@ def evaluate_file(path: Path, overrides: Mapping[str, Any]) -> tuple[Evaluation,
     device = plan.torch_device(processes.local_rank)
     torch.set_num_threads(plan.threads)
     with process_group(processes, device):
+        bad_images = None
+        if config.on_bad_image == "skip":
+            bad_images = BadImages(train=0, val=len(dataset.val), report=_to_stderr)
         loader = split_loader(
             dataset.val,
             train=False,
+            bad_images=bad_images,
             config=config,
             plan=plan,
             processes=processes,
@@ -120,13 +126,14 @@ def predict_files(
         path: A .ckpt or weights.safetensors of this framework.
         pictures: Image files, and folders whose image files (at any depth) are meant.
         top: How many classes to give for each.
-        overrides: accelerator and precision.
+        overrides: accelerator, precision, threads and on_bad_image.
 
     Yields:
         Each picture's path with its most probable classes and their probabilities.
 
     Raises:
-        UserError: A file is missing, damaged or no picture.
+        UserError: A file is missing or cannot be read; it is damaged or no picture, unless
+            on_bad_image is skip, which says so on stderr.
     """
     files = _picture_files(pictures)
     network, card = load_network(path)
@@ -149,13 +156,19 @@ def predict_files(
     transform = EvalTransform(mean=card.mean, std=card.std, device=device)
     for start in range(0, len(files), PICTURES_AT_ONCE):
         part = files[start : start + PICTURES_AT_ONCE]
-        pixels = np.stack([_prepared(file, card) for file in part])
-        images = torch.from_numpy(pixels).to(device).permute(0, 3, 1, 2)
+        views = _prepared(part, card, skip_bad=config.on_bad_image == "skip")
+        if not views:
+            continue
+        images = (
+            torch.from_numpy(np.stack([pixels for _, pixels in views]))
+            .to(device)
+            .permute(0, 3, 1, 2)
+        )
         with torch.inference_mode(), autocast(device.type, plan.precision):
             logits = network(transform.normalized(images))
         shares, classes = logits.float().softmax(dim=1).topk(min(top, len(card.class_names)))
-        rows = zip(part, shares.tolist(), classes.tolist(), strict=True)
-        for file, row_shares, row_classes in rows:
+        rows = zip(views, shares.tolist(), classes.tolist(), strict=True)
+        for (file, _), row_shares, row_classes in rows:
             yield (
                 file,
                 [
@@ -180,11 +193,28 @@ def _picture_files(pictures: Sequence[Path]) -> list[Path]:
     return files
 
 
-def _prepared(file: Path, card: NetworkCard) -> Pixels:
-    try:
-        data = file.read_bytes()
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror})", "check the file") from None
+def _to_stderr(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
+def _prepared(
+    files: Sequence[Path], card: NetworkCard, *, skip_bad: bool
+) -> list[tuple[Path, Pixels]]:
+    """The network's view of each picture."""
+    prepared = []
+    for file in files:
+        try:
+            prepared.append((file, _view(read_picture(file), file, card)))
+        except StorageFault:
+            raise
+        except UserError as error:
+            if not skip_bad:
+                raise
+            _to_stderr(f"note: passed over {error.fault}")
+    return prepared
+
+
+def _view(data: bytes, file: Path, card: NetworkCard) -> Pixels:
     if card.center_crop:
         return decode_center_crop(data, file, size=card.image_size)
     pixels = decode_image(data, file)

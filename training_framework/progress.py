@@ -16,12 +16,15 @@ class EpochRecord:
         seconds: Wall time, evaluation included.
         evaluation_seconds: The part of it that evaluations took.
         val_acc1: Top-1 accuracy in percent of its last evaluation; None without one.
+        sample_digest: Digest of the samples that this process trained on, in their order and
+            batches (`data.sample_digest`): equal for two runs that saw the same.
     """
 
     epoch: int
     seconds: float
     evaluation_seconds: float
     val_acc1: float | None = None
+    sample_digest: str = ""
 
 
 @dataclass(kw_only=True)
@@ -32,6 +35,8 @@ class Progress:
         step: Optimizer steps made.
         epoch: Epoch under way, from 0.
         batch: Batches of it that are done.
+        sample_digest: Digest of the samples of these batches; a user's own loader does not tell
+            its samples, only how many there are.
         epoch_seconds: Wall time spent in it so far, also before a resumption.
         epoch_evaluation_seconds: The part that evaluations took.
         train_seconds: Wall time of all training steps, without evaluation and saving.
@@ -39,11 +44,15 @@ class Progress:
         best_acc1, best_acc5: Best top-1 accuracy in percent, and top-5 of the same evaluation.
         last: Values of the latest evaluation by their logged names.
         epochs: Records of the finished epochs.
+        unlogged: Values of `step` whose row is not written yet, since the evaluation that belongs
+            to it was not finished or the log could not be written; None: all rows are written.
+        micro_batch_size: Most images of a forward pass since memory was short; None: it was not.
     """
 
     step: int = 0
     epoch: int = 0
     batch: int = 0
+    sample_digest: str = ""
     epoch_seconds: float = 0.0
     epoch_evaluation_seconds: float = 0.0
     train_seconds: float = 0.0
@@ -52,6 +61,13 @@ class Progress:
     best_acc5: float | None = None
     last: dict[str, float] = field(default_factory=dict)
     epochs: list[dict[str, Any]] = field(default_factory=list)
+    unlogged: dict[str, float] | None = None
+    micro_batch_size: int | None = None
+
+    @property
+    def logged_step(self) -> int:
+        """The step up to which all rows are written."""
+        return self.step if self.unlogged is None else self.step - 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +87,7 @@ class TrainResult:
         run_directory: Where everything was written; None on processes that do not write.
         stopped_by: Why the run ended early: `SIGINT`, `SIGTERM` or `stop_after_steps`; empty where
             it did not.
+        bad_images: Pictures that could not be decoded and were passed over.
     """
 
     best_acc1: float | None
@@ -84,3 +101,4 @@ class TrainResult:
     steps: int
     run_directory: Path | None
     stopped_by: str = ""
+    bad_images: int = 0

@@ -1,11 +1,17 @@
 """Everything that makes two runs with one seed equal."""
 
 import random
+from typing import Any
 
 import numpy as np
 import torch
 
-__all__ = ["seed_everything", "use_deterministic_algorithms"]
+__all__ = [
+    "random_states",
+    "restore_random_states",
+    "seed_everything",
+    "use_deterministic_algorithms",
+]
 
 
 def seed_everything(seed: int) -> None:
@@ -17,6 +23,41 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002
     torch.manual_seed(seed)
+
+
+def random_states(device: torch.device) -> dict[str, Any]:
+    """The states of Python's, NumPy's and PyTorch's own generators, as values for a checkpoint.
+
+    User code may draw from them: dropout in a network, a loader that shuffles.
+
+    Args:
+        device: Of the run; the state of its generator is among them where it is a CUDA device.
+    """
+    name, key, *rest = np.random.get_state()  # noqa: NPY002
+    return {
+        "python": random.getstate(),
+        "numpy": (name, np.asarray(key).tolist(), *rest),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+    }
+
+
+def restore_random_states(states: dict[str, Any], device: torch.device) -> None:
+    """Set the generators to states that `random_states` gave.
+
+    The state of a CUDA device is left as it is where the states are from a run without one.
+
+    Raises:
+        ValueError, TypeError, KeyError, RuntimeError: They are no such states.
+    """
+    _, key, position, *_ = numpy = states["numpy"]
+    if not (len(key) == 624 and 0 <= position <= 624):  # numpy itself looks at the length alone
+        raise ValueError("NumPy's generator cannot have this state")
+    np.random.set_state(numpy)  # noqa: NPY002
+    random.setstate(states["python"])
+    torch.set_rng_state(states["torch"])
+    if states["cuda"] is not None and device.type == "cuda":
+        torch.cuda.set_rng_state(states["cuda"], device)
 
 
 def use_deterministic_algorithms(device_type: str) -> None:

@@ -69,6 +69,10 @@ def result_lines(result: TrainResult) -> list[str]:
             f"time   {total:.1f} s for {len(result.epoch_seconds)} epochs, "
             f"{total / len(result.epoch_seconds):.1f} s each with evaluation"
         )
+    if result.bad_images:
+        lines.append(
+            f"data   {result.bad_images:,} bad pictures passed over: bad_images.txt lists them"
+        )
     lines.append(f"speed  {result.images_per_second:,.0f} training images/s")
     lines.append(f"files  {result.run_directory}")
     return lines

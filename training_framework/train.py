@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from training_framework.assembly import open_configured_dataset
-from training_framework.checkpoint import load_checkpoint
+from training_framework.checkpoint import load_checkpoint, load_newest
 from training_framework.config import TrainConfig, load_config
 from training_framework.config.config import Config
 from training_framework.config.inheritance import read_config_file
-from training_framework.config.loading import config_to_dict
+from training_framework.config.loading import config_to_dict, names_checkpoint
 from training_framework.dataset_facts import DatasetFacts
 from training_framework.distributed import Processes
 from training_framework.errors import UserError
@@ -20,6 +20,7 @@ from training_framework.hardware import Hardware, detect_hardware
 from training_framework.plan import TrainPlan, make_plan
 from training_framework.progress import TrainResult
 from training_framework.run import TrainingRun
+from training_framework.run_directory import run_directory_of
 
 __all__ = ["EfficientResNet18Trainer", "configure", "main", "plan_for"]
 
@@ -30,7 +31,7 @@ def configure(
     *,
     source: str = "overrides",
 ) -> TrainConfig:
-    """A configuration from a file and overrides; with `resume`, on top of the checkpoint's own.
+    """A configuration from a file and overrides; above a checkpoint's own where `resume` names one.
 
     Raises:
         UserError: A file, key or value is wrong.
@@ -38,7 +39,12 @@ def configure(
     resume = (overrides or {}).get("resume")
     if resume is None and path is not None and "resume" in (settings := read_config_file(path)):
         resume = settings["resume"].value
-    base = load_checkpoint(Path(resume))["config"] if resume is not None else None
+    base = None
+    if names_checkpoint(resume):
+        checkpoint = Path(str(resume))
+        is_last = checkpoint.name == "last.ckpt" and run_directory_of(checkpoint) is not None
+        state = load_newest(checkpoint)[0] if is_last else load_checkpoint(checkpoint)
+        base = state["config"]
     return load_config(path, overrides, base=base, source=source)
 
 

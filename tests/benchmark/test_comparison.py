@@ -6,7 +6,7 @@ import signal
 import psutil
 import pytest
 
-from training_framework import run
+from training_framework import run_record
 from training_framework.benchmark import timing
 from training_framework.benchmark.comparison import Comparison
 from training_framework.benchmark.experiment import CONTROL, Experiment
@@ -34,7 +34,7 @@ TINY = {
 def _cheap_costs(monkeypatch):
     monkeypatch.setattr(timing, "training_flops_per_image", lambda *_: 1e6)
     monkeypatch.setattr(timing, "measure_peak_flops", lambda *_: (1e11, "measured"))
-    monkeypatch.setattr(run, "measure_peak_flops", lambda *_: (1e11, "measured"))
+    monkeypatch.setattr(run_record, "measure_peak_flops", lambda *_: (1e11, "measured"))
 
 
 def experiment(**changes) -> Experiment:

@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 
 from training_framework.config import TrainConfig, config_to_yaml, load_config
@@ -53,6 +55,17 @@ def test_resumption_inherits_neither_starting_weights_nor_an_early_stop():
     config = load_config(overrides={"resume": "last.ckpt"}, base=base)
     assert (config.seed, config.weights, config.stop_after_steps) == (1, None, None)
     assert load_config(base=base).stop_after_steps == 3
+    config = load_config(overrides={"resume": "auto"}, base=base)
+    assert (config.weights, config.stop_after_steps) == (Path("start.pth"), 3)
+
+
+@pytest.mark.parametrize("value", [None, 5, True])
+def test_what_to_resume_is_a_word_or_a_file(value):
+    assert load_config().resume == "auto"
+    assert load_config(overrides={"resume": "never"}).resume == "never"
+    assert load_config(overrides={"resume": "a.ckpt"}).resume == Path("a.ckpt")
+    with pytest.raises(UserError, match=r"resume: .* should be 'auto' or 'never'"):
+        load_config(overrides={"resume": value})
 
 
 def test_written_configuration_loads_as_the_same_one(tmp_path):

@@ -1,3 +1,4 @@
+import errno
 import io
 
 import pytest
@@ -122,3 +123,24 @@ def test_the_bar_is_not_redrawn_at_every_step(stream):
         logger.advance(step)
     logger.close()
     assert stream.getvalue().count("\r") < 100
+
+
+class Gone(io.StringIO):
+    """A terminal that is closed, as seen from the process that goes on."""
+
+    encoding = "utf-8"
+
+    def write(self, text):
+        raise OSError(errno.EIO, "Input/output error")
+
+    def flush(self):
+        raise BrokenPipeError
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_console_that_is_gone_is_no_error(terminal):
+    logger = ConsoleLogger(total_steps=10, terminal=terminal, stream=Gone())
+    logger.advance(5)
+    logger.log(5, {**TRAINING, **EVALUATION})
+    logger.message("halfway")
+    logger.close()

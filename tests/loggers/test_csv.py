@@ -158,7 +158,7 @@ def test_resuming_replaces_the_file_in_one_move_and_leaves_nothing_behind(path, 
 
     with monkeypatch.context() as patch:
         patch.setattr(type(path), "replace", crash)
-        with pytest.raises(OSError, match="power cut"):
+        with pytest.raises(UserError, match="power cut"):
             CsvLogger(path, resume_step=20)
     assert path.read_bytes() == whole
 

@@ -9,16 +9,18 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from training_framework.benchmark.statistics import FEWEST_PAIRS
+from training_framework.benchmark.variant_environment import refused_variable
 from training_framework.config import TrainConfig
 from training_framework.config.inheritance import (
     Setting,
     canonical_settings,
     parse_yaml,
     read_config_file,
+    read_yaml_text,
 )
 from training_framework.config.loading import build_config
 from training_framework.config.names import nearest
-from training_framework.errors import UserError
+from training_framework.errors import UserError, shown
 
 __all__ = ["CONTROL", "Experiment", "Variant", "load_experiment", "shipped_experiments"]
 
@@ -114,6 +116,12 @@ class Experiment(_Strict):
                 raise ValueError(
                     f"variants: {variant.name}: against: no variant is called "
                     f"{variant.against!r}; {nearest(variant.against, names)}"
+                )
+            refused = refused_variable(variant.environment)
+            if refused is not None:
+                raise ValueError(
+                    f"variants: {variant.name}: environment: {refused} could have code loaded; set "
+                    "it for the whole command, outside the file"
                 )
             if variant.environment and self.isolation == "shared":
                 raise ValueError(
@@ -243,10 +251,9 @@ def make_experiment(
 
 
 def _parse(file: Path) -> dict[str, Any]:
+    text = read_yaml_text(file)
     try:
-        content = parse_yaml(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror})", "check the file") from None
+        content = parse_yaml(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f" in line {mark.line + 1}" if mark else ""
@@ -261,7 +268,8 @@ def _base_settings(content: Any, file: Path) -> dict[str, Setting]:
     """The settings of `base`, and of the files that its `extends` names."""
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise UserError(
-            f"{file}: base: {content!r} holds no settings", "write `key: value` lines below base"
+            f"{file}: base: {shown(content)} holds no settings",
+            "write `key: value` lines below base",
         )
     own = dict(content)
     extends = own.pop("extends", [])
@@ -287,5 +295,6 @@ def _user_error(error: ValidationError, source: str) -> UserError:
         return UserError(f"{source}: {key} is missing", f"add {last}")
     message = first["msg"].removeprefix("Input should be ").removeprefix("String should ")
     return UserError(
-        f"{source}: {key}: {first['input']!r} should be {message}", "docs/results.md explains it"
+        f"{source}: {key}: {shown(first['input'])} should be {message}",
+        "docs/results.md explains it",
     )

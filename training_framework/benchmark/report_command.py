@@ -36,11 +36,19 @@ def _report(options: argparse.Namespace) -> None:
     from training_framework.benchmark.report_sources import read_source
 
     sources = [read_source(path) for path in options.results]
-    if options.markdown:
-        print(markdown_report(sources), end="")
+    try:
+        page = html_report(sources)
+        markdown = markdown_report(sources) if options.markdown else ""
+    except (ArithmeticError, LookupError, RecursionError, TypeError, ValueError) as error:
+        # Each value is of its right type, but together they may still be nonsense.
+        raise UserError(
+            f"{', '.join(map(str, options.results))}: holds numbers that cannot be shown ({error})",
+            "name files as they were written",
+        ) from error
+    print(markdown, end="")
     if options.output is not None or not options.markdown:
         output = options.output or DEFAULT_OUTPUT
-        _write(output, html_report(sources), options.results)
+        _write(output, page, options.results)
         if not options.markdown:
             print(f"report: {output}")
 

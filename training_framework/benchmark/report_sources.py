@@ -1,15 +1,16 @@
 """The files that a report is made of, told apart and validated."""
 
 import json
+import math
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from training_framework.benchmark.result import Result, load_result
 from training_framework.benchmark.tuning_result import TuningResult
-from training_framework.errors import UserError
+from training_framework.errors import UserError, shown
 
 __all__ = ["ProfileRecord", "RunRecord", "Source", "read_source"]
 
@@ -17,6 +18,11 @@ KINDS = (
     "name a file that `compare`, `tune`, `profile` or benchmarks/record_run.py wrote, "
     "such as results/NAME.json"
 )
+
+
+MOST_BYTES = 256 << 20
+
+Count = Annotated[int, Field(ge=0, le=2**53)]
 
 
 class _Foreign(BaseModel):
@@ -41,14 +47,14 @@ class RunOutcome(_Foreign):
     train_loss: float | None = None
     val_loss: float | None = None
     images_per_second: float
-    steps: int
+    steps: Count
 
 
 class RunPlan(_Foreign):
     """What of a run's plan places its steps in time."""
 
-    steps_per_epoch: int
-    epochs: int
+    steps_per_epoch: Annotated[Count, Field(ge=1)]
+    epochs: Count
 
 
 class RunRecord(_Foreign):
@@ -74,6 +80,15 @@ class RunRecord(_Foreign):
     results: RunOutcome
     metrics: list[dict[str, str | None]]
 
+    @field_validator("metrics")
+    @classmethod
+    def _are_numbers(cls, rows: list[dict[str, str | None]]) -> list[dict[str, str | None]]:
+        for number, row in enumerate(rows, 1):
+            for column, text in row.items():
+                if text and not _is_number(text, whole=column == "step"):
+                    raise ValueError(f"row {number}: {column}: {shown(text)} is no number")
+        return rows
+
     def curve(self, column: str) -> tuple[tuple[float, float], ...]:
         """A column of the metrics by seconds since the start of training.
 
@@ -87,7 +102,9 @@ class RunRecord(_Foreign):
         points = []
         for row in self.metrics:
             step, value = row.get("step"), row.get(column)
-            if step and value and int(step) <= boundaries[-1]:
+            if not step or not value or int(step) > boundaries[-1]:
+                continue
+            if math.isfinite(float(value)):
                 points.append((float(np.interp(int(step), boundaries, ends)), float(value)))
         return tuple(points)
 
@@ -119,7 +136,7 @@ class RunRecord(_Foreign):
 class ProfilePhases(_Foreign):
     """Mean seconds a step by phase."""
 
-    steps: int
+    steps: Count
     seconds: dict[str, float]
 
 
@@ -162,10 +179,16 @@ def read_source(path: Path) -> Source:
         UserError: It is missing, no JSON, or of no kind that is known here.
     """
     try:
+        if not path.is_file() and path.exists():  # a device may never end
+            raise UserError(f"{path}: is no file", KINDS)
+        if path.stat().st_size > MOST_BYTES:
+            raise UserError(f"{path}: is larger than {MOST_BYTES >> 20} MiB", KINDS)
         content = json.loads(path.read_text(encoding="utf-8"))
+    except UserError:
+        raise
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})", KINDS) from None
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, too deep, too many digits
         raise UserError(f"{path}: is no JSON ({error})", KINDS) from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds no result", KINDS)
@@ -178,9 +201,18 @@ def read_source(path: Path) -> Source:
         return kind.model_validate(content)
     except ValidationError as error:
         first = error.errors()[0]
-        raise UserError(
-            f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}", KINDS
-        ) from None
+        fault = first["msg"].removeprefix("Value error, ")
+        raise UserError(f"{path}: {'.'.join(map(str, first['loc']))}: {fault}", KINDS) from None
+
+
+def _is_number(text: str, *, whole: bool) -> bool:
+    if whole:
+        return text.isascii() and text.isdecimal() and len(text) < 16
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _kind(content: dict[str, Any]) -> type[TuningResult | RunRecord | ProfileRecord] | None:

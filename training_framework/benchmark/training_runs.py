@@ -55,9 +55,9 @@ class RunSampler:
             train_images=run.facts.train_images,
             image_size=run.plan.image_size,
             images_per_step=run.plan.images_per_step,
-            flops_per_image=run.flops_per_image,
-            peak_flops=run.peak_flops,
-            peak_flops_source=run.peak_source,
+            flops_per_image=run.costs.flops_per_image,
+            peak_flops=run.costs.peak_flops,
+            peak_flops_source=run.costs.peak_source,
             plan=run.plan.as_dict(),
             build_seconds=build_seconds,
             warmup_step_seconds=[seconds_per_step] * result.steps,
@@ -98,6 +98,7 @@ class RunSampler:
             update={
                 "seed": seed,
                 "stop_after_steps": stop_after_steps,
+                "resume": "never",
                 "tensorboard": False,
                 "save_top_k": 0,
             }

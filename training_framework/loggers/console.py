@@ -2,7 +2,8 @@
 
 import sys
 from collections.abc import Mapping
-from typing import TextIO
+from contextlib import suppress
+from typing import Any, TextIO
 
 from tqdm import tqdm
 
@@ -14,6 +15,9 @@ _REDRAW_SECONDS = 0.5
 
 class ConsoleLogger:
     """Shows progress on stderr, so that stdout is left for results.
+
+    Where nobody can read it any more (a closed terminal, a pipe whose reader has left), it is
+    silent, and the run goes on.
 
     On a terminal: a bar with the loss, accuracy, learning rate and images per second of the last
     logged step and the time left, and a line for each evaluation. Elsewhere (a file, a batch
@@ -36,11 +40,12 @@ class ConsoleLogger:
         terminal: bool | None = None,
         stream: TextIO | None = None,
     ) -> None:
-        self._stream = sys.stderr if stream is None else stream
+        stream = sys.stderr if stream is None else stream
+        self._stream: Any = _StreamThatMayGo(stream)
         self._total_steps = total_steps
         self._total_epochs = total_epochs
         self._bar: tqdm | None = None
-        if self._stream.isatty() if terminal is None else terminal:
+        if stream.isatty() if terminal is None else terminal:
             self._bar = tqdm(
                 total=total_steps,
                 initial=start_step,
@@ -91,6 +96,25 @@ class ConsoleLogger:
     def _epoch(self, values: Mapping[str, float]) -> str:
         total = "" if self._total_epochs is None else f"/{self._total_epochs}"
         return f"epoch {int(values['epoch']) + 1}{total}"
+
+
+class _StreamThatMayGo:
+    """A text stream whose loss is no error."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)  # tqdm asks for the encoding and the terminal's width
 
 
 def _format(values: Mapping[str, float], formats: dict[str, str]) -> list[str]:

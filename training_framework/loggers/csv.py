@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from training_framework.errors import UserError
+from training_framework.faults import fault_point
+from training_framework.loggers.record_file import RecordFile, unwritable
 
 __all__ = ["COLUMNS", "CsvLogger"]
 
@@ -33,7 +35,7 @@ _HEADER = ",".join(COLUMNS)
 
 
 class CsvLogger:
-    """Appends a row for every call of `log` and flushes it; a missing value is an empty field.
+    """Appends a row for every call of `log`, at once; a missing value is an empty field.
 
     Whole numbers are written in full, others with the fewest digits that give back the same
     float32. Messages have no place in the file and are not kept.
@@ -45,7 +47,8 @@ class CsvLogger:
             replaced in one move, so a crash here loses nothing. None: a new run.
 
     Raises:
-        UserError: A new run's file exists already, or the file to go on with is of another kind.
+        UserError: A new run's file exists already, the file to go on with is of another kind, or it
+            cannot be written to.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, resume_step: int | None = None) -> None:
@@ -56,16 +59,15 @@ class CsvLogger:
             _replace(self._path, rows)
             if rows:
                 self._last_step = _step_of(rows[-1])
-            self._file = self._path.open("a", encoding="utf-8", newline="")
+            self._file = RecordFile(self._path, new=False)
             return
         try:
-            self._file = self._path.open("x", encoding="utf-8", newline="")
+            self._file = RecordFile(self._path, new=True)
         except FileExistsError:
             raise UserError(
                 f"{self._path} exists already", "choose another run directory or resume that run"
             ) from None
-        self._file.write(_HEADER + "\n")
-        self._file.flush()
+        self._file.write(f"{_HEADER}\n".encode())
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Write a row.
@@ -75,7 +77,7 @@ class CsvLogger:
             values: Values by column; `step` itself may be left out.
 
         Raises:
-            UserError: A name that is no column.
+            UserError: A name that is no column, or the row cannot be written.
         """
         assert step > self._last_step, f"step {step} is logged after step {self._last_step}"
         unknown = sorted(values.keys() - COLUMNS.keys())
@@ -86,8 +88,12 @@ class CsvLogger:
             )
         numbers = {**values, "step": step}
         row = ",".join(_number(numbers[name]) if name in numbers else "" for name in COLUMNS)
-        self._file.write(row + "\n")
-        self._file.flush()
+        try:
+            fault_point("logging.before_row")
+            self._file.write(f"{row}\n".encode())
+            fault_point("logging.after_row")
+        except OSError as error:
+            raise unwritable(self._path, error) from None
         self._last_step = step
 
     def message(self, text: str) -> None:
@@ -138,8 +144,12 @@ def _step_of(row: str) -> int:
 
 def _replace(path: Path, rows: list[str]) -> None:
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8", newline="") as file:
-        file.writelines(line + "\n" for line in [_HEADER, *rows])
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("w", encoding="utf-8", newline="") as file:
+            file.writelines(line + "\n" for line in [_HEADER, *rows])
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise unwritable(path, error) from None

@@ -90,6 +90,12 @@ class MachineChoices:
                 f"{len(self.accelerators)} usable GPU(s)",
                 f"use --nproc-per-node={len(self.accelerators)}, or accelerator: cpu",
             )
+        if self.config.auto_micro_batch and self.world_size > 1:
+            raise UserError(
+                f"auto_micro_batch is for one process, and {self.world_size} train together: one "
+                "that is short of memory cannot change what the others are computing",
+                "drop it, and lower batch_size if memory is short",
+            )
         if self.config.batch_size % self.world_size:
             raise UserError(
                 f"batch_size {self.config.batch_size} cannot be shared equally by "
@@ -198,7 +204,7 @@ class MachineChoices:
         if facts.storage == "files":
             if wanted is True:
                 raise UserError(
-                    "resident_data: true needs images held as arrays, and a folder's are files",
+                    "resident_data: true needs images held as arrays, and these are files",
                     "use resident_data: auto",
                 )
             self.note("resident_data", False, "image files are decoded by loader processes")

@@ -52,8 +52,7 @@ class RunParts:
         Raises:
             UserError: Something that is asked for is wrong or cannot be done here.
         """
-        # A checkpoint's weights take as long as any others.
-        run = TrainingRun(config.model_copy(update={"resume": None}))
+        run = TrainingRun(config)  # a checkpoint's weights take as long as any others
         if run.plan.world_size > 1:
             raise UserError(
                 f"profile: torchrun started {run.plan.world_size} processes",

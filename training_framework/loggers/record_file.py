@@ -1,0 +1,62 @@
+"""A file that grows record by record, and says so where it cannot."""
+
+import errno
+import os
+from pathlib import Path
+
+from training_framework.errors import UserError
+
+__all__ = ["RecordFile"]
+
+
+class RecordFile:
+    """A file where each record is with the operating system when `write` returns.
+
+    Nothing waits in this process, so a killed run loses no record that came before a checkpoint,
+    and closing after a failed write does not write again.
+
+    Args:
+        path: The file, in an existing folder.
+        new: Make the file, which must not exist; otherwise go on at its end.
+
+    Raises:
+        FileExistsError: A new file exists already.
+        UserError: The file cannot be opened.
+    """
+
+    def __init__(self, path: Path, *, new: bool) -> None:
+        self._path = path
+        try:
+            self._file = path.open("xb" if new else "ab", buffering=0)
+        except FileExistsError:
+            raise
+        except OSError as error:
+            raise unwritable(path, error) from None
+
+    def write(self, record: bytes) -> None:
+        """Append a record.
+
+        Raises:
+            UserError: It cannot be written, or the file was deleted. A part of the record may be
+                at the file's end.
+        """
+        try:
+            # Writing to a file without a name succeeds, and the numbers are gone.
+            if os.fstat(self._file.fileno()).st_nlink == 0:
+                raise FileNotFoundError(errno.ENOENT, "it was deleted during the run")
+            while record:
+                record = record[self._file.write(record) or 0 :]
+        except OSError as error:
+            raise unwritable(self._path, error) from None
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def unwritable(path: Path, error: OSError) -> UserError:
+    """The user's error behind a write that failed."""
+    return UserError(
+        f"{path}: cannot be written to ({error.strerror or error})",
+        "mend that or make room; the run goes on from its last checkpoint with --resume",
+    )

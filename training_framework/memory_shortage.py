@@ -1,0 +1,24 @@
+"""Telling a memory that is full from every other error."""
+
+import re
+
+__all__ = ["memory_shortage"]
+
+# PyTorch's words for host memory, and for libraries of a CUDA device that find none.
+_SIGNS = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+
+
+def memory_shortage(error: BaseException) -> str | None:
+    """What an error says of a memory that is full, with its numbers; None for any other error.
+
+    A host that overcommits its memory raises nothing: the kernel kills the process instead.
+    """
+    text = " ".join(str(error).split())
+    # Its name, since torch's class is found at several places and numpy has one of its own.
+    known = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    if not known and not (isinstance(error, RuntimeError) and any(sign in text for sign in _SIGNS)):
+        return None
+    text = re.sub(r"^\[enforce fail at [^\]]*\][^:]*?(?=DefaultCPUAllocator)", "", text)
+    # What follows is advice on PyTorch's allocator and addresses in its code.
+    text = re.split(r" Including non-PyTorch| Of the allocated| Error code| If reserved", text)[0]
+    return text.rstrip(". ") or type(error).__name__
