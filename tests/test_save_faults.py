@@ -10,7 +10,7 @@ SCRIPT = Path(__file__).parent.parent / "benchmarks/save_faults.py"
 
 def test_whatever_fails_in_a_save_a_good_checkpoint_is_there(tmp_path):
     done = subprocess.run(
-        [sys.executable, SCRIPT, "--every=7", f"--output={tmp_path}"],
+        [sys.executable, SCRIPT, "--every=5", f"--output={tmp_path}"],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
