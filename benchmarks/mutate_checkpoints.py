@@ -27,8 +27,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))  # for a test that imports this file
 
-from checkpoint_mutations import ACCIDENTS, FORGERIES, foreign_files
 from lives import begin, fork_life, warm_up
+
+# isort: split
+# After lives, which keeps NumPy's thread pool from starting.
+from checkpoint_mutations import ACCIDENTS, FORGERIES, foreign_files
 from reliability_result import RESULTS, write_result
 from tiny_training import newest_version, write_configuration, write_pictures
 
