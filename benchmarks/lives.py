@@ -30,7 +30,7 @@ import torch
 import torch.utils.tensorboard
 
 import training_framework.train  # noqa: F401  # the command imports it only when it trains
-from training_framework import cli, faults, hardware
+from training_framework import cli, faults, peak_flops
 from training_framework.models import build_model, resnet, use_small_map_convolutions
 
 __all__ = ["Life", "begin", "begin_fresh", "fork_life", "shared_memory_names", "warm_up"]
@@ -51,7 +51,7 @@ def warm_up() -> None:
 
 def _make_training_small() -> None:
     resnet.STAGE_CHANNELS = (4, 8, 16, 32)  # type: ignore[misc]
-    hardware._measured_cpu_peak = lambda dtype: 1e9
+    peak_flops._measured_cpu_peak = lambda dtype: 1e9
 
 
 @dataclass

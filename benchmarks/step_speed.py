@@ -37,7 +37,8 @@ from training_framework.benchmark.worker import main as answer_requests
 from training_framework.config import TrainConfig
 from training_framework.data import open_dataset
 from training_framework.flops import training_flops_per_image
-from training_framework.hardware import detect_hardware, measure_peak_flops
+from training_framework.hardware import detect_hardware
+from training_framework.peak_flops import measure_peak_flops
 from training_framework.plan import make_plan
 
 RESULTS = Path(__file__).parent / "results"

@@ -114,6 +114,20 @@ def test_two_processes_evaluate_the_same_images_and_hits_as_one(trained):
     assert f"{float(rows_of(trained, 'two')[-1]['val/acc1']):.2f}" == alone[1]
 
 
+def test_all_processes_take_what_the_first_one_measured(tmp_path):
+    script = tmp_path / "say.py"
+    script.write_text(
+        "import os\n"
+        "from training_framework.distributed import as_first_said\n"
+        "print(as_first_said('speed', os.environ['RANK']))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, *TORCHRUN, str(script)],
+        env=ENVIRONMENT, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert "".join(done.stdout.split()) in ("00", "11")
+
+
 def test_a_checkpoint_of_one_process_goes_on_with_two(tmp_path):
     """Without synchronized norms: their statistics differ by rank, and rank 0's are the run's.
 
@@ -127,8 +141,10 @@ def test_a_checkpoint_of_one_process_goes_on_with_two(tmp_path):
     rows = rows_of(tmp_path, "run")
     assert [int(row["step"]) for row in rows] == list(range(1, 12))
     found = found_by_evaluate(run(tmp_path, 1, "evaluate", checkpoint, "--threads=1"))
-    during_the_run = (f"{float(rows[-1][f'val/{name}']):.2f}" for name in ("acc1", "acc5"))
-    assert found[1:3] == tuple(during_the_run)
+    # Two processes evaluate in other batches than one, which may round one image over a tie.
+    one_image = 100 / int(found[0]) + 0.01
+    for name, percent in zip(("acc1", "acc5"), found[1:3], strict=True):
+        assert float(percent) == pytest.approx(float(rows[-1][f"val/{name}"]), abs=one_image)
     assert float(found[3]) == pytest.approx(float(rows[-1]["val/loss"]), abs=1e-4)
 
 

@@ -1,3 +1,4 @@
+import dataclasses
 import os
 
 import pytest
@@ -7,9 +8,9 @@ from training_framework import hardware
 from training_framework.hardware import (
     detect_hardware,
     gpu_support_fault,
-    measure_peak_flops,
     memory_in_use,
 )
+from training_framework.peak_flops import measure_bf16_speed, measure_peak_flops
 
 
 @pytest.mark.parametrize(
@@ -68,6 +69,16 @@ def test_bf16_is_known_from_the_instruction_sets():
     for name in ("avx512_bf16", "amx", "arm_bf16"):
         fields = {**vars(plain), "instruction_sets": (name,)}
         assert hardware.Hardware(**fields).cpu_bf16
+
+
+def test_the_worth_of_bf16_is_measured_where_the_cpu_has_instructions_for_it():
+    found = detect_hardware()
+    assert (found.bf16_speed is not None) == found.cpu_bf16
+    assert 1e-3 < measure_bf16_speed() < 1e2
+    with_instructions = dataclasses.replace(found, instruction_sets=("avx512_bf16",))
+    for speed, pays in ((0.5, False), (1.0, False), (1.9, True), (None, True)):
+        assert dataclasses.replace(with_instructions, bf16_speed=speed).cpu_bf16_pays is pays
+    assert not dataclasses.replace(found, instruction_sets=(), bf16_speed=None).cpu_bf16_pays
 
 
 def test_the_peak_is_measured_cited_or_said_to_be_unknown():

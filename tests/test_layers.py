@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent / "training_framework"
 # Packages and modules by layer; docs/design/0002-layers.md explains where this differs from the
 # first draft.
 LAYERS = [
-    {"__init__", "errors", "dataset_facts"},
+    {"__init__", "errors", "dataset_facts", "peak_flops"},
     {
         "config", "loss", "metrics", "flops", "precision", "hardware", "signals", "progress",
         "faults", "interval", "memory_shortage", "optimizers.schedules", "models.blocks",

@@ -16,6 +16,7 @@ from training_framework.errors import UserError
 
 __all__ = [
     "Processes",
+    "as_first_said",
     "gathered",
     "is_first_to_say",
     "largest",
@@ -144,6 +145,16 @@ def is_first_to_say(text: str) -> bool:
     """
     board = _board()
     return board is None or board.add(f"said/{text}", 1) == 1
+
+
+def as_first_said(key: str, value: str) -> str:
+    """What the first process of this start to say something under a key said; all take that.
+
+    For what each process measures and all must agree upon. The processes need not have formed a
+    group yet. Where something else than torchrun started them, each keeps its own.
+    """
+    board = _board()
+    return value if board is None else board.compare_set(f"first/{key}", "", value).decode()
 
 
 def _leave_word(error: UserError) -> None:

@@ -4,15 +4,14 @@ import functools
 import importlib.metadata
 import os
 import platform
-import time
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import psutil
 import torch
+
+from training_framework.peak_flops import measure_bf16_speed
 
 __all__ = [
     "Accelerator",
@@ -20,32 +19,15 @@ __all__ = [
     "detect_hardware",
     "gpu_support_fault",
     "library_versions",
-    "measure_peak_flops",
     "memory_in_use",
     "usable_cores",
 ]
 
-PEAK_TRIAL_SECONDS = 0.1
 CPU_QUOTA_FILE = Path("/sys/fs/cgroup/cpu.max")
 MEMORY_LIMIT_FILE = Path("/sys/fs/cgroup/memory.max")
-
-# Dense peak of the tensor cores in FLOP/s by a piece of the device's name: bf16 and fp16 are
-# equal on all of these. Sources: NVIDIA's data sheets of each part (without sparsity).
-CITED_PEAK_FLOPS = {
-    "B200": 2250e12,
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "L4": 121e12,
-    "A10G": 70e12,
-    "A10": 125e12,
-    "T4": 65e12,
-    "V100": 125e12,
-    "RTX 4090": 165e12,
-    "RTX 3090": 71e12,
-}
+BF16_INSTRUCTIONS = frozenset({"avx512_bf16", "amx", "arm_bf16"})
+# Less would not repay the casts of the weights.
+BF16_PAYS_FROM = 1.1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +61,8 @@ class Hardware:
         instruction_sets: Those of the CPU that matter here: avx2, avx512, avx512_bf16, amx.
         memory_bytes: Host memory this process may use (container limit counted in).
         accelerators: All that were found, usable or not.
+        bf16_speed: How many times as fast as in fp32 a convolution in bf16 is on this CPU,
+            measured; None where that was not asked, or the CPU has no instructions for it.
     """
 
     cpu_name: str
@@ -86,6 +70,7 @@ class Hardware:
     instruction_sets: tuple[str, ...]
     memory_bytes: int
     accelerators: tuple[Accelerator, ...]
+    bf16_speed: float | None = None
 
     @property
     def usable(self) -> tuple[Accelerator, ...]:
@@ -95,11 +80,26 @@ class Hardware:
     @property
     def cpu_bf16(self) -> bool:
         """Whether the CPU computes bfloat16 itself; elsewhere it is emulated, and slower."""
-        return bool({"avx512_bf16", "amx", "arm_bf16"} & set(self.instruction_sets))
+        return bool(self.bf16_instructions)
+
+    @property
+    def cpu_bf16_pays(self) -> bool:
+        """Whether it does so faster than fp32; not every CPU with the instructions does."""
+        measured = self.bf16_speed is None or self.bf16_speed >= BF16_PAYS_FROM
+        return self.cpu_bf16 and measured
+
+    @property
+    def bf16_instructions(self) -> tuple[str, ...]:
+        """The instruction sets for bfloat16 that the CPU has."""
+        return tuple(name for name in self.instruction_sets if name in BF16_INSTRUCTIONS)
 
 
 def detect_hardware() -> Hardware:
-    """Look at this machine."""
+    """Look at this machine.
+
+    Where the CPU has instructions for bfloat16, their worth is measured, once a process, in about
+    a tenth of a second.
+    """
     flags, cpu_name = _cpu_flags()
     sets = [
         name
@@ -118,6 +118,7 @@ def detect_hardware() -> Hardware:
         instruction_sets=tuple(sets),
         memory_bytes=_usable_memory(),
         accelerators=_accelerators(),
+        bf16_speed=measure_bf16_speed() if BF16_INSTRUCTIONS & set(sets) else None,
     )
 
 
@@ -257,60 +258,6 @@ def _nvidia_devices_without_cuda() -> tuple[Accelerator, ...]:
         )
     finally:
         pynvml.nvmlShutdown()
-
-
-def measure_peak_flops(
-    device_kind: str, device_name: str, dtype: torch.dtype
-) -> tuple[float, Literal["cited", "measured", "n/a"]]:
-    """Peak FLOP/s of a device in a dtype: the denominator of MFU.
-
-    GPUs in the cited table have their data sheet's dense tensor-core rate (half precision only);
-    CPUs are measured: the best of a few matrix products and a convolution, on the threads in use.
-    Elsewhere the peak is unknown, and MFU is not reported.
-
-    Returns:
-        FLOP/s per device (0 if unknown), and where the figure comes from.
-    """
-    if device_kind == "cpu":
-        return _measured_cpu_peak(dtype), "measured"
-    if dtype in (torch.bfloat16, torch.float16):
-        for piece, flops in CITED_PEAK_FLOPS.items():
-            if piece in device_name:
-                return flops, "cited"
-    return 0.0, "n/a"
-
-
-def _measured_cpu_peak(dtype: torch.dtype) -> float:
-    """Best FLOP/s of a few matrix products and a convolution."""
-    best = 0.0
-    # Its own: how much is drawn depends on the time it takes, and the run's generator must not.
-    draws = torch.Generator().manual_seed(0)
-
-    def numbers(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=draws).to(dtype)
-
-    for size in (256, 512, 1024):
-        a, b = numbers(size, size), numbers(size, size)
-        seconds = _fastest_call(lambda a=a, b=b: torch.mm(a, b))  # type: ignore[misc]
-        best = max(best, 2 * size**3 / seconds)
-        if seconds > PEAK_TRIAL_SECONDS:  # emulated: larger ones would take ever longer
-            return best
-    images = numbers(8, 128, 28, 28).contiguous(memory_format=torch.channels_last)
-    weight = numbers(128, 128, 3, 3).contiguous(memory_format=torch.channels_last)
-    seconds = _fastest_call(lambda: torch.nn.functional.conv2d(images, weight, padding=1))
-    # At the border fewer taps meet a pixel: 3 * 28 - 2 in each direction.
-    return max(best, 2 * 8 * 128 * 128 * (3 * 28 - 2) ** 2 / seconds)
-
-
-def _fastest_call(call: Callable[[], object]) -> float:
-    call()
-    best = float("inf")
-    end = time.perf_counter() + PEAK_TRIAL_SECONDS
-    while time.perf_counter() < end:
-        start = time.perf_counter()
-        call()
-        best = min(best, time.perf_counter() - start)
-    return best
 
 
 def library_versions() -> dict[str, str]:

@@ -25,10 +25,15 @@ from training_framework.assembly import (
 from training_framework.config import TrainConfig, config_to_yaml
 from training_framework.data import Dataset, Loader
 from training_framework.data.foreign_loading import batch_count
-from training_framework.distributed import Processes, process_group, share_buffers
+from training_framework.distributed import (
+    Processes,
+    as_first_said,
+    process_group,
+    share_buffers,
+)
 from training_framework.evaluation import Evaluation, evaluate
 from training_framework.flops import training_flops_per_image
-from training_framework.hardware import detect_hardware
+from training_framework.hardware import Hardware, detect_hardware
 from training_framework.loggers import LoggerGroup
 from training_framework.models import save_weights
 from training_framework.network import NetworkCard
@@ -50,6 +55,14 @@ from training_framework.trainer import Trainer
 from training_framework.training_log import Evaluate
 
 __all__ = ["TrainingRun"]
+
+
+def _agreed(hardware: Hardware) -> Hardware:
+    """The machine with one measured speed for all processes, so that all plan alike."""
+    if hardware.bf16_speed is None:
+        return hardware
+    speed = as_first_said("bf16_speed", repr(hardware.bf16_speed))
+    return dataclasses.replace(hardware, bf16_speed=float(speed))
 
 
 class TrainingRun:
@@ -80,7 +93,7 @@ class TrainingRun:
         self.config = config
         self.model = model
         self.processes = Processes.from_environment()
-        self.hardware = detect_hardware()
+        self.hardware = _agreed(detect_hardware())
         self.source: Dataset | tuple[Iterable[Any], Iterable[Any] | None]
         batches = None
         if train_loader is None:

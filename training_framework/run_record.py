@@ -8,7 +8,8 @@ from typing import Any
 from training_framework.config import TrainConfig
 from training_framework.config.loading import config_to_dict
 from training_framework.dataset_facts import DatasetFacts
-from training_framework.hardware import Hardware, library_versions, measure_peak_flops
+from training_framework.hardware import Hardware, library_versions
+from training_framework.peak_flops import measure_peak_flops
 from training_framework.plan import TrainPlan
 from training_framework.precision import compute_dtype
 from training_framework.progress import Progress, TrainResult

@@ -174,7 +174,7 @@ def test_gain_that_does_not_repeat_in_paired_turns_falls_back_to_the_default(tmp
         changed = config.batch_size != 32 and next(calls) < 4
         return 130.0 if changed else 100.0
 
-    result = tuned(tmp_path, lucky, most_trials=5, keep=["compile", "channels_last"])
+    result = tuned(tmp_path, lucky, most_trials=5, keep=["compile", "channels_last", "precision"])
     assert result.winner and not result.chosen
     assert load_config(tmp_path / "tuned.yaml").batch_size == 32
 

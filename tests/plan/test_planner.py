@@ -98,6 +98,17 @@ def test_emulated_precision_is_called_slow():
     assert "emulates" not in reason(plan(bf16_cpu, precision="bf16-mixed"), "precision")
 
 
+def test_bf16_instructions_count_where_they_are_measured_to_be_fast():
+    slow = dataclasses.replace(CPU, instruction_sets=("avx512_bf16",), bf16_speed=0.5)
+    assert plan(slow).precision == "32"
+    assert "0.5x the speed of fp32, measured" in reason(plan(slow), "precision")
+    assert plan(slow, precision="mixed").precision == "bf16-mixed"
+    assert "0.5x the speed of fp32 here" in reason(plan(slow, precision="mixed"), "precision")
+    fast = dataclasses.replace(slow, bf16_speed=1.9)
+    assert plan(fast).precision == "bf16-mixed"
+    assert "1.9x the speed of fp32, measured" in reason(plan(fast), "precision")
+
+
 def test_durations_become_steps():
     made = plan(
         batch_size=128,

@@ -19,7 +19,7 @@ from training_framework.benchmark.result import Measurement, VariantFacts
 from training_framework.config import TrainConfig
 from training_framework.data import Batch
 from training_framework.flops import training_flops_per_image
-from training_framework.hardware import measure_peak_flops
+from training_framework.peak_flops import measure_peak_flops
 from training_framework.precision import compute_dtype
 from training_framework.reproducibility import seed_everything
 from training_framework.run import TrainingRun

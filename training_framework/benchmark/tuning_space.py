@@ -75,7 +75,7 @@ def _switch(key: str, name: str, planned: bool) -> Iterator[Value]:
 def _precisions(plan: TrainPlan, hardware: Hardware) -> Iterator[Value]:
     known = ["32"]
     if plan.device == "cpu":
-        known += ["bf16-mixed"] if hardware.cpu_bf16 else []
+        known += ["bf16-mixed"] if hardware.cpu_bf16_pays else []
     else:
         known += ["bf16-mixed"] if hardware.usable[0].bf16 else []
         known += ["16-mixed"] if plan.device == "cuda" else []

@@ -121,23 +121,31 @@ class MachineChoices:
             why = "computes bf16" if gpu.bf16 else "has no bf16; fp16 with gradient scaling"
             self.note("precision", half, f"{gpu.name} {why}")
             return half
-        if self.hardware.cpu_bf16:
-            sets = ", ".join(s for s in self.hardware.instruction_sets if "bf16" in s or s == "amx")
-            self.note("precision", "bf16-mixed", f"the CPU computes bf16 itself ({sets})")
-            return "bf16-mixed"
         if wanted == "mixed":
             self.note("precision", "bf16-mixed", "asked for" + self._emulation_note(wanted))
             return "bf16-mixed"
+        if not self.hardware.cpu_bf16:
+            why = "the CPU has neither avx512_bf16 nor amx, and would emulate bf16"
+            self.note("precision", "32", why)
+            return "32"
+        sets, speed = ", ".join(self.hardware.bf16_instructions), self.hardware.bf16_speed
+        measured = "" if speed is None else f": {speed:.2g}x the speed of fp32, measured"
         self.note(
-            "precision", "32", "the CPU has neither avx512_bf16 nor amx, and would emulate bf16"
+            "precision",
+            "bf16-mixed" if self.hardware.cpu_bf16_pays else "32",
+            f"the CPU computes bf16 itself ({sets}){measured}",
         )
-        return "32"
+        return "bf16-mixed" if self.hardware.cpu_bf16_pays else "32"
 
     def _emulation_note(self, wanted: str) -> str:
-        if self.on_gpu or wanted == "32" or (self.hardware.cpu_bf16 and wanted != "16-mixed"):
+        if self.on_gpu or wanted == "32":
             return ""
-        kind = "fp16" if wanted == "16-mixed" else "bf16"
-        return f"; this CPU emulates {kind}, which is slower than precision 32"
+        if wanted == "16-mixed" or not self.hardware.cpu_bf16:
+            kind = "fp16" if wanted == "16-mixed" else "bf16"
+            return f"; this CPU emulates {kind}, which is slower than precision 32"
+        if not self.hardware.cpu_bf16_pays:
+            return f"; bf16 has {self.hardware.bf16_speed:.2g}x the speed of fp32 here, measured"
+        return ""
 
     def channels_last(self) -> bool:
         """Whether the channels lie last in memory."""

@@ -124,7 +124,9 @@ def _for_computing(
     activation_checkpointing: bool,
     bottleneck: str,
 ) -> str:
-    half_is_fast = hardware.cpu_bf16 if plan.device == "cpu" else plan.device in ("cuda", "xpu")
+    half_is_fast = (
+        hardware.cpu_bf16_pays if plan.device == "cpu" else plan.device in ("cuda", "xpu")
+    )
     percent = {phase: f"{100 * share:.0f}%" for phase, share in shares.items()}
     blamed = f" ({bottleneck})" if bottleneck else ""
     return _first(

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from training_framework.flops import meta_copy
-from training_framework.hardware import measure_peak_flops
+from training_framework.peak_flops import measure_peak_flops
 from training_framework.profiling.kernels import OperatorCall
 from training_framework.profiling.operator_flops import operator_cost
 from training_framework.profiling.run_parts import synchronize
