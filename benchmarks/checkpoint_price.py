@@ -28,7 +28,6 @@ from step_overhead import median_with_interval
 
 from training_framework.assembly import (
     Loaders,
-    assemble_network,
     assemble_schedule,
     assemble_step,
     open_configured_dataset,
@@ -39,6 +38,7 @@ from training_framework.config.loading import config_to_dict
 from training_framework.distributed import Processes
 from training_framework.hardware import detect_hardware
 from training_framework.loggers import LoggerGroup
+from training_framework.network_assembly import assemble_network
 from training_framework.plan import make_plan
 from training_framework.progress import Progress
 from training_framework.trainer import Trainer

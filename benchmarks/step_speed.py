@@ -3,6 +3,7 @@
     python benchmarks/step_speed.py cifar-stem          # ResNet-18, 32 px, batch 64
     python benchmarks/step_speed.py imagenet-stem       # ResNet-18, ImageNet stem, 32 px, batch 128
     python benchmarks/step_speed.py resnet50            # ResNet-50, 224 px, batch 8
+    python benchmarks/step_speed.py memory              # the preset memory-efficient, as cifar-stem
 
 B0 and B1 are the loops of reference_loops.py. All sides train on the same made-up images, each in
 processes of its own; the engine of `compare` gives them turns, intervals, a control and marks. The
@@ -35,6 +36,7 @@ from training_framework.benchmark.table import result_lines
 from training_framework.benchmark.timing import STEPS_TO_WARM_UP_AGAIN
 from training_framework.benchmark.worker import main as answer_requests
 from training_framework.config import TrainConfig
+from training_framework.config.inheritance import read_config_file
 from training_framework.data import open_dataset
 from training_framework.flops import training_flops_per_image
 from training_framework.hardware import detect_hardware
@@ -51,6 +53,11 @@ ROWS: dict[str, dict[str, Any]] = {
         "model": "resnet50", "stem": "imagenet", "batch_size": 8,
     },
 }  # fmt: skip
+# In parts of so many images, the preset's, the same images make a step.
+ROWS["memory"] = ROWS["cifar-stem"]
+MEMORY_EFFICIENT = {
+    key: setting.value for key, setting in read_config_file("memory-efficient").items()
+}
 REFERENCES = ("B0", "B1", "B1 in fp32")
 
 
@@ -141,11 +148,15 @@ def open_worker(
 
 
 def experiment(row: str, **changes: Any) -> Experiment:
+    ours = Variant(name="ours")
+    if row == "memory":
+        ours = Variant(name="memory-efficient", overrides=MEMORY_EFFICIENT)
+    variants = (*(Variant(name=name) for name in REFERENCES), ours)
     return Experiment(
         name=f"step-speed-{row}",
         description="The framework as planned against hand-written loops.",
         base=ROWS[row],
-        variants=tuple(Variant(name=name) for name in (*REFERENCES, "ours")),
+        variants=variants,
         baseline="B0",
         **changes,
     )

@@ -44,7 +44,12 @@ def switch_worths(result: Mapping[str, Any]) -> list[Worth]:
             continue
         switch = name.removeprefix(ALONE)
         among = next(
-            (ratios[prefix + switch] for prefix in AMONG if prefix + switch in ratios), None
+            (
+                ratios[prefix + switch]
+                for prefix in AMONG
+                if prefix + switch in ratios and _differs(rows[prefix + switch], rows["all on"])
+            ),
+            None,
         )
         measured = bool(row["measurements"])
         worths.append(
@@ -60,6 +65,13 @@ def switch_worths(result: Mapping[str, Any]) -> list[Worth]:
             )
         )
     return worths
+
+
+def _differs(row: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two rows' configurations came to different runs on this machine."""
+    plans = [part["facts"]["plan"] | {"choices": None} for part in (row, other)]
+    own = [part["config"] | dict.fromkeys(plans[0]) for part in (row, other)]
+    return plans[0] != plans[1] or own[0] != own[1]
 
 
 def _interval(ratio: Mapping[str, Any] | None) -> tuple[float, float, float] | None:

@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent / "training_framework"
 # Packages and modules by layer; docs/design/0002-layers.md explains where this differs from the
 # first draft.
 LAYERS = [
-    {"__init__", "errors", "dataset_facts", "peak_flops"},
+    {"__init__", "errors", "dataset_facts", "memory_reuse", "native", "peak_flops"},
     {
         "config", "loss", "metrics", "flops", "precision", "hardware", "signals", "progress",
         "faults", "interval", "memory_shortage", "optimizers.schedules", "models.blocks",
@@ -20,7 +20,8 @@ LAYERS = [
     {"step", "evaluation", "checkpoint", "run_directory", "stop_agreement"},
     {"finiteness", "micro_batching", "run_start"},
     {"training_steps", "training_log"},
-    {"trainer", "network", "assembly", "resumption", "run_record", "benchmark.result"},
+    {"trainer", "network", "assembly", "network_assembly", "resumption", "run_record",
+     "benchmark.result"},
     {"run"},
     {"train", "inference", "summary", "data_command"},
     {"benchmark", "profiling", "verification"},

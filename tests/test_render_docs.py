@@ -26,8 +26,10 @@ def ratio(variant, median, low, high, against="all off"):
     }  # fmt: skip
 
 
-def row(name, *, memory=100, start=1.0, unavailable=""):
+def row(name, *, memory=100, start=1.0, unavailable="", compiled=False, own=False):
+    facts = {"plan": {"compile": compiled, "choices": [name]}}
     return {
+        "facts": None if unavailable else facts, "config": {"compile": name, "own": own},
         "name": name, "measurements": [] if unavailable else [1], "unavailable": unavailable,
         "peak_memory_bytes": None if unavailable else memory, "mfu": 0.5,
         "startup_seconds": None if unavailable else start,
@@ -39,10 +41,12 @@ ABLATION = {
         row("all off"), row("all on"),
         row("only compile", memory=150, start=9.0),
         row("only mixed precision", unavailable="no bf16 here"),
-        row("only layout"), row("with compile"), row("without layout"),
+        row("only layout"), row("with compile", compiled=True), row("without layout", own=True),
+        row("with layout"),
     ],
     "ratios": [
         ratio("only compile", 0.9, 0.85, 0.95), ratio("only layout", 1.2, 1.1, 1.3),
+        ratio("with layout", 0.99, 0.98, 1.0, "all on"),  # changes nothing in this plan
         ratio("with compile", 1.05, 1.0, 1.1, "all on"),
         ratio("without layout", 0.5, 0.4, 0.8, "all on"),
     ],

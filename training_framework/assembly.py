@@ -36,13 +36,6 @@ from training_framework.loggers import (
     TensorBoardLogger,
 )
 from training_framework.metrics import ClassificationSums
-from training_framework.models import (
-    build_model,
-    checkpoint_activations,
-    load_weights,
-    synchronize_norms,
-    use_small_map_convolutions,
-)
 from training_framework.optimizers import (
     Schedule,
     WeightAverage,
@@ -55,7 +48,6 @@ from training_framework.step import TrainStep
 
 __all__ = [
     "Loaders",
-    "assemble_network",
     "assemble_schedule",
     "assemble_step",
     "foreign_facts",
@@ -284,37 +276,6 @@ def split_loader(
         pin_memory=plan.pin_memory,
         bad_images=bad_images,
     )
-
-
-def assemble_network(
-    config: TrainConfig, plan: TrainPlan, device: torch.device
-) -> tuple[nn.Module, list[str]]:
-    """The network on its device, changed as planned, and lines to show the user."""
-    model: nn.Module = build_model(
-        config.model,
-        num_classes=plan.num_classes,
-        stem=plan.stem,
-        share_early_weights=config.share_early_weights,
-        zero_init_last_norm=config.zero_init_last_norm,
-    )
-    lines = load_weights(model, config.weights) if config.weights else []
-    return prepare_network(config, plan, model, device), lines
-
-
-def prepare_network(
-    config: TrainConfig, plan: TrainPlan, model: nn.Module, device: torch.device
-) -> nn.Module:
-    """Move a network to its device and change it as planned; its parameters keep their names."""
-    if plan.small_map_convolutions:
-        use_small_map_convolutions(model, plan.image_size)
-    if plan.synchronize_norms:
-        synchronize_norms(model, device.type)
-    if config.activation_checkpointing:
-        checkpoint_activations(model)
-    model.to(device)
-    if plan.channels_last:
-        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return model
 
 
 def assemble_step(

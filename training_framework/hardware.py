@@ -11,6 +11,8 @@ from pathlib import Path
 import psutil
 import torch
 
+from training_framework.memory_reuse import can_keep_freed_memory
+from training_framework.native.library import find_compiler
 from training_framework.peak_flops import measure_bf16_speed
 
 __all__ = [
@@ -63,6 +65,8 @@ class Hardware:
         accelerators: All that were found, usable or not.
         bf16_speed: How many times as fast as in fp32 a convolution in bf16 is on this CPU,
             measured; None where that was not asked, or the CPU has no instructions for it.
+        cpp_compiler: Name of the C++ compiler, which kernels for this CPU need; None without one.
+        glibc: Whether memory is allocated by glibc, which can be told to keep it.
     """
 
     cpu_name: str
@@ -71,6 +75,8 @@ class Hardware:
     memory_bytes: int
     accelerators: tuple[Accelerator, ...]
     bf16_speed: float | None = None
+    cpp_compiler: str | None = None
+    glibc: bool = False
 
     @property
     def usable(self) -> tuple[Accelerator, ...]:
@@ -100,6 +106,7 @@ def detect_hardware() -> Hardware:
     Where the CPU has instructions for bfloat16, their worth is measured, once a process, in about
     a tenth of a second.
     """
+    compiler = find_compiler()
     flags, cpu_name = _cpu_flags()
     sets = [
         name
@@ -119,6 +126,8 @@ def detect_hardware() -> Hardware:
         memory_bytes=_usable_memory(),
         accelerators=_accelerators(),
         bf16_speed=measure_bf16_speed() if BF16_INSTRUCTIONS & set(sets) else None,
+        cpp_compiler=None if compiler is None else Path(compiler).name,
+        glibc=can_keep_freed_memory(),
     )
 
 

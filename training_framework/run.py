@@ -13,13 +13,11 @@ from torch import nn
 
 from training_framework.assembly import (
     Loaders,
-    assemble_network,
     assemble_schedule,
     assemble_step,
     foreign_facts,
     open_configured_dataset,
     open_loggers,
-    prepare_network,
     sample_name,
 )
 from training_framework.config import TrainConfig, config_to_yaml
@@ -35,8 +33,10 @@ from training_framework.evaluation import Evaluation, evaluate
 from training_framework.flops import training_flops_per_image
 from training_framework.hardware import Hardware, detect_hardware
 from training_framework.loggers import LoggerGroup
+from training_framework.memory_reuse import keep_freed_memory
 from training_framework.models import save_weights
 from training_framework.network import NetworkCard
+from training_framework.network_assembly import assemble_network, prepare_network
 from training_framework.plan import make_plan
 from training_framework.progress import Progress, TrainResult
 from training_framework.reproducibility import seed_everything, use_deterministic_algorithms
@@ -111,9 +111,14 @@ class TrainingRun:
             local_world_size=self.processes.local_world_size,
             batches_per_epoch=batches,
         )
-        if model is not None and config.small_map_convolutions == "auto":
+        if model is not None:
             # Only of our own networks do we know that nothing but a step's gradient is wanted.
-            self.plan = dataclasses.replace(self.plan, small_map_convolutions=False)
+            self.plan = dataclasses.replace(
+                self.plan,
+                small_map_convolutions=config.small_map_convolutions is True,
+                winograd_convolutions=config.winograd_convolutions is True,
+                fused_norms=config.fused_norms is True,
+            )
         self.device = self.plan.torch_device(self.processes.local_rank)
 
     def execute(self) -> TrainResult:
@@ -249,6 +254,8 @@ class TrainingRun:
     def set_up_torch(self) -> None:
         """Threads, kernel choice and determinism of this process, as planned."""
         torch.set_num_threads(self.plan.threads)
+        if self.plan.keep_memory:
+            keep_freed_memory()
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
             torch.backends.cudnn.benchmark = True
@@ -287,7 +294,7 @@ class TrainingRun:
 
     def _network(self, start: Start) -> tuple[nn.Module, list[str]]:
         if self.model is not None:
-            return prepare_network(self.config, self.plan, self.model, self.device), []
+            return prepare_network(self.config, self.plan, self.model, self.device)
         config = self.config
         if start.state is not None:  # whose weights are those that it went on to from these
             config = config.model_copy(update={"weights": None})

@@ -18,7 +18,8 @@ def test_bottleneck_has_four_times_its_channels():
 def test_block_adds_its_input_before_the_last_relu():
     block = BasicBlock(4, 4).eval()
     x = torch.randn(2, 4, 6, 6)
-    assert torch.equal(block(x), (block.residual(x) + x).relu())
+    branch = block.last_norm(block.residual(x))
+    assert torch.equal(block(x), (branch + x).relu())
 
 
 def test_block_leaves_its_input_alone():

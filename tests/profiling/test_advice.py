@@ -51,7 +51,7 @@ def verdict_for(ceilings, *, data=0.01, machine=None, facts=None, checkpointing=
         ),
         facts=dataclasses.replace(found, **(facts or {"storage": "files"})),
         hardware=dataclasses.replace(
-            hardware, **{"cores": 4, "instruction_sets": (), **(machine or {})}
+            hardware, **{"cores": 4, "instruction_sets": (), "bf16_speed": None, **(machine or {})}
         ),
         activation_checkpointing=checkpointing,
         bottleneck="aten::convolution_backward takes 62%",

@@ -6,6 +6,8 @@ from training_framework.flops import training_flops_per_image
 from training_framework.models.resnet import build_model
 from training_framework.profiling.kernels import read_calls
 from training_framework.profiling.operator_flops import (
+    WINOGRAD,
+    WINOGRAD_BACKWARD,
     Cost,
     convolution_output_size,
     operator_cost,
@@ -36,6 +38,20 @@ def test_each_gradient_of_a_convolution_costs_as_much_as_its_forward_pass():
     weight_alone = operator_cost("aten::convolution_backward", shapes, backward_values(False, True))
     assert both == Cost(2 * PRODUCTS, 2 * ELEMENTS)
     assert weight_alone == Cost(PRODUCTS, ELEMENTS)
+
+
+def test_winograds_algorithm_counts_as_the_convolution_that_it_stands_for():
+    images, weight, output = (2, 16, 8, 8), (32, 16, 3, 3), (2, 32, 8, 8)
+    values = (None, None, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1)
+    ordinary = operator_cost("aten::convolution", (images, weight), values)
+    assert operator_cost(WINOGRAD, (images, weight), (None, None)) == ordinary
+    backward = (None, None, None, [0], [1, 1], [1, 1], [1, 1], False, [0, 0], 1)
+    for wanted in ([True, True], [False, True]):
+        ordinary = operator_cost(
+            "aten::convolution_backward", (output, images, weight), (*backward, [*wanted, False])
+        )
+        values = (None, None, None, wanted)
+        assert operator_cost(WINOGRAD_BACKWARD, (output, images, weight, ()), values) == ordinary
 
 
 def test_groups_divide_the_products():

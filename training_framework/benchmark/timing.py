@@ -10,7 +10,6 @@ import torch
 
 from training_framework.assembly import (
     Loaders,
-    assemble_network,
     assemble_schedule,
     assemble_step,
 )
@@ -19,6 +18,7 @@ from training_framework.benchmark.result import Measurement, VariantFacts
 from training_framework.config import TrainConfig
 from training_framework.data import Batch
 from training_framework.flops import training_flops_per_image
+from training_framework.network_assembly import assemble_network
 from training_framework.peak_flops import measure_peak_flops
 from training_framework.precision import compute_dtype
 from training_framework.reproducibility import seed_everything

@@ -58,6 +58,13 @@ def tuning_space(
         "small-map convolutions": _switch(
             "small_map_convolutions", "small-map convolutions", plan.small_map_convolutions
         ) if on_cpu else iter(()),
+        "winograd convolutions": _switch(
+            "winograd_convolutions", "winograd convolutions", plan.winograd_convolutions
+        ) if on_cpu and hardware.cpp_compiler else iter(()),
+        "kept memory": _switch("keep_memory", "kept memory", plan.keep_memory)
+        if on_cpu and hardware.glibc else iter(()),
+        "fused norms": _switch("fused_norms", "fused norms", plan.fused_norms)
+        if on_cpu and hardware.cpp_compiler else iter(()),
         "fused optimizer": _switch("fused_optimizer", "fused optimizer", plan.fused_optimizer),
     }  # fmt: skip
     dimensions = []

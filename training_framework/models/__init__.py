@@ -3,8 +3,10 @@
 from training_framework.models.resnet import MODELS, ResNet, Stem, build_model
 from training_framework.models.surgery import (
     checkpoint_activations,
+    fuse_norms,
     synchronize_norms,
     use_small_map_convolutions,
+    use_winograd_convolutions,
 )
 from training_framework.models.weights import load_weights, read_metadata, save_weights
 
@@ -14,9 +16,11 @@ __all__ = [
     "Stem",
     "build_model",
     "checkpoint_activations",
+    "fuse_norms",
     "load_weights",
     "read_metadata",
     "save_weights",
     "synchronize_norms",
     "use_small_map_convolutions",
+    "use_winograd_convolutions",
 ]

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
+from training_framework.models.fused_norm import rectified
+
 __all__ = ["BasicBlock", "Bottleneck", "ResidualBlock"]
 
 
@@ -73,14 +75,12 @@ class ResidualBlock(nn.Module):
         raise NotImplementedError
 
     def residual(self, x: Tensor) -> Tensor:
-        """The branch beside the shortcut, up to its last norm."""
+        """The branch beside the shortcut, up to the input of its last norm."""
         raise NotImplementedError
 
     def _add_shortcut(self, x: Tensor) -> Tensor:
         shortcut = x if self.downsample is None else self.downsample(x)
-        out = self.residual(x)
-        out += shortcut
-        return torch.relu_(out)
+        return rectified(self.last_norm, self.residual(x), shortcut)
 
     def _recomputation_contexts(
         self,
@@ -123,7 +123,6 @@ class BasicBlock(ResidualBlock):
         downsample = self._projection(in_channels, channels, stride)
         self.conv1 = _conv3x3(in_channels, channels, stride)
         self.bn1 = nn.BatchNorm2d(channels)
-        self.relu = nn.ReLU(inplace=True)
         self.conv2 = _conv3x3(channels, channels)
         self.bn2 = nn.BatchNorm2d(channels)
         self.downsample = downsample
@@ -134,9 +133,8 @@ class BasicBlock(ResidualBlock):
         return self.bn2
 
     def residual(self, x: Tensor) -> Tensor:
-        """3x3, norm, ReLU, 3x3, norm."""
-        x = self.relu(self.bn1(self.conv1(x)))
-        return self.bn2(self.conv2(x))
+        """3x3, norm, ReLU, 3x3."""
+        return self.conv2(rectified(self.bn1, self.conv1(x)))
 
 
 class Bottleneck(ResidualBlock):
@@ -162,7 +160,6 @@ class Bottleneck(ResidualBlock):
         self.bn2 = nn.BatchNorm2d(channels)
         self.conv3 = _conv1x1(channels, channels * self.expansion)
         self.bn3 = nn.BatchNorm2d(channels * self.expansion)
-        self.relu = nn.ReLU(inplace=True)
         self.downsample = downsample
 
     @property
@@ -171,7 +168,6 @@ class Bottleneck(ResidualBlock):
         return self.bn3
 
     def residual(self, x: Tensor) -> Tensor:
-        """1x1, norm, ReLU, 3x3, norm, ReLU, 1x1, norm."""
-        x = self.relu(self.bn1(self.conv1(x)))
-        x = self.relu(self.bn2(self.conv2(x)))
-        return self.bn3(self.conv3(x))
+        """1x1, norm, ReLU, 3x3, norm, ReLU, 1x1."""
+        x = rectified(self.bn1, self.conv1(x))
+        return self.conv3(rectified(self.bn2, self.conv2(x)))

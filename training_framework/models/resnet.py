@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from training_framework.errors import UserError
 from training_framework.models.blocks import BasicBlock, Bottleneck, ResidualBlock
+from training_framework.models.fused_norm import rectified
 
 __all__ = ["MODELS", "ModelVariant", "ResNet", "Stem", "build_model"]
 
@@ -72,7 +73,6 @@ class ResNet(nn.Module):
             self.conv1 = nn.Conv2d(3, width, 3, padding=1, bias=False)
             self.maxpool = nn.Identity()
         self.bn1 = nn.BatchNorm2d(width)
-        self.relu = nn.ReLU(inplace=True)
         stages: list[nn.Sequential] = []
         for channels, blocks, stride in zip(
             STAGE_CHANNELS, blocks_per_stage, (1, 2, 2, 2), strict=True
@@ -106,7 +106,7 @@ class ResNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Images (N, 3, H, W), normalized, to logits (N, num_classes)."""
-        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        x = self.maxpool(rectified(self.bn1, self.conv1(x)))
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         return self.fc(torch.flatten(self.avgpool(x), 1))
 

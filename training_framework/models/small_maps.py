@@ -6,11 +6,13 @@ output pixel is one matrix product over just the input pixels it sees, so the re
 to rounding.
 """
 
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+from training_framework.models.replaced_convolution import ReplacedConv2d
 
 __all__ = ["SmallMapConv2d", "is_small_map"]
 
@@ -154,31 +156,13 @@ def _compute_dtype(input: Tensor) -> torch.dtype:
     return input.dtype
 
 
-class SmallMapConv2d(nn.Conv2d):
+class SmallMapConv2d(ReplacedConv2d):
     """Conv2d that runs as matrix products on CPUs where the map is small enough for that to pay.
 
     Everywhere else it is `nn.Conv2d`. Its parameters are the same in name, shape and gradient (the
     taps that meet only padding have a gradient of zero). Fastest in channels_last. It can be
     differentiated once, not twice.
     """
-
-    @classmethod
-    def from_convolution(cls, convolution: nn.Conv2d) -> Self:
-        """Take over a convolution's settings, and its parameters themselves."""
-        with torch.device("meta"):
-            small = cls(
-                convolution.in_channels,
-                convolution.out_channels,
-                convolution.kernel_size,  # type: ignore[arg-type]
-                convolution.stride,  # type: ignore[arg-type]
-                convolution.padding,  # type: ignore[arg-type]
-                convolution.dilation,  # type: ignore[arg-type]
-                convolution.groups,
-                convolution.bias is not None,
-                convolution.padding_mode,
-            )
-        small.weight, small.bias = convolution.weight, convolution.bias
-        return small.train(convolution.training)
 
     def forward(self, input: Tensor) -> Tensor:
         """(N, Cin, H, W) to (N, Cout, H', W')."""

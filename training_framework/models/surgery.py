@@ -12,10 +12,21 @@ from torch import Tensor, nn
 
 from training_framework.flops import meta_copy
 from training_framework.models.blocks import ResidualBlock
+from training_framework.models.fused_norm import FusedBatchNorm2d, can_fuse_norm
+from training_framework.models.replaced_convolution import ReplacedConv2d
 from training_framework.models.small_maps import SmallMapConv2d, is_small_map
 from training_framework.models.synchronized_norm import SynchronizedBatchNorm2d
+from training_framework.models.winograd import WinogradConv2d, winograd_applies
+from training_framework.native.norm import load_norm_kernels
+from training_framework.native.winograd import load_winograd_kernels
 
-__all__ = ["checkpoint_activations", "synchronize_norms", "use_small_map_convolutions"]
+__all__ = [
+    "checkpoint_activations",
+    "fuse_norms",
+    "synchronize_norms",
+    "use_small_map_convolutions",
+    "use_winograd_convolutions",
+]
 
 
 def synchronize_norms(model: nn.Module, device_type: str) -> int:
@@ -45,6 +56,36 @@ def synchronize_norms(model: nn.Module, device_type: str) -> int:
             setattr(parent, name, norm)
             replaced += 1
     _warn_if_none(replaced, "synchronize_norms: the model has no BatchNorm2d to replace")
+    return replaced
+
+
+def fuse_norms(model: nn.Module) -> int:
+    """On CPUs, compute batch norm, the shortcut's addition and ReLU in one pass over memory.
+
+    When to use it: training on a CPU in fp32 and channels_last; what is measured is a CPU with
+    AVX-512. What it computes stays the same up to rounding, and so do the names in the state dict;
+    in other precisions and in evaluation torch's operators run. Its price: the kernels are
+    compiled once on each machine, which takes a few seconds and a C++ compiler, and the model can
+    be differentiated only once.
+
+    Args:
+        model: Its `BatchNorm2d` modules are replaced, except where the model itself is one. Norms
+            that `synchronize_norms` replaced are left alone.
+
+    Returns:
+        Number of norms replaced; 0 comes with a warning.
+
+    Raises:
+        NativeKernelsError: The kernels cannot be compiled here.
+    """
+    load_norm_kernels()
+    replaced = 0
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, nn.BatchNorm2d) and can_fuse_norm(child):
+                setattr(parent, name, FusedBatchNorm2d.from_batch_norm(child))
+                replaced += 1
+    _warn_if_none(replaced, "fuse_norms: the model has no BatchNorm2d that can be fused")
     return replaced
 
 
@@ -80,18 +121,58 @@ def use_small_map_convolutions(model: nn.Module, image_size: int) -> int:
     Returns:
         Number of convolutions replaced; 0 comes with a warning.
     """
+    replaced = _replace_convolutions(model, image_size, is_small_map, SmallMapConv2d)
+    _warn_if_none(
+        replaced,
+        f"use_small_map_convolutions: no convolution sees a small map at {image_size} px",
+    )
+    return replaced
+
+
+def use_winograd_convolutions(model: nn.Module, image_size: int) -> int:
+    """On CPUs, compute 3x3 convolutions of stride 1 by Winograd's algorithm.
+
+    When to use it: training on a CPU in fp32 and channels_last; what is measured is a CPU with
+    AVX-512. What it computes stays the same up to rounding, and so do the names in the state dict;
+    in other precisions the ordinary convolution runs. Its price: the kernels are
+    compiled once on each machine, which takes a few seconds and a C++ compiler, and the model can
+    be differentiated only once.
+
+    Args:
+        model: Its `Conv2d` modules of that kind are replaced; call `use_small_map_convolutions`
+            first, where both are wanted.
+        image_size: Side in pixels of the square images it is to be used with.
+
+    Returns:
+        Number of convolutions replaced; 0 comes with a warning.
+
+    Raises:
+        NativeKernelsError: The kernels cannot be compiled here.
+    """
+    load_winograd_kernels()
+    replaced = _replace_convolutions(model, image_size, winograd_applies, WinogradConv2d)
+    _warn_if_none(
+        replaced,
+        f"use_winograd_convolutions: no convolution is one for it at {image_size} px",
+    )
+    return replaced
+
+
+def _replace_convolutions(
+    model: nn.Module,
+    image_size: int,
+    applies: Callable[[nn.Conv2d, int, int], bool],
+    kind: type[ReplacedConv2d],
+) -> int:
+    """Replace the convolutions for which `applies` holds with the size of their maps; how many."""
     map_sizes = _map_sizes(model, image_size)
     replaced = 0
     for parent_name, parent in list(model.named_modules()):
         for name, child in list(parent.named_children()):
             map_size = map_sizes.get(f"{parent_name}.{name}" if parent_name else name)
-            if type(child) is nn.Conv2d and map_size and is_small_map(child, *map_size):
-                setattr(parent, name, SmallMapConv2d.from_convolution(child))
+            if type(child) is nn.Conv2d and map_size and applies(child, *map_size):
+                setattr(parent, name, kind.from_convolution(child))
                 replaced += 1
-    _warn_if_none(
-        replaced,
-        f"use_small_map_convolutions: no convolution sees a small map at {image_size} px",
-    )
     return replaced
 
 

@@ -197,6 +197,57 @@ class MachineChoices:
             )
         return on
 
+    def winograd_convolutions(self, precision: str, channels_last: bool) -> bool:
+        """Whether 3x3 convolutions run by Winograd's algorithm."""
+        gain = "2.25 times fewer multiplications"
+        return self._native_kernels("winograd_convolutions", gain, precision, channels_last)
+
+    def fused_norms(self, precision: str, channels_last: bool) -> bool:
+        """Whether batch norm, shortcut and ReLU are one pass over memory."""
+        if self.config.sync_batchnorm and self.world_size > 1:
+            if self.config.fused_norms is True:
+                self.note("fused_norms", False, "batch norm is synchronized between processes")
+            return False
+        gain = "fewer passes over memory"
+        return self._native_kernels("fused_norms", gain, precision, channels_last)
+
+    def keep_memory(self) -> bool:
+        """Whether freed host memory stays with the process."""
+        wanted = self.config.keep_memory
+        if wanted != "auto":
+            self.note("keep_memory", wanted, "asked for")
+            return wanted
+        on = not self.on_gpu and self.hardware.glibc
+        if on:
+            self.note("keep_memory", True, "no new pages for each step's activations")
+        return on
+
+    def _native_kernels(self, key: str, gain: str, precision: str, channels_last: bool) -> bool:
+        """Whether kernels that are compiled here take over a part of the work.
+
+        Args:
+            key: The setting that asks for them.
+            gain: What they are good for.
+            precision: As planned.
+            channels_last: As planned.
+        """
+        wanted = getattr(self.config, key)
+        if wanted != "auto":
+            useless = wanted and (self.on_gpu or precision != "32")
+            why = "asked for; without effect but on a CPU in fp32" if useless else "asked for"
+            self.note(key, wanted, why)
+            return bool(wanted)
+        if self.on_gpu or precision != "32" or not channels_last or self.config.compile is True:
+            return False
+        if "avx512" not in self.hardware.instruction_sets:
+            self.note(key, False, "measured to pay on CPUs with AVX-512 alone")
+            return False
+        if not self.hardware.cpp_compiler:
+            self.note(key, False, f"{gain}, but no C++ compiler is installed for its kernels")
+            return False
+        self.note(key, True, f"{gain}; kernels for this CPU, compiled once")
+        return True
+
     def synchronize_norms(self) -> bool:
         """Whether batch norm sees the batches of all processes."""
         if self.config.sync_batchnorm and self.world_size == 1:

@@ -49,6 +49,7 @@ def make_plan(
     precision = machine.precision()
     stem = _stem(config, facts, choices)
     compiled, compile_mode = machine.compile(durations["total_steps"])
+    channels_last = machine.channels_last()
     resident = machine.resident_data()
     return TrainPlan(
         device=machine.accelerators[0].kind if machine.on_gpu else "cpu",
@@ -63,11 +64,14 @@ def make_plan(
         lr=_learning_rate(config, durations["images_per_step"], choices),
         nesterov=_nesterov(config),
         precision=precision,
-        channels_last=machine.channels_last(),
+        channels_last=channels_last,
         compile=compiled,
         compile_mode=compile_mode,
         fused_optimizer=machine.fused_optimizer(precision),
         small_map_convolutions=machine.small_map_convolutions(stem, facts.image_size, precision),
+        winograd_convolutions=machine.winograd_convolutions(precision, channels_last),
+        fused_norms=machine.fused_norms(precision, channels_last),
+        keep_memory=machine.keep_memory(),
         synchronize_norms=machine.synchronize_norms(),
         resident_data=resident,
         num_workers=machine.num_workers(resident),

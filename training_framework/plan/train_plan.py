@@ -75,6 +75,9 @@ class TrainPlan:
     compile_mode: str
     fused_optimizer: bool
     small_map_convolutions: bool
+    winograd_convolutions: bool
+    fused_norms: bool
+    keep_memory: bool
     synchronize_norms: bool
     resident_data: bool
     num_workers: int

@@ -10,7 +10,11 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from training_framework.profiling.operator_flops import operator_cost
+from training_framework.profiling.operator_flops import (
+    WINOGRAD,
+    WINOGRAD_BACKWARD,
+    operator_cost,
+)
 from training_framework.profiling.run_parts import synchronize
 
 __all__ = [
@@ -26,7 +30,9 @@ __all__ = [
 ]
 
 # They call others that do the work, in varying depth by device; only as a whole have they a FLOP/s.
-WHOLE_OPERATORS = ("aten::convolution", "aten::convolution_backward")
+WHOLE_OPERATORS = (
+    "aten::convolution", "aten::convolution_backward", WINOGRAD, WINOGRAD_BACKWARD,
+)  # fmt: skip
 MICROSECONDS = 1e6
 MEMORY_EVENTS = 200_000
 

@@ -8,7 +8,16 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-__all__ = ["Cost", "convolution_output_size", "operator_cost"]
+__all__ = [
+    "WINOGRAD",
+    "WINOGRAD_BACKWARD",
+    "Cost",
+    "convolution_output_size",
+    "operator_cost",
+]
+
+WINOGRAD = "efficient_resnet::winograd_convolution"
+WINOGRAD_BACKWARD = "efficient_resnet::winograd_convolution_backward"
 
 Shapes = Sequence[Sequence[int]]
 
@@ -39,8 +48,12 @@ def operator_cost(name: str, shapes: Shapes, values: Sequence[Any]) -> Cost | No
         return _forward(
             shapes[0], shapes[1], stride=values[3], padding=values[4], dilation=values[5]
         )
-    if name == "aten::convolution_backward" and len(values) >= 11 and not values[7]:
-        return _backward(*shapes[:3], wanted=values[10])
+    if name == WINOGRAD:  # counted as the convolution that it stands for
+        return _forward(shapes[0], shapes[1], stride=(1, 1), padding=(1, 1), dilation=(1, 1))
+    if name == WINOGRAD_BACKWARD or (
+        name == "aten::convolution_backward" and len(values) >= 11 and not values[7]
+    ):
+        return _backward(*shapes[:3], wanted=values[3 if name == WINOGRAD_BACKWARD else 10])
     if name in ("aten::mm", "aten::bmm"):
         return _product(shapes[0], shapes[1])
     if name in ("aten::addmm", "aten::baddbmm"):

@@ -16,7 +16,11 @@ from torch import nn
 from training_framework.flops import meta_copy
 from training_framework.peak_flops import measure_peak_flops
 from training_framework.profiling.kernels import OperatorCall
-from training_framework.profiling.operator_flops import operator_cost
+from training_framework.profiling.operator_flops import (
+    WINOGRAD,
+    WINOGRAD_BACKWARD,
+    operator_cost,
+)
 from training_framework.profiling.run_parts import synchronize
 
 __all__ = [
@@ -199,6 +203,10 @@ def _label(call: OperatorCall) -> str:
         return _convolution_label(call.shapes[0], call.shapes[1], call.values[3])
     if call.name == "aten::convolution_backward":
         return _convolution_label(call.shapes[1], call.shapes[2], call.values[4])
+    if call.name == WINOGRAD:
+        return _convolution_label(call.shapes[0], call.shapes[1], 1)
+    if call.name == WINOGRAD_BACKWARD:
+        return _convolution_label(call.shapes[1], call.shapes[2], 1)
     left, right = [shape for shape in call.shapes if shape][-2:]
     return f"{'x'.join(map(str, left))} @ {'x'.join(map(str, right))}"
 

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from training_framework.assembly import (
     Loaders,
-    assemble_network,
     assemble_schedule,
     assemble_step,
 )
@@ -19,6 +18,7 @@ from training_framework.dataset_facts import DatasetFacts
 from training_framework.errors import UserError
 from training_framework.hardware import Hardware
 from training_framework.loggers import CsvLogger, Logger, TensorBoardLogger
+from training_framework.network_assembly import assemble_network
 from training_framework.optimizers import Schedule
 from training_framework.plan import TrainPlan
 from training_framework.reproducibility import seed_everything

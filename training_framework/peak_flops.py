@@ -1,0 +1,110 @@
+"""How fast a device computes at best: cited for GPUs, measured on CPUs."""
+
+import functools
+import time
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+__all__ = ["measure_bf16_speed", "measure_peak_flops"]
+
+PEAK_TRIAL_SECONDS = 0.1
+BF16_TRIALS = 5
+
+# Dense peak of the tensor cores in FLOP/s by a piece of the device's name: bf16 and fp16 are
+# equal on all of these. Sources: NVIDIA's data sheets of each part (without sparsity).
+CITED_PEAK_FLOPS = {
+    "B200": 2250e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "A10G": 70e12,
+    "A10": 125e12,
+    "T4": 65e12,
+    "V100": 125e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+}
+
+
+def measure_peak_flops(
+    device_kind: str, device_name: str, dtype: torch.dtype
+) -> tuple[float, Literal["cited", "measured", "n/a"]]:
+    """Peak FLOP/s of a device in a dtype: the denominator of MFU.
+
+    GPUs in the cited table have their data sheet's dense tensor-core rate (half precision only);
+    CPUs are measured: the best of a few matrix products and a convolution, on the threads in use.
+    Elsewhere the peak is unknown, and MFU is not reported.
+
+    Returns:
+        FLOP/s per device (0 if unknown), and where the figure comes from.
+    """
+    if device_kind == "cpu":
+        return _measured_cpu_peak(dtype), "measured"
+    if dtype in (torch.bfloat16, torch.float16):
+        for piece, flops in CITED_PEAK_FLOPS.items():
+            if piece in device_name:
+                return flops, "cited"
+    return 0.0, "n/a"
+
+
+def _measured_cpu_peak(dtype: torch.dtype) -> float:
+    """Best FLOP/s of a few matrix products and a convolution."""
+    best = 0.0
+    # Its own: how much is drawn depends on the time it takes, and the run's generator must not.
+    draws = torch.Generator().manual_seed(0)
+
+    def numbers(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=draws).to(dtype)
+
+    for size in (256, 512, 1024):
+        a, b = numbers(size, size), numbers(size, size)
+        seconds = _fastest_call(lambda a=a, b=b: torch.mm(a, b))  # type: ignore[misc]
+        best = max(best, 2 * size**3 / seconds)
+        if seconds > PEAK_TRIAL_SECONDS:  # emulated: larger ones would take ever longer
+            return best
+    seconds = _fastest_call(_convolution(dtype, draws))
+    # At the border fewer taps meet a pixel: 3 * 28 - 2 in each direction.
+    return max(best, 2 * 8 * 128 * 128 * (3 * 28 - 2) ** 2 / seconds)
+
+
+@functools.cache
+def measure_bf16_speed() -> float:
+    """How many times as fast as in fp32 a convolution in bf16 is on this CPU.
+
+    Having the instructions says little: Zen 4 doubles its speed by avx512_bf16, Sapphire Rapids
+    without AMX, as some virtual machines show it, halves it (docs/experiments.md).
+    """
+    draws = torch.Generator().manual_seed(0)
+    calls = [_convolution(dtype, draws) for dtype in (torch.float32, torch.bfloat16)]
+    fastest = [float("inf"), float("inf")]
+    for _ in range(BF16_TRIALS):  # in turns, and the best of each, against a busy machine
+        for index, call in enumerate(calls):
+            start = time.perf_counter()
+            call()
+            fastest[index] = min(fastest[index], time.perf_counter() - start)
+    return fastest[0] / fastest[1]
+
+
+def _convolution(dtype: torch.dtype, draws: torch.Generator) -> Callable[[], Tensor]:
+    """A convolution of the kind ResNets consist of, in channels_last."""
+    layout = torch.channels_last
+    images = torch.randn(8, 128, 28, 28, generator=draws).to(dtype, memory_format=layout)
+    weight = torch.randn(128, 128, 3, 3, generator=draws).to(dtype, memory_format=layout)
+    return lambda: torch.nn.functional.conv2d(images, weight, padding=1)
+
+
+def _fastest_call(call: Callable[[], object]) -> float:
+    call()
+    best = float("inf")
+    end = time.perf_counter() + PEAK_TRIAL_SECONDS
+    while time.perf_counter() < end:
+        start = time.perf_counter()
+        call()
+        best = min(best, time.perf_counter() - start)
+    return best
