@@ -155,7 +155,8 @@ def picture() -> str | None:
 
 COMPARISONS = (
     "ablation", "baseline-vs-optimized", "batch-sweep", "data-loading", "fastest-against-plain",
-    "framework-check", "hardware-ladder",
+    "framework-check", "hardware-ladder", "step-speed-cifar-stem", "step-speed-imagenet-stem",
+    "step-speed-memory", "step-speed-resnet50",
 )  # fmt: skip
 BLOCKS: dict[str, Callable[[], str]] = {
     "demo-output": demo_output,

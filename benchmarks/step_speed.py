@@ -167,6 +167,9 @@ def main() -> int:
     parser.add_argument("row", nargs="?", choices=ROWS)
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--seconds", type=float, default=1.0, help="length of a sample")
+    parser.add_argument(
+        "--rounds-per-process", type=int, help="start all anew after so many rounds (a sixth)"
+    )
     parser.add_argument("--output", type=Path, metavar="FILE", help="result file (JSON)")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--loop", choices=REFERENCES, help=argparse.SUPPRESS)
@@ -178,7 +181,12 @@ def main() -> int:
         return 0
     if options.row is None:
         parser.error("name a row")
-    chosen = experiment(options.row, rounds=options.rounds, seconds=options.seconds)
+    chosen = experiment(
+        options.row,
+        rounds=options.rounds,
+        seconds=options.seconds,
+        rounds_per_process=options.rounds_per_process,
+    )
     name = result_file_name(chosen.name, device_label(chosen), torch.__version__)
     result = Comparison(
         chosen,
