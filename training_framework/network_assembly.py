@@ -1,6 +1,7 @@
 """From a configuration and a plan to the network, on its device and changed as planned."""
 
 import functools
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -71,13 +72,19 @@ def prepare_network(
 def _with_kernels(config: TrainConfig, key: str, change: Callable[[], object]) -> list[str]:
     """Make a change that needs compiled kernels; where nobody asked for it, go on without them.
 
+    Where nobody asked for it, it may also find nothing to change, as in a very narrow network.
+
     Returns:
         Lines to show the user.
     """
+    asked_for = getattr(config, key) != "auto"
     try:
-        change()
+        with warnings.catch_warnings():
+            if not asked_for:
+                warnings.filterwarnings("ignore", message=".*nothing changed")
+            change()
     except NativeKernelsError as error:
-        if getattr(config, key) != "auto":
+        if asked_for:
             cure = f"install a C++ compiler (g++), or set {key} to auto"
             raise UserError(f"{key}: {error}", cure) from None
         return [f"note: goes on without {key}: {error}"]

@@ -249,3 +249,28 @@ def test_fused_sgd_is_left_alone_where_gradient_scaling_skips_steps():
     assert not plan(precision="16-mixed").fused_optimizer
     assert plan(precision="16-mixed", optimizer="adamw").fused_optimizer
     assert plan(precision="16-mixed", fused_optimizer=True).fused_optimizer
+
+
+NATIVE_CPU = dataclasses.replace(CPU, instruction_sets=("avx512",), cpp_compiler="g++", glibc=True)
+
+
+def test_kernels_are_compiled_where_they_are_measured_to_pay():
+    made = plan(NATIVE_CPU)
+    assert made.winograd_convolutions and made.fused_norms and made.keep_memory
+    for hardware in (
+        dataclasses.replace(NATIVE_CPU, instruction_sets=("avx2",)),
+        dataclasses.replace(NATIVE_CPU, cpp_compiler=None),
+        dataclasses.replace(NATIVE_CPU, accelerators=(NEW_GPU,)),
+    ):
+        made = plan(hardware)
+        assert not made.winograd_convolutions and not made.fused_norms
+    for settings in ({"precision": "bf16-mixed"}, {"channels_last": False}, {"compile": True}):
+        made = plan(NATIVE_CPU, **settings)
+        assert not made.winograd_convolutions and not made.fused_norms
+    without = plan(dataclasses.replace(NATIVE_CPU, cpp_compiler=None))
+    assert "no C++ compiler is installed" in reason(without, "fused_norms")
+
+
+def test_kernels_that_are_asked_for_where_they_do_nothing_are_told_so():
+    made = plan(with_gpus(NEW_GPU), winograd_convolutions=True)
+    assert "without effect" in reason(made, "winograd_convolutions")

@@ -9,6 +9,8 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+import torch
+
 __all__ = ["NativeKernelsError", "cache_folder", "find_compiler", "load_library"]
 
 # No -ffast-math: NaN and infinity must go through, for the run to notice them.
@@ -63,20 +65,20 @@ def load_library(source: Path) -> ctypes.CDLL:
 
 
 def _loaded_openmp() -> str | None:
-    """The OpenMP runtime of this process, which PyTorch has loaded; None without one.
+    """The OpenMP runtime that PyTorch has loaded in this process; None without one.
 
     A second runtime would bring a second set of threads, which spin while they wait and take the
-    cores from the first.
+    cores from the first. Other libraries may have brought one of their own.
     """
     try:
         lines = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
     except OSError:
         return None
-    for line in lines:
-        path = Path(line.split(maxsplit=5)[-1])
-        if path.name.startswith(("libgomp", "libiomp5", "libomp")) and path.is_file():
-            return str(path)
-    return None
+    paths = dict.fromkeys(Path(line.split(maxsplit=5)[-1]) for line in lines)
+    runtimes = [path for path in paths if path.name.startswith(("libgomp", "libiomp5", "libomp"))]
+    package = Path(torch.__file__).parent
+    own = [path for path in runtimes if package in path.parents or path.parent.name == "torch.libs"]
+    return next((str(path) for path in [*own, *runtimes] if path.is_file()), None)
 
 
 def _digest(source: Path, compiler: str, openmp: str | None) -> str:

@@ -16,6 +16,8 @@ RESIDENT_SHARE_OF_MEMORY = 0.25
 # A compiled step has to run often enough to earn back the time that compiling takes.
 COMPILE_FROM_STEPS = 2000
 MOST_LOADER_WORKERS = 16
+# As models.winograd has it: on smaller ones the border is much of the map.
+SMALLEST_WINOGRAD_MAP = 3
 
 
 class MachineChoices:
@@ -197,8 +199,13 @@ class MachineChoices:
             )
         return on
 
-    def winograd_convolutions(self, precision: str, channels_last: bool) -> bool:
+    def winograd_convolutions(
+        self, stem: str, image_size: int, precision: str, *, channels_last: bool
+    ) -> bool:
         """Whether 3x3 convolutions run by Winograd's algorithm."""
+        first_map = image_size // (4 if stem == "imagenet" else 1)
+        if self.config.winograd_convolutions == "auto" and first_map < SMALLEST_WINOGRAD_MAP:
+            return False
         gain = "2.25 times fewer multiplications"
         return self._native_kernels("winograd_convolutions", gain, precision, channels_last)
 

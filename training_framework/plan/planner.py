@@ -69,7 +69,9 @@ def make_plan(
         compile_mode=compile_mode,
         fused_optimizer=machine.fused_optimizer(precision),
         small_map_convolutions=machine.small_map_convolutions(stem, facts.image_size, precision),
-        winograd_convolutions=machine.winograd_convolutions(precision, channels_last),
+        winograd_convolutions=machine.winograd_convolutions(
+            stem, facts.image_size, precision, channels_last=channels_last
+        ),
         fused_norms=machine.fused_norms(precision, channels_last),
         keep_memory=machine.keep_memory(),
         synchronize_norms=machine.synchronize_norms(),
