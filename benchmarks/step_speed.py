@@ -24,7 +24,7 @@ from reference_loops import B0, B1
 from training_framework.benchmark import workers
 from training_framework.benchmark.circumstances import device_label
 from training_framework.benchmark.comparison import Comparison
-from training_framework.benchmark.experiment import Experiment, Variant
+from training_framework.benchmark.experiment import CONTROL, Experiment, Variant
 from training_framework.benchmark.machine_load import MachineWatch, peak_memory
 from training_framework.benchmark.result import (
     Measurement,
@@ -59,6 +59,7 @@ MEMORY_EFFICIENT = {
     key: setting.value for key, setting in read_config_file("memory-efficient").items()
 }
 REFERENCES = ("B0", "B1", "B1 in fp32")
+BASELINE = "B0"
 
 
 class LoopSampler:
@@ -141,7 +142,8 @@ class LoopSampler:
 def open_worker(
     variant: Variant, config: TrainConfig, order: Mapping[str, Any]
 ) -> workers.ProcessWorker:
-    loop = ["--loop", variant.name] if variant.name in REFERENCES else []
+    name = BASELINE if variant.name == CONTROL else variant.name
+    loop = ["--loop", name] if name in REFERENCES else []
     return workers.ProcessWorker(
         config, order, environment={}, program=[__file__, "--worker", *loop]
     )
@@ -157,7 +159,7 @@ def experiment(row: str, **changes: Any) -> Experiment:
         description="The framework as planned against hand-written loops.",
         base=ROWS[row],
         variants=variants,
-        baseline="B0",
+        baseline=BASELINE,
         **changes,
     )
 
