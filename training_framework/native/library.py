@@ -82,10 +82,16 @@ def _loaded_openmp() -> str | None:
 
 
 def _digest(source: Path, compiler: str, openmp: str | None) -> str:
-    macros = ["-march=native", "-dM", "-E", "-x", "c", os.devnull]
-    said = [_run([compiler, *flags]) for flags in (["--version"], macros)]
+    said = _what_it_makes_of_this_processor(compiler)
     parts = [source.read_text(encoding="utf-8"), *FLAGS, compiler, *said, str(openmp)]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
+@functools.cache
+def _what_it_makes_of_this_processor(compiler: str) -> tuple[str, ...]:
+    """Its version and its macros; asked once a process, since a start waits for the answers."""
+    macros = ["-march=native", "-dM", "-E", "-x", "c", os.devnull]
+    return tuple(_run([compiler, *flags]) for flags in (["--version"], macros))
 
 
 def _compile(source: Path, compiler: str, openmp: str | None, library: Path) -> None:

@@ -139,15 +139,14 @@ def winograd_convolution_backward(
     Returns:
         (N, C, H, W) in channels_last, and (K, C, 3, 3) with the strides of the weight.
     """
-    nothing = grad_output.new_empty(0)
-    grad_images = grad_weight = nothing
+    grad_images, grad_weight = grad_output.new_empty(0), grad_output.new_empty(0)
     if wanted[0]:
         grad_images = _convolve(grad_output, weight, weight.shape[1], transposed=True)
     if wanted[1]:
         grad_weight = _weight_gradient(grad_output, images, weight)
         if weight.is_contiguous():  # DDP wants the strides of the parameter
             grad_weight = grad_weight.contiguous()
-    return grad_images, grad_weight if wanted[1] else grad_output.new_empty(0)
+    return grad_images, grad_weight
 
 
 @winograd_convolution_backward.register_fake
