@@ -2,12 +2,14 @@
 
     python benchmarks/gpu_suite.py                               # what needs no data from elsewhere
     python benchmarks/gpu_suite.py --cifar10 DIR --imagenette DIR
+    python benchmarks/gpu_suite.py --rows                        # the step's speed alone, 8 minutes
     python benchmarks/gpu_suite.py --accelerator cpu --only demo # try the script without a GPU
 
 It goes on where a part fails, and ends with 1 if one did.
 """
 
 import argparse
+import importlib.util
 import json
 import subprocess
 import sys
@@ -28,10 +30,11 @@ def main() -> int:
     parser.add_argument("--accelerator", default="gpu", help="gpu, or cpu to try the script")
     parser.add_argument("--cifar10", type=Path, help="folder with cifar-10-batches-py")
     parser.add_argument("--imagenette", type=Path, help="folder with train/ and val/")
+    parser.add_argument("--rows", action="store_true", help="the parts that time steps, alone")
     parser.add_argument("--only", nargs="*", help="names of the parts to run")
     options = parser.parse_args()
     failed = []
-    parts = suite(options.cifar10, options.imagenette)
+    parts = {**rows(), **({} if options.rows else suite(options.cifar10, options.imagenette))}
     for name, part in parts.items():
         if options.only and name not in options.only:
             continue
@@ -43,6 +46,32 @@ def main() -> int:
             failed.append(name)
     print("failed: " + ", ".join(failed) if failed else "all parts ran")
     return int(bool(failed))
+
+
+def rows() -> dict[str, Callable[..., None]]:
+    """What the step is worth on this GPU, against the loops of others."""
+    quick = ["--rounds", "6", "--rounds-per-process", "6", "--seconds", "1"]
+    speeds = {
+        f"step-speed-{row}": script("step_speed.py", row, *quick)
+        for row in ("gpu-small", "gpu-large-batch", "gpu-resnet50", "memory")
+    }
+    peers = {
+        f"step-speed-{row}": script("step_speed.py", row, *quick)
+        for row in ("lightning", "lightning-tiny")
+        if importlib.util.find_spec("pytorch_lightning")
+    }
+    overhead = {"step-overhead": script("step_overhead.py", "--device", "cuda")}
+    return {**speeds, **overhead, **peers}
+
+
+def script(name: str, *flags: str) -> Callable[[str, list[str]], None]:
+    """A part that is a script of its own; it takes the GPU where there is one."""
+
+    def part(_name: str, _device: list[str]) -> None:
+        command = [sys.executable, str(Path(__file__).parent / name), *flags]
+        subprocess.run(command, check=True)
+
+    return part
 
 
 def suite(cifar10: Path | None, imagenette: Path | None) -> dict[str, Callable[..., None]]:

@@ -37,6 +37,7 @@ from training_framework.config import TrainConfig
 
 RESULTS = Path(__file__).parent / "results"
 PLANTED = 0.10
+SLOWED = "slowed"
 FOUND_FROM = 1.05
 BASE: dict[str, Any] = {
     "data": "synthetic",
@@ -68,15 +69,15 @@ def experiment(rounds: int, seconds: float) -> Experiment:
     return Experiment(
         name="planted-slowdown",
         base=BASE,
-        variants=(Variant(name="plain"), Variant(name="slowed", environment={"PLANTED": "1"})),
+        variants=(Variant(name="plain"), Variant(name=SLOWED)),
         rounds=rounds,
         seconds=seconds,
         warmup_steps=20,
     )
 
 
-def open_worker(variant: Any, config: TrainConfig, order: Any) -> workers.ProcessWorker:
-    program = [__file__, "--worker"] + ["--slowed"] * bool(variant.environment)
+def open_worker(variant: Variant, config: TrainConfig, order: Any) -> workers.ProcessWorker:
+    program = [__file__, "--worker"] + ["--slowed"] * (variant.name == SLOWED)
     return workers.ProcessWorker(
         config, order, environment={"OMP_NUM_THREADS": "1"}, program=program
     )
@@ -95,7 +96,7 @@ def run_live(repeats: int, rounds: int, seconds: float) -> tuple[list[dict[str, 
                 stream=io.StringIO(),
             ).run()
         ratios = {ratio.variant: ratio for ratio in result.ratios}
-        slowed, control = ratios["slowed"], ratios[CONTROL]
+        slowed, control = ratios[SLOWED], ratios[CONTROL]
         assert slowed.low and slowed.high and control.low and control.high
         run: dict[str, Any] = {
             # The ratio is of speeds: a slowdown of 10% is 1 / 1.1.

@@ -196,8 +196,8 @@ class B1:
         self.std = 255 * torch.tensor(STD, device=device).view(1, 3, 1, 1)
         self.order = torch.empty(0, dtype=torch.int64, device=device)
 
-    def step(self) -> int:
-        """Train one batch; returns its images."""
+    def batch(self) -> tuple[Tensor, Tensor]:
+        """The next batch's augmented images and its labels, on the device."""
         if len(self.order) < self.batch_size:
             self.order = torch.randperm(len(self.labels), device=self.device)
         chosen, self.order = self.order[: self.batch_size], self.order[self.batch_size :]
@@ -207,9 +207,13 @@ class B1:
         if flips % 2:
             images = images.flip(-1)
         images = (images.float() - self.mean) / self.std
-        images = images.contiguous(memory_format=torch.channels_last)
+        return images.contiguous(memory_format=torch.channels_last), self.labels[chosen]
+
+    def step(self) -> int:
+        """Train one batch; returns its images."""
+        images, labels = self.batch()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-            loss = functional.cross_entropy(self.model(images), self.labels[chosen])
+            loss = functional.cross_entropy(self.model(images), labels)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()

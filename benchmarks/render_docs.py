@@ -19,6 +19,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))  # for a test that imports this file
 
 from claims import claims_table
+from result_tables import decoding_accuracy, input_speed, startup_time, step_overhead
 from switches import switch_picture, switch_table, switch_worths
 
 from training_framework.benchmark.result import Result
@@ -98,6 +99,24 @@ def comparison(experiment: str) -> str:
     return "\n".join([f"`{result['command']}`", "", *lines]) + "\n"
 
 
+def table(experiment: str) -> str:
+    """A result file of a form of its own, as its script's table."""
+    result = newest_or_none(experiment)
+    return NOT_RECORDED if result is None else OTHERS[experiment](result)
+
+
+def tuned_grid() -> str:
+    """How near `tune` came to the best of an exhaustive grid."""
+    result = newest_or_none("tune-against-grid")
+    if result is None:
+        return NOT_RECORDED
+    _, _, *lines = result_lines(Result.model_validate(result["grid"]))
+    return (
+        f"`{result['command']}`\n\ntune chose {result['chosen']}: {result['share_of_best']:.1%} "
+        f"of the speed of the grid's best, {result['best']}.\n\n" + "\n".join(lines) + "\n"
+    )
+
+
 def controls() -> str:
     """Every recorded run of the A/A control."""
     if newest_or_none("aa-control") is None:
@@ -154,18 +173,28 @@ def picture() -> str | None:
 
 
 COMPARISONS = (
-    "ablation", "baseline-vs-optimized", "batch-sweep", "data-loading", "fastest-against-plain",
-    "framework-check", "hardware-ladder", "step-speed-cifar-stem", "step-speed-imagenet-stem",
-    "step-speed-memory", "step-speed-resnet50",
+    "ablation", "baseline-vs-optimized", "batch-sweep", "compiled", "data-loading",
+    "fastest-against-plain", "framework-check", "hardware-ladder", "native-kernels",
+    "reliability-price", "step-speed-cifar-stem", "step-speed-imagenet-stem",
+    "step-speed-lightning", "step-speed-lightning-tiny", "step-speed-memory",
+    "step-speed-resnet50", "switch-accuracy", "tune-against-plain",
 )  # fmt: skip
+OTHERS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "decode-speed": input_speed,
+    "decoding-accuracy": decoding_accuracy,
+    "startup-time": startup_time,
+    "step-overhead": step_overhead,
+}
 BLOCKS: dict[str, Callable[[], str]] = {
     "demo-output": demo_output,
     "runs": runs,
     "switches": switches,
     "claims": lambda: claims_table(newest_or_none),
     "controls": controls,
+    "tune-against-grid": tuned_grid,
     "planted": planted,
     **{name: functools.partial(comparison, name) for name in COMPARISONS},
+    **{name: functools.partial(table, name) for name in OTHERS},
 }
 PICTURES: dict[Path, Callable[[], str | None]] = {ROOT / "docs" / "switches.svg": picture}
 

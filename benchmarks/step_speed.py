@@ -4,26 +4,33 @@
     python benchmarks/step_speed.py imagenet-stem       # ResNet-18, ImageNet stem, 32 px, batch 128
     python benchmarks/step_speed.py resnet50            # ResNet-50, 224 px, batch 8
     python benchmarks/step_speed.py memory              # the preset memory-efficient, as cifar-stem
+    python benchmarks/step_speed.py gpu-small           # on a GPU: ResNet-18, 32 px, batch 128
+    python benchmarks/step_speed.py gpu-large-batch     # on a GPU: ResNet-18, 32 px, batch 1024
+    python benchmarks/step_speed.py gpu-resnet50        # on a GPU: ResNet-50, 224 px, batch 256
+    python benchmarks/step_speed.py lightning           # Lightning's Trainer, as cifar-stem
+    python benchmarks/step_speed.py lightning-tiny      # ResNet-10, 8 px, batch 8: the loop shows
 
-B0 and B1 are the loops of reference_loops.py. All sides train on the same made-up images, each in
-processes of its own; the engine of `compare` gives them turns, intervals, a control and marks. The
-result goes to benchmarks/results/step-speed-<row>_….json.
+B0 and B1 are the loops of reference_loops.py; Lightning's is in peer_loops.py. All sides train on
+the same made-up images, each in processes of its own; the engine of `compare` gives them turns,
+intervals, a control and marks. The result goes to benchmarks/results/step-speed-<row>_….json.
 """
 
 import argparse
+import functools
 import shlex
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from peer_loops import LightningLoop
 from reference_loops import B0, B1
 
 from training_framework.benchmark import workers
 from training_framework.benchmark.circumstances import device_label
-from training_framework.benchmark.comparison import Comparison
+from training_framework.benchmark.comparison import Comparison, OpenWorker
 from training_framework.benchmark.experiment import CONTROL, Experiment, Variant
 from training_framework.benchmark.machine_load import MachineWatch, peak_memory
 from training_framework.benchmark.result import (
@@ -58,8 +65,38 @@ ROWS["memory"] = ROWS["cifar-stem"]
 MEMORY_EFFICIENT = {
     key: setting.value for key, setting in read_config_file("memory-efficient").items()
 }
+ROWS["lightning"] = ROWS["cifar-stem"]
+ROWS["lightning-tiny"] = {
+    "data": "synthetic", "synthetic_train_images": 1024, "img_size": 8,
+    "model": "resnet10", "stem": "imagenet", "batch_size": 8,
+}  # fmt: skip
+CIFAR_ON_GPU = {**CIFAR, "synthetic_train_images": 16384, "model": "resnet18", "stem": "cifar"}
+ROWS["gpu-small"] = {**CIFAR_ON_GPU, "batch_size": 128}
+ROWS["gpu-large-batch"] = {**CIFAR_ON_GPU, "batch_size": 1024}
+ROWS["gpu-resnet50"] = {
+    **ROWS["resnet50"], "synthetic_train_images": 1024, "batch_size": 256,
+}  # fmt: skip
+RECORDED = {"precision": "bf16-mixed", "compile": False, "cuda_graph": True}
+ON_GPU = (
+    Variant(name="recorded", needs=("gpu",), overrides=RECORDED),
+    Variant(
+        name="compiled and recorded", needs=("gpu",),
+        overrides={**RECORDED, "compile": True, "compile_mode": "default"},
+    ),
+)  # fmt: skip
+# What is left is the loop: the operators are the peer's.
+SAME_KERNELS = {
+    "precision": "32",
+    "channels_last": True,
+    "compile": False,
+    "small_map_convolutions": False,
+    "winograd_convolutions": False,
+    "fused_norms": False,
+    "keep_memory": False,
+}
+LIGHTNING = "Lightning"
 REFERENCES = ("B0", "B1", "B1 in fp32")
-BASELINE = "B0"
+LOOPS = (*REFERENCES, LIGHTNING)
 
 
 class LoopSampler:
@@ -78,11 +115,10 @@ class LoopSampler:
         torch.set_num_threads(plan.threads)
         self._device = plan.torch_device(0)
         arrays = dataset.train.materialize("cpu")  # type: ignore[union-attr]
-        loop = B0 if name == "B0" else B1
-        extra = {} if name == "B0" else {"bf16": name == "B1"}
-        self._loop = loop(
+        self._batch_size = config.batch_size
+        self._loop = _loop_class(name)(
             config.model, plan.stem, dataset.facts.num_classes, arrays.images, arrays.labels,
-            batch_size=config.batch_size, device=self._device, **extra,
+            batch_size=config.batch_size, device=self._device,
         )  # fmt: skip
         self._watch = MachineWatch()
         build_seconds = time.perf_counter() - started
@@ -109,13 +145,11 @@ class LoopSampler:
     def sample(self, round_number: int) -> Measurement:
         dropped = self._timed(STEPS_TO_WARM_UP_AGAIN)[0]
         self._watch.start()
-        started = time.perf_counter()
         steps, images = self._timed(self._steps)
-        seconds = time.perf_counter() - started
         load = self._watch.stop()
         return Measurement(
             round=round_number,
-            seconds=seconds,
+            seconds=sum(steps),  # a peer's start is in its loop's way, and no part of a step
             steps=self._steps,
             images=images,
             step_seconds=steps,
@@ -129,6 +163,8 @@ class LoopSampler:
         """Nothing stays open."""
 
     def _timed(self, steps: int) -> tuple[list[float], int]:
+        if isinstance(self._loop, LightningLoop):
+            return self._loop.timed_steps(steps), steps * self._batch_size
         seconds, images = [], 0
         for _ in range(steps):
             start = time.perf_counter()
@@ -139,27 +175,44 @@ class LoopSampler:
         return seconds, images
 
 
-def open_worker(
-    variant: Variant, config: TrainConfig, order: Mapping[str, Any]
-) -> workers.ProcessWorker:
-    name = BASELINE if variant.name == CONTROL else variant.name
-    loop = ["--loop", name] if name in REFERENCES else []
-    return workers.ProcessWorker(
-        config, order, environment={}, program=[__file__, "--worker", *loop]
-    )
+def _loop_class(name: str) -> Callable[..., B0 | B1 | LightningLoop]:
+    if name == LIGHTNING:
+        return LightningLoop
+    return B0 if name == "B0" else functools.partial(B1, bf16=name == "B1")
+
+
+def opener(baseline: str) -> OpenWorker:
+    """Starts a process that runs a variant's loop, or the framework."""
+
+    def open_worker(
+        variant: Variant, config: TrainConfig, order: Mapping[str, Any]
+    ) -> workers.ProcessWorker:
+        name = baseline if variant.name == CONTROL else variant.name
+        loop = ["--loop", name] if name in LOOPS else []
+        return workers.ProcessWorker(
+            config, order, environment={}, program=[__file__, "--worker", *loop]
+        )
+
+    return open_worker
 
 
 def experiment(row: str, **changes: Any) -> Experiment:
-    ours = Variant(name="ours")
+    ours: tuple[Variant, ...] = (Variant(name="ours"),)
+    references: tuple[str, ...] = REFERENCES
     if row == "memory":
-        ours = Variant(name="memory-efficient", overrides=MEMORY_EFFICIENT)
-    variants = (*(Variant(name=name) for name in REFERENCES), ours)
+        ours = (Variant(name="memory-efficient", overrides=MEMORY_EFFICIENT),)
+    elif row.startswith("lightning"):
+        ours = (Variant(name="ours, the same kernels", overrides=SAME_KERNELS), *ours)
+        references = (LIGHTNING,)
+    elif row.startswith("gpu"):
+        ours, references = ON_GPU, ("B1",)
     return Experiment(
         name=f"step-speed-{row}",
-        description="The framework as planned against hand-written loops.",
+        description="The framework as planned against "
+        + ("a peer's training loop." if LIGHTNING in references else "hand-written loops."),
         base=ROWS[row],
-        variants=variants,
-        baseline=BASELINE,
+        variants=(*(Variant(name=name, needs=ours[0].needs) for name in references), *ours),
+        baseline=references[0],
         **changes,
     )
 
@@ -174,7 +227,7 @@ def main() -> int:
     )
     parser.add_argument("--output", type=Path, metavar="FILE", help="result file (JSON)")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--loop", choices=REFERENCES, help=argparse.SUPPRESS)
+    parser.add_argument("--loop", choices=LOOPS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
         if options.loop is not None:
@@ -194,7 +247,7 @@ def main() -> int:
         chosen,
         path=options.output or unused_path(RESULTS / name),
         command=shlex.join(["python", "benchmarks/step_speed.py", *sys.argv[1:]]),
-        open_worker=open_worker,
+        open_worker=opener(chosen.baseline_variant.name),
     ).run()
     print("\n".join(result_lines(result)))
     return 0

@@ -1,6 +1,6 @@
 """Does `tune` find what an exhaustive grid finds?
 
-Starts from plain settings (fp32, NCHW, no fused optimizer), lets `tune` choose among three
+Starts from plain settings (fp32, NCHW, PyTorch's own kernels), lets `tune` choose among three
 switches, measures all eight combinations in turns, and says how far its choice is from the best.
 
     python benchmarks/tune_against_grid.py --data-root DIR     # CIFAR-10
@@ -25,10 +25,11 @@ from training_framework.benchmark.table import result_lines
 from training_framework.benchmark.tuning import tune
 
 RESULTS = Path(__file__).parent / "results"
-SWITCHES = ("channels_last", "small_map_convolutions", "fused_optimizer")
+SWITCHES = ("channels_last", "winograd_convolutions", "fused_norms")
+OFF = ("small_map_convolutions", "keep_memory", "fused_optimizer")
 KEPT = (
     "accumulate_grad_batches", "batch_size", "compile", "num_workers", "precision", "resident_data",
-    "threads",
+    "threads", *OFF,
 )  # fmt: skip
 TOLERANCE = 0.03
 
@@ -42,7 +43,7 @@ def plain_settings(data_root: Path) -> dict[str, Any]:
         "batch_size": 64,
         "precision": "32",
         "compile": False,
-        **dict.fromkeys(SWITCHES, False),
+        **dict.fromkeys((*SWITCHES, *OFF), False),
     }
 
 

@@ -18,7 +18,7 @@ LAYERS = [
     },
     {"plan", "data", "models", "optimizers", "loggers", "distributed"},
     {"step", "evaluation", "checkpoint", "run_directory", "stop_agreement"},
-    {"finiteness", "micro_batching", "run_start"},
+    {"cuda_graph", "finiteness", "micro_batching", "run_start"},
     {"training_steps", "training_log"},
     {"trainer", "network", "assembly", "network_assembly", "resumption", "run_record",
      "benchmark.result"},

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from training_framework.config import TrainConfig
+from training_framework.cuda_graph import CudaGraphStep
 from training_framework.data import (
     BadImages,
     Dataset,
@@ -307,7 +308,8 @@ def assemble_step(
         eps=config.eps,
         fused=fused,
     )
-    return TrainStep(
+    make_step = CudaGraphStep if plan.cuda_graph else TrainStep
+    return make_step(
         wrapped,
         optimizer,
         device_type=device.type,

@@ -105,7 +105,7 @@ def test_variants_start_anew_as_often_as_asked(tmp_path):
 
     exp = experiment(variants=[{"name": "a"}], rounds=3, steps=1, rounds_per_process=2)
     result = compare(tmp_path, exp, open_worker=open_worker).run()
-    assert opened == ["a", CONTROL] * 2
+    assert opened == ["a", CONTROL, CONTROL, "a"]  # none is always the first
     assert [len(variant.samples) for variant in result.variants] == [3, 3]
 
 

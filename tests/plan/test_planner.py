@@ -207,6 +207,23 @@ def test_compiling_waits_for_a_gpu_and_a_long_run():
     assert plan(compile=True).compile_mode == "default"
 
 
+def test_a_step_is_recorded_where_that_is_asked_for_and_possible():
+    made = plan(with_gpus(NEW_GPU), epochs=200, cuda_graph=True)
+    assert made.cuda_graph
+    assert made.compile_mode == "default"
+    assert not plan(with_gpus(NEW_GPU)).cuda_graph
+    for reason, hardware, settings in (
+        ("without effect", CPU, {}),
+        ("several batches", with_gpus(NEW_GPU), {"accumulate_grad_batches": 2}),
+        ("fp16's scale", with_gpus(NEW_GPU), {"precision": "16-mixed"}),
+        ("only fused", with_gpus(NEW_GPU), {"fused_optimizer": False}),
+    ):
+        made = plan(hardware, cuda_graph=True, **settings)
+        assert not made.cuda_graph
+        (choice,) = (choice for choice in made.choices if choice.name == "cuda_graph")
+        assert reason in choice.reason
+
+
 def test_processes_share_batch_and_threads():
     made = plan(world_size=4, local_world_size=2, batch_size=64)
     assert (made.device_batch_size, made.threads) == (16, 4)

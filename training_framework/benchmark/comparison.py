@@ -160,13 +160,16 @@ class Comparison:
         return made > 0 and made % self.experiment.rounds_until_restart == 0
 
     def _start_workers(self, signals: StopSignals) -> None:
-        """Build and warm up all variants anew, one after the other, before any is timed."""
+        """Build and warm up all variants anew, one after the other, before any is timed.
+
+        Every other time in reverse order: what starts later was measured to be 1% faster.
+        """
         while self._workers:
             self._workers.popitem()[1].close()
         if self._finished_rounds >= self.experiment.rounds:
             return
         self._starts += 1
-        for variant in self._variants:
+        for variant in self._variants[:: 1 if self._starts % 2 else -1]:
             record = self._records[variant.name]
             if signals.received is not None or record.unavailable:
                 continue

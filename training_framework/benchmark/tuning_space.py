@@ -51,7 +51,7 @@ def tuning_space(
     found: dict[str, Iterator[Value]] = {
         "precision": _precisions(plan, hardware),
         "batch": _batches(config, facts, allow_batch_change),
-        "compile": _compilation(plan),
+        "compile": _compilation(config, plan),
         "loading": _loading(config, plan, hardware, facts),
         "memory format": _switch("channels_last", "channels last", plan.channels_last),
         "threads": _threads(plan, hardware) if on_cpu else iter(()),
@@ -110,9 +110,14 @@ def _batches(config: TrainConfig, facts: DatasetFacts, allow_change: bool) -> It
             )
 
 
-def _compilation(plan: TrainPlan) -> Iterator[Value]:
+def _compilation(config: TrainConfig, plan: TrainPlan) -> Iterator[Value]:
     if plan.compile:
         yield "no compile", {"compile": False, "compile_mode": None}
+    recordable = plan.device == "cuda" and plan.world_size == 1 and plan.fused_optimizer
+    if recordable and config.accumulate_grad_batches == 1 and plan.precision != "16-mixed":
+        graph = {"compile": False, "compile_mode": None, "cuda_graph": True}
+        yield "CUDA graph", graph
+        yield "compile, CUDA graph", {**graph, "compile": True, "compile_mode": "default"}
     modes = COMPILE_MODES_ON_CUDA if plan.device == "cuda" else ("default",)
     for mode in modes:
         if not (plan.compile and plan.compile_mode == mode):

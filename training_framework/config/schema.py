@@ -98,6 +98,7 @@ class TrainConfig(BaseModel):
     channels_last: bool | Auto = _setting("machine", "auto", "memory format with the channels last; auto: on")
     compile: bool | Auto = _setting("machine", "auto", "torch.compile; auto: only where it pays")
     compile_mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] | None = _setting("machine", None, "torch.compile's mode; unset: reduce-overhead on a GPU, default on a CPU")
+    cuda_graph: bool = _setting("machine", False, "record the whole step as CUDA graphs and replay them (one CUDA GPU, one batch a step, not fp16)")
     fused_optimizer: bool | Auto = _setting("machine", "auto", "torch's fused optimizer; auto: where the device has one")
     small_map_convolutions: bool | Auto = _setting("machine", "auto", "compute convolutions on maps of a few pixels as matrix products; auto: on a CPU in fp32")
     winograd_convolutions: bool | Auto = _setting("machine", "auto", "compute 3x3 convolutions by Winograd's algorithm, with kernels compiled here; auto: on a CPU with AVX-512 in fp32")
@@ -166,6 +167,11 @@ def _contradictions(config: TrainConfig) -> list[str]:
         )
     if config.compile_mode is not None and config.compile is False:
         faults.append("compile_mode is given but compile is false; drop one of them")
+    if config.cuda_graph and config.compile_mode in ("reduce-overhead", "max-autotune"):
+        faults.append(
+            f"cuda_graph records the step but compile_mode {config.compile_mode} records parts of "
+            "it too; set compile_mode to default or max-autotune-no-cudagraphs"
+        )
     if isinstance(config.resume, Path) and config.weights is not None:
         faults.append(
             "resume and weights are both given; resume restores its own weights, so drop weights"

@@ -159,10 +159,27 @@ class MachineChoices:
         self.note("channels_last", on, why)
         return on
 
-    def compile(self, total_steps: int) -> tuple[bool, str]:
+    def cuda_graph(self, precision: Precision) -> bool:
+        """Whether whole steps are recorded as CUDA graphs."""
+        if not self.config.cuda_graph:
+            return False
+        obstacles = {
+            "without effect but on a CUDA GPU": not self.on_cuda,
+            "several processes train together": self.world_size > 1,
+            "a step of several batches is not recorded": self.config.accumulate_grad_batches > 1,
+            "fp16's scale is read from the device in every step": precision == "16-mixed",
+            "only fused optimizers read the learning rate on the device": (
+                self.config.fused_optimizer is False
+            ),
+        }
+        why = next((reason for reason, holds in obstacles.items() if holds), "asked for")
+        self.note("cuda_graph", why == "asked for", why)
+        return why == "asked for"
+
+    def compile(self, total_steps: int, *, cuda_graph: bool) -> tuple[bool, str]:
         """Whether torch.compile is used, and its mode."""
         mode = self.config.compile_mode
-        mode = mode or ("reduce-overhead" if self.on_cuda else "default")
+        mode = mode or ("reduce-overhead" if self.on_cuda and not cuda_graph else "default")
         if self.config.compile != "auto":
             self.note("compile", self.config.compile, f"asked for; mode {mode}")
             return self.config.compile, mode

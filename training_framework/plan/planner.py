@@ -48,7 +48,8 @@ def make_plan(
     durations = _durations(config, facts, world_size, batches_per_epoch, choices)
     precision = machine.precision()
     stem = _stem(config, facts, choices)
-    compiled, compile_mode = machine.compile(durations["total_steps"])
+    cuda_graph = machine.cuda_graph(precision)
+    compiled, compile_mode = machine.compile(durations["total_steps"], cuda_graph=cuda_graph)
     channels_last = machine.channels_last()
     resident = machine.resident_data()
     return TrainPlan(
@@ -67,6 +68,7 @@ def make_plan(
         channels_last=channels_last,
         compile=compiled,
         compile_mode=compile_mode,
+        cuda_graph=cuda_graph,
         fused_optimizer=machine.fused_optimizer(precision),
         small_map_convolutions=machine.small_map_convolutions(stem, facts.image_size, precision),
         winograd_convolutions=machine.winograd_convolutions(

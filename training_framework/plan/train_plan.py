@@ -73,6 +73,7 @@ class TrainPlan:
     channels_last: bool
     compile: bool
     compile_mode: str
+    cuda_graph: bool
     fused_optimizer: bool
     small_map_convolutions: bool
     winograd_convolutions: bool

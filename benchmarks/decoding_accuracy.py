@@ -1,0 +1,134 @@
+"""Does decoding only what a crop needs change what a network learns?
+
+    python benchmarks/decoding_accuracy.py --data-root FOLDER      # such as Imagenette
+
+Trains the same small network over several seeds, once on the framework's pictures and once on
+Pillow's, which decodes all of each and resizes with antialiasing. A seed gives both sides the same
+weights, order and crops, so the accuracies are paired. Nothing here is timed.
+
+Result: benchmarks/results/decoding-accuracy_<device>_<torch>_<date>.json. It ends with 1 where the
+interval of the differences leaves out 0.
+"""
+
+import argparse
+import io
+import math
+import shlex
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+from PIL import Image
+from reliability_result import RESULTS, write_result
+
+from training_framework.config import TrainConfig
+from training_framework.config.loading import config_to_dict
+from training_framework.data import host_batches
+from training_framework.data.decoding import Pixels, random_crop_box, resize_and_center_crop
+from training_framework.hardware import usable_cores
+from training_framework.run import TrainingRun
+
+# Student's t for a two-sided 95% interval, by degrees of freedom.
+STUDENT_T = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}
+
+
+def pillow_random_crop(
+    data: bytes, _path: Path | str, *, size: int, rng: np.random.Generator, out: Pixels
+) -> None:
+    """The crop that the framework draws, of a picture decoded whole."""
+    image = Image.open(io.BytesIO(data)).convert("RGB")
+    box = random_crop_box(image.height, image.width, rng=rng)
+    edges = (box.left, box.top, box.left + box.width, box.top + box.height)
+    out[:] = np.asarray(image.crop(edges).resize((size, size), Image.Resampling.BILINEAR))
+
+
+def pillow_center_crop(data: bytes, _path: Path | str, *, size: int, out: Pixels) -> None:
+    """The middle of a picture decoded whole."""
+    pixels = np.array(Image.open(io.BytesIO(data)).convert("RGB"))
+    out[:] = resize_and_center_crop(pixels, size)
+
+
+def accuracy(config: TrainConfig, *, exact: bool) -> float:
+    """Top-1 accuracy in percent after training; `exact` is Pillow's side."""
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        mock.patch.multiple(
+            host_batches,
+            **(
+                {
+                    "decode_random_resized_crop": pillow_random_crop,
+                    "decode_center_crop": pillow_center_crop,
+                }
+                if exact
+                else {}
+            ),
+        ),
+    ):
+        result = TrainingRun(config.model_copy(update={"output_dir": Path(folder)})).execute()
+    assert result.last_acc1 is not None
+    return result.last_acc1
+
+
+def measure(config: TrainConfig, seeds: int) -> dict[str, Any]:
+    """Accuracies of both sides by seed, and the interval of their differences."""
+    rows = []
+    for seed in range(seeds):
+        seeded = config.model_copy(update={"seed": seed})
+        row = {"framework": accuracy(seeded, exact=False), "pillow": accuracy(seeded, exact=True)}
+        rows.append(row)
+        print(f"seed {seed}: {row['framework']:.2f}% against Pillow's {row['pillow']:.2f}%")
+    differences = [row["framework"] - row["pillow"] for row in rows]
+    mean = statistics.mean(differences)
+    half = STUDENT_T[seeds - 1] * statistics.stdev(differences) / math.sqrt(seeds)
+    return {
+        "unit": "top-1 accuracy in percent; differences in points",
+        "config": config_to_dict(config),
+        "accuracies": rows,
+        "difference": [mean, mean - half, mean + half],
+        "spread_over_seeds": statistics.stdev(row["pillow"] for row in rows),
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data-root", type=Path, required=True, help="folder with train/ and val/")
+    parser.add_argument("--seeds", type=int, default=3, choices=[n + 1 for n in STUDENT_T])
+    parser.add_argument("--images", type=int, default=3000, help="training images (3000)")
+    parser.add_argument("--epochs", type=int, default=4, help="of each training (4)")
+    parser.add_argument("--image-size", type=int, default=64, help="side in pixels (64)")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder for the result")
+    options = parser.parse_args()
+    config = TrainConfig(
+        data_root=options.data_root,
+        limit_train_images=options.images,
+        img_size=options.image_size,
+        model="resnet10",
+        epochs=options.epochs,
+        val_check_interval=float(options.epochs),
+        batch_size=64,
+        num_workers=0,  # so that both sides decode in this process
+        accelerator="cpu",
+        tensorboard=False,
+        save_top_k=0,
+        resume="never",
+    )
+    result = measure(config, options.seeds)
+    command = shlex.join(["python", "benchmarks/decoding_accuracy.py", *sys.argv[1:]])
+    path = write_result(
+        "decoding-accuracy",
+        options.output,
+        {"command": command, **result},
+        device=f"cpu-{usable_cores()}-threads",
+    )
+    mean, low, high = result["difference"]
+    print(f"difference {mean:+.2f} points [{low:+.2f}, {high:+.2f}]")
+    print(path)
+    return 0 if low <= 0 <= high else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,234 @@
+"""What it costs that nothing is lost: whole epochs as `train` makes them against bare steps.
+
+    python benchmarks/reliability_price.py
+
+Two variants take turns in the engine of `compare`, in one process and with the same network, data
+and optimizer in memory, so that nothing but the loop differs:
+
+- bare: the optimizer steps of an epoch, and no more;
+- all of it: Trainer.fit() over the same epoch: signals heard, losses, gradients and weights watched
+  for NaN, a digest of the samples, rows of metrics.csv, and a checkpoint at the epoch's end. The
+  clock stops when that is on the disk, flushed; in a run it is written beside the next epoch.
+
+The ratio says what part of its speed an epoch keeps; the result file is one of `compare`. An epoch
+has as many images as CIFAR-10's, less the batch that is not whole.
+"""
+
+import argparse
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from training_framework.assembly import assemble_schedule
+from training_framework.benchmark.circumstances import device_label
+from training_framework.benchmark.comparison import Comparison
+from training_framework.benchmark.experiment import CONTROL, Experiment, Variant
+from training_framework.benchmark.machine_load import MachineWatch, peak_memory
+from training_framework.benchmark.result import (
+    Measurement,
+    Result,
+    result_file_name,
+    save_result,
+    unused_path,
+)
+from training_framework.benchmark.timing import StepSampler
+from training_framework.checkpoint import CheckpointKeeper
+from training_framework.config import TrainConfig
+from training_framework.config.loading import config_to_dict
+from training_framework.loggers import CsvLogger, LoggerGroup
+from training_framework.progress import Progress
+from training_framework.trainer import Trainer
+
+RESULTS = Path(__file__).parent / "results"
+LIMIT = 0.01
+BARE, ALL = "bare", "all of it"
+CLOCK = (
+    "an epoch of optimizer steps: waiting for data, its copy and augmentation, forward, backward, "
+    f"update; {ALL!r} with watching, logging and the checkpoint until it is on the disk"
+)
+
+
+class BareWorker:
+    """Steps alone."""
+
+    def __init__(self, sampler: StepSampler) -> None:
+        self._sampler = sampler
+        self.facts = sampler.facts
+
+    def sample(self, round_number: int) -> Measurement:
+        """Time an epoch's steps."""
+        return self._sampler.sample(round_number)
+
+    def close(self) -> None:
+        """The sampler belongs to whoever made it."""
+
+
+class GuardedWorker(BareWorker):
+    """The same steps as a run makes them.
+
+    Args:
+        sampler: Whose network, data and optimizer are used.
+        config: What it was made from.
+        folder: On the disk that checkpoints are to be written to.
+    """
+
+    def __init__(self, sampler: StepSampler, config: TrainConfig, folder: Path) -> None:
+        super().__init__(sampler)
+        self._config = config
+        self._folder = folder
+        self._watch = MachineWatch()
+
+    def sample(self, round_number: int) -> Measurement:
+        """Time an epoch of a new run."""
+        device, plan = self._sampler.device, self._sampler.plan
+        with ExitStack() as stack:
+            folder = stack.enter_context(tempfile.TemporaryDirectory(dir=self._folder))
+            loggers = stack.enter_context(LoggerGroup([CsvLogger(Path(folder) / "metrics.csv")]))
+            keeper = CheckpointKeeper(
+                Path(folder),
+                prefix=self._config.model,
+                keep=self._config.save_top_k,
+                every_n_steps=self._config.save_every_n_steps,
+                every_seconds=self._config.save_every_seconds,
+            )
+            trainer = self._trainer(keeper, loggers)
+            _synchronize(device)
+            self._watch.start()
+            start = time.perf_counter()
+            trainer.fit()
+            keeper.close()
+            _synchronize(device)
+            seconds = time.perf_counter() - start
+            load = self._watch.stop()
+        return Measurement(
+            round=round_number,
+            seconds=seconds,
+            steps=plan.total_steps,
+            images=plan.total_steps * plan.images_per_step,
+            cpu_seconds=load.cpu_seconds,
+            other_cpu_share=load.other_cpu_share,
+            peak_memory_bytes=peak_memory(device),
+        )
+
+    def _trainer(self, keeper: CheckpointKeeper, loggers: LoggerGroup) -> Trainer:
+        sampler = self._sampler
+        return Trainer(
+            plan=sampler.plan,
+            step=sampler.step,
+            loader=sampler.loaders.train,
+            transform=sampler.loaders.train_transform,
+            evaluate=None,
+            schedule=assemble_schedule(self._config, sampler.plan),
+            loggers=loggers,
+            advance=lambda step: None,
+            checkpoints=keeper,
+            checkpoint_extras={"config": config_to_dict(self._config), "network": {}},
+            progress=Progress(),
+            flops_per_image=self.facts.flops_per_image,
+            peak_flops=self.facts.peak_flops,
+            log_every_n_steps=self._config.log_every_n_steps,
+            stop_after_steps=None,
+            device=sampler.device,
+            run_directory=None,
+        )
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def measure(experiment: Experiment, *, path: Path, command: str) -> Result:
+    """Run the comparison; its file is written after every round."""
+    config = experiment.config_of(experiment.baseline_variant)
+    steps = config.synthetic_train_images // config.batch_size
+    sampler: StepSampler | None = None
+
+    with tempfile.TemporaryDirectory(prefix="reliability-price-") as folder:
+
+        def open_worker(variant: Variant, _: TrainConfig, order: Mapping[str, Any]) -> BareWorker:
+            nonlocal sampler
+            if sampler is None:
+                sampler = StepSampler(
+                    config, steps=steps, seconds=1.0, warmup_steps=order["warmup_steps"]
+                )
+            if variant.name == ALL:
+                return GuardedWorker(sampler, config, Path(folder))
+            return BareWorker(sampler)
+
+        result = Comparison(experiment, path=path, command=command, open_worker=open_worker).run()
+        if sampler is not None:
+            sampler.close()
+    result = result.model_copy(update={"clock": CLOCK})
+    save_result(result, path)
+    return result
+
+
+def readable(result: Result) -> list[str]:
+    """What the guarantees take of an epoch, in a few lines."""
+    lines = []
+    for name, label in ((ALL, "of an epoch they take"), (CONTROL, "A/A control")):
+        ratio = result.ratio_of(name)
+        if ratio is not None and ratio.low is not None and ratio.high is not None:
+            # The ratio is of speeds: what is lost of the speed is what they take of the epoch.
+            share, low, high = (
+                100 * (1 - value) for value in (ratio.median, ratio.high, ratio.low)
+            )
+            lines.append(f"{label:22s} {share:.2f}% [{low:.2f}, {high:.2f}]")
+    return lines
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--accelerator", default="cpu", choices=["cpu", "gpu"])
+    parser.add_argument("--rounds", type=int, default=8, help="turns of each side (8)")
+    parser.add_argument("--model", default="resnet18", help="network (resnet18)")
+    parser.add_argument("--stem", default="imagenet", choices=["cifar", "imagenet"])
+    parser.add_argument("--image-size", type=int, default=32, help="side in pixels (32)")
+    parser.add_argument("--images", type=int, default=49920, help="of an epoch (49920)")
+    parser.add_argument("--batch-size", type=int, default=128, help="images of a step (128)")
+    parser.add_argument("--threads", type=int, help="CPU threads of PyTorch (as planned)")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="result file (JSON)")
+    options = parser.parse_args()
+    experiment = Experiment(
+        name="reliability-price",
+        description="What checkpoints, watching for NaN, digests and logs take of an epoch.",
+        base={
+            "data": "synthetic",
+            "model": options.model,
+            "stem": options.stem,
+            "img_size": options.image_size,
+            "num_classes": 10,
+            "synthetic_train_images": options.images // options.batch_size * options.batch_size,
+            "synthetic_val_images": 10,
+            "batch_size": options.batch_size,
+            "epochs": 1,
+            "lr": 0.001,
+            "scheduler": "constant",
+            "ema_decay": 0.999,
+            "resident_data": True,
+            "accelerator": options.accelerator,
+            "threads": options.threads,
+        },
+        variants=(Variant(name=BARE), Variant(name=ALL)),
+        rounds=options.rounds,
+        isolation="shared",
+        patience=0.3,  # a sample is long: taking it again would cost more than the noise does
+    )
+    name = result_file_name(experiment.name, device_label(experiment), torch.__version__)
+    path = options.output or unused_path(RESULTS / name)
+    command = " ".join(["python", "benchmarks/reliability_price.py", *sys.argv[1:]])
+    result = measure(experiment, path=path, command=command)
+    print("\n".join([*readable(result), str(path)]))
+    ratio = result.ratio_of(ALL)
+    return 0 if ratio is not None and ratio.low is not None and 1 - ratio.low < LIMIT else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,78 @@
+"""Markdown of the result files that scripts write in a form of their own."""
+
+import statistics
+from collections.abc import Mapping
+from typing import Any
+
+__all__ = ["decoding_accuracy", "input_speed", "startup_time", "step_overhead"]
+
+Result = Mapping[str, Any]
+
+
+def _ratio(ratio: Mapping[str, Any]) -> str:
+    return f"{ratio['median']:.2f}x [{ratio['low']:.2f}, {ratio['high']:.2f}]"
+
+
+def input_speed(result: Result) -> str:
+    """How fast pictures become batches, of `decode_speed.py`."""
+    speeds = result["images_per_second_of_one_core"]
+    rows = ["| one core | images/s | against Pillow [95%] |", "|---|---|---|"]
+    for name, turns in speeds.items():
+        ratio = result["ratios"].get(f"{name} / pillow")
+        cell = "1" if ratio is None and name == "pillow" else "" if ratio is None else _ratio(ratio)
+        rows.append(f"| {name} | {statistics.median(turns):.0f} | {cell} |")
+    loaded, errors = result["all_cores"], result["mean_absolute_error_of_255"]
+    share = loaded["share_of_the_limit"]
+    rows += [
+        "",
+        f"Random-resized crops of {result['image_size']} px from {result['photographs']} "
+        f"photographs of {result['mean_pixels'] / 1e6:.2f} megapixels; packed with the shorter "
+        f"side at {result['packed_shorter_side']} px. With {loaded['processes']} processes the "
+        f"loader gives {statistics.median(loaded['images_per_second']['loader']):.0f} images/s, "
+        f"{share['median']:.0%} [{share['low']:.0%}, {share['high']:.0%}] of what they decode "
+        f"where nothing is handed over. Pixels differ from Pillow's by {errors['mean']:.2f} of "
+        f"255, by {errors['worst_picture']:.2f} in the worst picture.",
+        "",
+        f"({result['environment']['cpu_name']}, {result['date']})",
+    ]
+    return "\n".join(rows) + "\n"
+
+
+def decoding_accuracy(result: Result) -> str:
+    """What decoding a part of each picture does to accuracy, of `decoding_accuracy.py`."""
+    rows = ["| seed | framework's pixels | Pillow's pixels |", "|---|---|---|"]
+    rows += [
+        f"| {seed} | {row['framework']:.2f}% | {row['pillow']:.2f}% |"
+        for seed, row in enumerate(result["accuracies"])
+    ]
+    mean, low, high = result["difference"]
+    rows += [
+        "",
+        f"Top-1; the mean difference is {mean:+.2f} points [{low:+.2f}, {high:+.2f}], seeds differ "
+        f"by {result['spread_over_seeds']:.2f} (one standard deviation). `{result['command']}`",
+    ]
+    return "\n".join(rows) + "\n"
+
+
+def startup_time(result: Result) -> str:
+    """From the command to the first step, of `startup_time.py`."""
+    median, low, high = result["beyond_importing_torch_seconds"]
+    imported = statistics.median(result["samples"]["importing torch"])
+    return (
+        f"From the command to the end of the first step (digits, eager): {median:.2f} s "
+        f"[{low:.2f}, {high:.2f}] beyond the {imported:.2f} s that importing torch takes "
+        f"({result['device_name']}, {result['date']}).\n"
+    )
+
+
+def step_overhead(result: Result) -> str:
+    """What the framework adds to a step's time, of `step_overhead.py`."""
+    median, low, high = result["overhead_microseconds_per_step"]
+    control, control_low, control_high = result["control_microseconds_per_step"]
+    return (
+        f"Trainer.fit() adds {median:.0f} microseconds [{low:.0f}, {high:.0f}] a step to a bare "
+        f"loop of the same operators, a tiny network's step of "
+        f"{result['bare_microseconds_per_step']:.0f}; that loop against itself {control:.0f} "
+        f"[{control_low:.0f}, {control_high:.0f}] "
+        f"({result['device_name']}, one thread, {result['date']}).\n"
+    )

@@ -1,0 +1,168 @@
+"""Twenty steps with each switch that should not change results, against a plain PyTorch loop."""
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from training_framework.assembly import Loaders, assemble_step, open_configured_dataset
+from training_framework.config import TrainConfig
+from training_framework.cuda_graph import CudaGraphStep
+from training_framework.distributed import Processes
+from training_framework.hardware import detect_hardware
+from training_framework.native.library import find_compiler
+from training_framework.network_assembly import assemble_network
+from training_framework.plan import make_plan
+
+STEPS = 20
+LR = 0.002
+CPU = torch.device("cpu")
+# Residual blocks that start as the identity, and a low rate: otherwise ReLU and batch norm amplify
+# rounding within a few steps, in PyTorch's own loops as in these.
+BASE: dict[str, Any] = {
+    "data": "synthetic",
+    "synthetic_train_images": 160,
+    "synthetic_val_images": 8,
+    "img_size": 32,
+    "model": "resnet10",
+    "stem": "cifar",
+    "zero_init_last_norm": True,
+    "batch_size": 8,
+    "lr": LR,
+    "scheduler": "constant",
+    "decay_norm_and_bias": True,
+    "accelerator": "cpu",
+    "precision": "32",
+}
+OFF = {
+    "channels_last": False,
+    "compile": False,
+    "fused_optimizer": False,
+    "small_map_convolutions": False,
+    "winograd_convolutions": False,
+    "fused_norms": False,
+    "resident_data": False,
+    "num_workers": 0,
+    "flip": "none",
+    "crop_padding": 0,
+}
+needs_compiler = pytest.mark.skipif(find_compiler() is None, reason="no C++ compiler")
+
+
+def train(settings: dict[str, Any]) -> tuple[Tensor, nn.Module]:
+    """Losses of the steps, and the network after them, with the parts of a run."""
+    config = TrainConfig(**{**BASE, **OFF, **settings})
+    dataset = open_configured_dataset(config)
+    plan = make_plan(config, detect_hardware(), dataset.facts)
+    torch.manual_seed(0)
+    model, _ = assemble_network(config, plan, CPU)
+    step = assemble_step(config, plan, model, CPU)
+    losses = []
+    for number, (images, labels) in enumerate(batches(config, plan, dataset)):
+        losses.append(step.accumulate(images, labels))
+        step.update(LR, step=number)
+    return torch.stack(losses), model
+
+
+def batches(config: TrainConfig, plan: Any, dataset: Any) -> Iterator[tuple[Tensor, Tensor]]:
+    loaders = Loaders.assemble(
+        config, plan, dataset.facts, source=dataset, processes=Processes(), device=CPU
+    )
+    try:
+        for number, batch in zip(range(STEPS), loaders.train.epoch(0), strict=True):
+            images, labels, _ = loaders.train_transform(batch, step=number, epoch=0)
+            yield images, labels
+    finally:
+        loaders.close()
+
+
+def plain_loop(dtype: torch.dtype) -> tuple[Tensor, nn.Module]:
+    """The same, by hand."""
+    config = TrainConfig(**{**BASE, **OFF})
+    dataset = open_configured_dataset(config)
+    plan = make_plan(config, detect_hardware(), dataset.facts)
+    torch.manual_seed(0)
+    model = copy.deepcopy(assemble_network(config, plan, CPU)[0])
+    optimizer = torch.optim.SGD(
+        model.parameters(), lr=LR, momentum=0.9, weight_decay=config.weight_decay, nesterov=True
+    )
+    losses = []
+    for images, labels in batches(config, plan, dataset):
+        optimizer.zero_grad()
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            logits = model(images)
+        loss = F.cross_entropy(logits.float(), labels, label_smoothing=config.label_smoothing)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+    return torch.stack(losses), model
+
+
+@pytest.fixture(scope="module")
+def plain() -> tuple[Tensor, nn.Module]:
+    torch.set_num_threads(2)
+    return plain_loop(torch.float32)
+
+
+def check(
+    settings: dict[str, Any], expected: tuple[Tensor, nn.Module], *, tolerance: float
+) -> None:
+    losses, model = train(settings)
+    assert losses[0] > 2, "the first loss of ten classes"
+    torch.testing.assert_close(losses, expected[0], rtol=tolerance, atol=0)
+    ours, theirs = dict(model.named_parameters()), dict(expected[1].named_parameters())
+    for name, parameter in theirs.items():
+        scale = parameter.detach().abs().max().clamp_min(0.05)
+        difference = (ours[name].detach() - parameter.detach()).abs().max()
+        assert difference <= tolerance * scale, name
+
+
+SWITCHES: dict[str, dict[str, Any]] = {
+    "nothing": {},
+    "channels_last": {"channels_last": True},
+    "fused_optimizer": {"fused_optimizer": True},
+    "small_map_convolutions": {"small_map_convolutions": True},
+    "resident_data": {"resident_data": True},
+    "num_workers": {"num_workers": 1},
+    "activation_checkpointing": {"activation_checkpointing": True},
+}
+
+
+@pytest.mark.parametrize("switch", SWITCHES)
+def test_a_switch_gives_what_a_plain_loop_gives(switch, plain):
+    check(SWITCHES[switch], plain, tolerance=5e-4)
+
+
+@needs_compiler
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("switches", [("winograd_convolutions",), ("fused_norms",),
+                                      ("winograd_convolutions", "fused_norms")])  # fmt: skip
+def test_kernels_compiled_here_give_what_a_plain_loop_gives(switches, channels_last, plain):
+    settings = {"channels_last": channels_last, **dict.fromkeys(switches, True)}
+    check(settings, plain, tolerance=5e-4)
+
+
+def test_all_of_them_together_give_what_a_plain_loop_gives(plain):
+    settings = {key: value for switch in SWITCHES.values() for key, value in switch.items()}
+    native = dict.fromkeys(("winograd_convolutions", "fused_norms"), find_compiler() is not None)
+    check({**settings, **native, "resident_data": True, "num_workers": 0}, plain, tolerance=5e-4)
+
+
+def test_bf16_gives_what_a_plain_loop_in_bf16_gives():
+    torch.set_num_threads(2)
+    expected = plain_loop(torch.bfloat16)
+    # Eight bits of mantissa: 0.4% for one operation.
+    check({"precision": "bf16-mixed", "channels_last": True}, expected, tolerance=2e-2)
+
+
+def test_a_recorded_step_is_the_step_that_is_planned():
+    """On a CPU there is nothing to record; that replays equal steps is tests/test_cuda_graph.py."""
+    config = TrainConfig(**{**BASE, **OFF, "cuda_graph": True})
+    plan = make_plan(config, detect_hardware(), open_configured_dataset(config).facts)
+    model, _ = assemble_network(config, plan, CPU)
+    assert not plan.cuda_graph
+    assert not isinstance(assemble_step(config, plan, model, CPU), CudaGraphStep)
