@@ -214,7 +214,7 @@ def main() -> int:
             "ema_decay": 0.999,
             "resident_data": True,
             "accelerator": options.accelerator,
-            "threads": options.threads,
+            "threads": options.threads or "auto",
         },
         variants=(Variant(name=BARE), Variant(name=ALL)),
         rounds=options.rounds,
