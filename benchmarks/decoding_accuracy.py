@@ -17,6 +17,7 @@ import shlex
 import statistics
 import sys
 import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -52,22 +53,19 @@ def pillow_center_crop(data: bytes, _path: Path | str, *, size: int, out: Pixels
     out[:] = resize_and_center_crop(pixels, size)
 
 
+PILLOW = {
+    "decode_random_resized_crop": pillow_random_crop,
+    "decode_center_crop": pillow_center_crop,
+}
+
+
 def accuracy(config: TrainConfig, *, exact: bool) -> float:
     """Top-1 accuracy in percent after training; `exact` is Pillow's side."""
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        mock.patch.multiple(
-            host_batches,
-            **(
-                {
-                    "decode_random_resized_crop": pillow_random_crop,
-                    "decode_center_crop": pillow_center_crop,
-                }
-                if exact
-                else {}
-            ),
-        ),
-    ):
+    with ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        if exact:
+            for name, decode in PILLOW.items():
+                stack.enter_context(mock.patch.object(host_batches, name, decode))
         result = TrainingRun(config.model_copy(update={"output_dir": Path(folder)})).execute()
     assert result.last_acc1 is not None
     return result.last_acc1

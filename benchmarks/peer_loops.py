@@ -58,7 +58,7 @@ class LightningLoop:
         ends: list[float] = []
         device = self._loop.device
 
-        class Clock(self._lightning.Callback):  # type: ignore[misc,name-defined]
+        class Clock(self._lightning.Callback):  # type: ignore[name-defined]
             def on_train_batch_end(self, *_: Any) -> None:
                 if device.type == "cuda":
                     torch.cuda.synchronize(device)
@@ -79,7 +79,7 @@ class LightningLoop:
         return [after - before for before, after in itertools.pairwise(ends)]
 
     def _make_module(self, loop: B1) -> Any:
-        class Module(self._lightning.LightningModule):  # type: ignore[misc,name-defined]
+        class Module(self._lightning.LightningModule):  # type: ignore[name-defined]
             def __init__(self) -> None:
                 super().__init__()
                 self.network = loop.model

@@ -72,7 +72,7 @@ class CudaGraphStep(TrainStep):
             self._steps_made >= WARM_UP_STEPS
             and group_size == 1
             and (self.micro_batch_size is None or len(labels) <= self.micro_batch_size)
-            and (not self._inputs or _layouts(inputs) == _layouts(self._inputs))
+            and (not self._inputs or _kinds(inputs) == _kinds(self._inputs))
         )
         if not self._replays:
             if self._gradients and self._group_starts:  # those belong to the graphs
@@ -215,5 +215,5 @@ def _recording() -> Iterator[None]:
         ) from error
 
 
-def _layouts(tensors: list[Tensor]) -> list[tuple[Any, ...]]:
-    return [(tensor.shape, tensor.dtype, tensor.stride()) for tensor in tensors]
+def _kinds(tensors: list[Tensor]) -> list[tuple[torch.Size, torch.dtype]]:
+    return [(tensor.shape, tensor.dtype) for tensor in tensors]
