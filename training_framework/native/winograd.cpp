@@ -1,17 +1,20 @@
-// Fused Winograd F(2x2,3x3) convolution for training on CPU, fp32: 3x3, stride 1, padding 1.
+// Fused Winograd convolution for training on CPU, fp32: 3x3, stride 1, padding 1.
 //
 //   forward         y  = A^T [ (G w G^T) .* (B^T x B) ] A           (Lavin & Gray, arXiv 1509.09308)
 //   input gradient  the same kernel applied to dy with w rotated by 180 degrees, channels swapped
 //   weight gradient dw = G^T [ sum over tiles (B^T x B) .* (A dy A^T) ] G, the exact adjoint
 //
-// 2.25 times fewer multiplications than a direct convolution; the price is the traffic of the
-// transformed tiles. Everything here is arranged so that this traffic stays in L2: a block of
-// tiles is transformed, multiplied and transformed back before the next block is touched.
+// Two forms: F(2x2,3x3) makes 2x2 outputs of 4x4 inputs with 2.25 times fewer multiplications than
+// a direct convolution, F(4x4,3x3) 4x4 of 6x6 with 4 times fewer, at weights 2.25 times as large.
+// The price is the traffic of the transformed tiles. Everything here is arranged so that this
+// traffic stays in L2: a block of tiles is transformed, multiplied and transformed back before the
+// next block is touched.
 //
 // Layouts (float32):  x [N][H][W][C]   y, dy [N][H][W][K]   w, dw [K][3][3][C]   (channels_last)
-//   V   [f][panel of C][tile][PW]     transformed input of one block of tiles, f = 4*row + col
+//   V   [f][panel of C][tile][PW]     transformed input of one block of tiles, f = S*row + col
 //   U   [f][panel of K][C][PW]        transformed weights
 //   M   [f][panel of K][tile][PW]     products
+// S is the side of a transformed tile, 4 or 6, and f one of its S*S frequencies.
 // A panel is PW = 2 vectors of channels. Panels (instead of rows of C floats) keep every stream of
 // the matrix kernels contiguous: with rows of 512 floats all rows fall into two L1 sets.
 // C and K are multiples of 16; the last panel may be half full (its stride is PW all the same).
@@ -50,24 +53,83 @@ static inline vec load(const float* p) { return *(const vec_u*)p; }
 static inline void store(float* p, vec v) { *(vec_u*)p = v; }
 static inline idx up(idx a, idx b) { return (a + b - 1) / b; }
 
-// Shape of one convolution. th, tw: 2x2 output tiles per image; a tile hanging over the border
-// (odd H or W) reads zeros and its surplus outputs go to a dummy.
+// The matrices of F(MxM,3x3), M x M outputs of S x S inputs: an integer interpolated at S - 1 points
+// and infinity. Of the points in use for M = 4, these have the smallest errors (Barabasz et al.,
+// arXiv 1803.10986): 2 to 3 times those of a direct sum, where 0, 1, -1, 2, -2 have 7 times.
+#define MATRIX(name, rows, columns, ...) \
+    struct name { \
+        enum { R = rows, C = columns }; \
+        static constexpr float at(int i, int j) { \
+            constexpr float v[rows][columns] = __VA_ARGS__; \
+            return v[i][j]; \
+        } \
+    }
+template <int M> struct Form;
+template <> struct Form<2> {   // 0, 1, -1
+    enum { S = 4, F = S * S };
+    MATRIX(BT, 4, 4, {{1, 0, -1, 0}, {0, 1, 1, 0}, {0, -1, 1, 0}, {0, 1, 0, -1}});
+    MATRIX(G, 4, 3, {{1, 0, 0}, {.5f, .5f, .5f}, {.5f, -.5f, .5f}, {0, 0, 1}});
+    MATRIX(AT, 2, 4, {{1, 1, 1, 0}, {0, 1, -1, -1}});
+};
+template <> struct Form<4> {   // 0, 1, -1, 1/2, -2
+    enum { S = 6, F = S * S };
+    MATRIX(BT, 6, 6, {{1, -1.5f, -2, 1.5f, 1, 0}, {0, -1, .5f, 2.5f, 1, 0}, {0, 1, -2.5f, .5f, 1, 0},
+                      {0, -2, -1, 2, 1, 0}, {0, .5f, -1, -.5f, 1, 0}, {0, 1, -1.5f, -2, 1.5f, 1}});
+    MATRIX(G, 6, 3, {{1, 0, 0}, {1 / 3.f, 1 / 3.f, 1 / 3.f}, {-1 / 3.f, 1 / 3.f, -1 / 3.f},
+                     {-16 / 15.f, -8 / 15.f, -4 / 15.f}, {1 / 15.f, -2 / 15.f, 4 / 15.f}, {0, 0, 1}});
+    MATRIX(AT, 4, 6, {{1, 1, 1, 1, 1, 0}, {0, 1, -1, .5f, -2, 0}, {0, 1, 1, .25f, 4, 0},
+                      {0, 1, -1, .125f, -8, 1}});
+};
+template <class Matrix> struct Transposed {
+    enum { R = Matrix::C, C = Matrix::R };
+    static constexpr float at(int i, int j) { return Matrix::at(j, i); }
+};
+
+// Line I of a matrix times d, from column J on: terms of 0 are left out, of 1 and -1 not multiplied.
+template <class Matrix, int I, int J> static inline vec add(vec sum, const vec* d) {
+    if constexpr (J == Matrix::C) return sum;
+    else {
+        constexpr float k = Matrix::at(I, J);
+        if constexpr (k == 0) return add<Matrix, I, J + 1>(sum, d);
+        else if constexpr (k == 1) return add<Matrix, I, J + 1>(sum + d[J], d);
+        else if constexpr (k == -1) return add<Matrix, I, J + 1>(sum - d[J], d);
+        else return add<Matrix, I, J + 1>(sum + k * d[J], d);
+    }
+}
+template <class Matrix, int I, int J = 0> static inline vec line(const vec* d) {
+    constexpr float k = Matrix::at(I, J);
+    if constexpr (k == 0) return line<Matrix, I, J + 1>(d);
+    else if constexpr (k == 1) return add<Matrix, I, J + 1>(d[J], d);
+    else if constexpr (k == -1) return add<Matrix, I, J + 1>(-d[J], d);
+    else return add<Matrix, I, J + 1>(k * d[J], d);
+}
+template <class Matrix, int I0, size_t... I>
+static inline void lines(const vec* d, vec* out, std::index_sequence<I...>) {
+    ((out[I] = line<Matrix, I0 + (int)I>(d)), ...);
+}
+// Lines I0 .. I0+NR-1 of a matrix times d.
+template <class Matrix, int I0 = 0, int NR = Matrix::R> static inline void lines(const vec* d, vec* out) {
+    lines<Matrix, I0>(d, out, std::make_index_sequence<NR>());
+}
+
+// Shape of one convolution. th, tw: m x m output tiles per image; a tile hanging over the border
+// reads zeros and its surplus outputs go to a dummy.
 struct Conv {
-    idx N, H, W, C, K, th, tw, T, cp, kp;
-    Conv(idx n, idx h, idx w, idx c, idx k)
-        : N(n), H(h), W(w), C(c), K(k), th(up(h, 2)), tw(up(w, 2)), T(n * th * tw),
+    idx m, N, H, W, C, K, th, tw, T, cp, kp;
+    Conv(idx m_, idx n, idx h, idx w, idx c, idx k)
+        : m(m_), N(n), H(h), W(w), C(c), K(k), th(up(h, m)), tw(up(w, m)), T(n * th * tw),
           cp(up(c, PW)), kp(up(k, PW)) {}
 };
 
 // Walks over tiles in order without a division for each.
-struct Tile {
+template <int M> struct Tile {
     const Conv& s; idx n, i, j;
     Tile(const Conv& s_, idx t) : s(s_), n(t / (s_.th * s_.tw)), i(t / s_.tw % s_.th), j(t % s_.tw) {}
     void next() { if (++j == s.tw) { j = 0; if (++i == s.th) { i = 0; ++n; } } }
-    // Pointers to SIZE x SIZE pixels from (2i-off, 2j-off) of img [N][H][W][chan]; outside: `none`.
+    // Pointers to SIZE x SIZE pixels from (M*i-off, M*j-off) of img [N][H][W][chan]; outside: `none`.
     template <int SIZE> void pixels(const float* img, idx chan, int off, const float* none,
                                     const float** p) const {
-        idx h0 = 2 * i - off, w0 = 2 * j - off;
+        idx h0 = M * i - off, w0 = M * j - off;
         const float* base = img + ((n * s.H + h0) * s.W + w0) * chan;
         for (int a = 0; a < SIZE; ++a)
             for (int b = 0; b < SIZE; ++b)
@@ -76,74 +138,76 @@ struct Tile {
     }
 };
 
-// Line i of B^T = [1 0 -1 0; 0 1 1 0; 0 -1 1 0; 0 1 0 -1] applied to four values.
-static inline vec bt(int i, vec d0, vec d1, vec d2, vec d3) {
-    return i == 0 ? d0 - d2 : i == 1 ? d1 + d2 : i == 2 ? d2 - d1 : d1 - d3;
-}
-// Line i of A = [1 0; 1 1; 1 -1; 0 -1] applied to two values.
-static inline vec at(int i, vec g0, vec g1) {
-    return i == 0 ? g0 : i == 1 ? g0 + g1 : i == 2 ? g0 - g1 : -g1;
-}
-
-// V = B^T x B of `len` tiles from t0 on, rows I0 .. I0+NR-1 of the 4x4 frequencies:
-// x [N][H][W][chan] -> V [NR*4][panels][stride tiles][PW], frequencies fs floats apart.
+// V = B^T x B of `len` tiles from t0 on, rows I0 .. I0+NR-1 of the S x S frequencies:
+// x [N][H][W][chan] -> V [NR*S][panels][stride tiles][PW], frequencies fs floats apart.
 // zero: chan zeros, what lies outside the image.
-template <int I0, int NR> static void input_transform(const Conv& s, const float* x, idx chan,
+template <int M, int I0, int NR> static void input_transform(const Conv& s, const float* x, idx chan,
         idx t0, idx len, const float* zero, float* V, idx stride, idx fs) {
-    Tile tile(s, t0);
+    enum { S = Form<M>::S };
+    Tile<M> tile(s, t0);
     for (idx t = 0; t < len; ++t, tile.next()) {
-        const float* p[16];
-        tile.pixels<4>(x, chan, 1, zero, p);
+        const float* p[S * S];
+        tile.template pixels<S>(x, chan, 1, zero, p);
         for (idx c = 0; c < chan; c += VL) {
             float* v = V + (c / PW * stride + t) * PW + c % PW;
-            vec e[NR][4];
-            UNROLL for (int b = 0; b < 4; ++b) {
-                vec d0 = load(p[b] + c), d1 = load(p[4 + b] + c);
-                vec d2 = load(p[8 + b] + c), d3 = load(p[12 + b] + c);
-                UNROLL for (int a = 0; a < NR; ++a) e[a][b] = bt(I0 + a, d0, d1, d2, d3);
+            vec e[S][NR], d[S], o[S];
+            UNROLL for (int b = 0; b < S; ++b) {
+                UNROLL for (int a = 0; a < S; ++a) d[a] = load(p[a * S + b] + c);
+                lines<typename Form<M>::BT, I0, NR>(d, e[b]);
             }
-            UNROLL for (int a = 0; a < NR; ++a)
-                UNROLL for (int b = 0; b < 4; ++b)
-                    store(v + (4 * a + b) * fs, bt(b, e[a][0], e[a][1], e[a][2], e[a][3]));
+            UNROLL for (int a = 0; a < NR; ++a) {
+                UNROLL for (int b = 0; b < S; ++b) d[b] = e[b][a];
+                lines<typename Form<M>::BT>(d, o);
+                UNROLL for (int b = 0; b < S; ++b) store(v + (S * a + b) * fs, o[b]);
+            }
         }
     }
 }
 
-// dM = A dy A^T, the same for the output gradient dy [N][H][W][chan] (2x2 pixels per tile).
-template <int I0, int NR> static void grad_transform(const Conv& s, const float* dy, idx chan,
+// dM = A dy A^T, the same for the output gradient dy [N][H][W][chan] (M x M pixels per tile).
+template <int M, int I0, int NR> static void grad_transform(const Conv& s, const float* dy, idx chan,
         idx t0, idx len, const float* zero, float* G, idx stride, idx fs) {
-    Tile tile(s, t0);
+    enum { S = Form<M>::S };
+    typedef Transposed<typename Form<M>::AT> A;
+    Tile<M> tile(s, t0);
     for (idx t = 0; t < len; ++t, tile.next()) {
-        const float* p[4];
-        tile.pixels<2>(dy, chan, 0, zero, p);
+        const float* p[M * M];
+        tile.template pixels<M>(dy, chan, 0, zero, p);
         for (idx c = 0; c < chan; c += VL) {
             float* g = G + (c / PW * stride + t) * PW + c % PW;
-            vec d0 = load(p[0] + c), d1 = load(p[1] + c), d2 = load(p[2] + c), d3 = load(p[3] + c);
-            UNROLL for (int a = 0; a < NR; ++a)
-                UNROLL for (int b = 0; b < 4; ++b)
-                    store(g + (4 * a + b) * fs, at(b, at(I0 + a, d0, d2), at(I0 + a, d1, d3)));
+            vec e[M][NR], d[M], o[S];
+            UNROLL for (int b = 0; b < M; ++b) {
+                UNROLL for (int a = 0; a < M; ++a) d[a] = load(p[a * M + b] + c);
+                lines<A, I0, NR>(d, e[b]);
+            }
+            UNROLL for (int a = 0; a < NR; ++a) {
+                UNROLL for (int b = 0; b < M; ++b) d[b] = e[b][a];
+                lines<A>(d, o);
+                UNROLL for (int b = 0; b < S; ++b) store(g + (S * a + b) * fs, o[b]);
+            }
         }
     }
 }
 
-// y = A^T M A for `len` tiles and the channels k0 .. k1: M [16][panels][stride tiles][PW].
-static void output_transform(const Conv& s, const float* M, idx fs, idx stride, idx t0, idx len,
-                             idx k0, idx k1, float* dummy, float* y) {
-    Tile tile(s, t0);
+// y = A^T M A for `len` tiles and the channels k0 .. k1: m [S*S][panels][stride tiles][PW].
+template <int M> static void output_transform(const Conv& s, const float* products, idx fs, idx stride,
+                                              idx t0, idx len, idx k0, idx k1, float* dummy, float* y) {
+    enum { S = Form<M>::S };
+    Tile<M> tile(s, t0);
     for (idx t = 0; t < len; ++t, tile.next()) {
-        const float* p[4];
-        tile.pixels<2>(y, s.K, 0, dummy, p);
+        const float* p[M * M];
+        tile.template pixels<M>(y, s.K, 0, dummy, p);
         for (idx k = k0; k < k1; k += VL) {
-            const float* m = M + ((k - k0) / PW * stride + t) * PW + (k - k0) % PW;
-            vec e[2][4];
-            UNROLL for (int b = 0; b < 4; ++b) {
-                vec m0 = load(m + b * fs), m1 = load(m + (4 + b) * fs);
-                vec m2 = load(m + (8 + b) * fs), m3 = load(m + (12 + b) * fs);
-                e[0][b] = m0 + m1 + m2; e[1][b] = m1 - m2 - m3;
+            const float* m = products + ((k - k0) / PW * stride + t) * PW + (k - k0) % PW;
+            vec e[S][M], d[S], o[M];
+            UNROLL for (int b = 0; b < S; ++b) {
+                UNROLL for (int a = 0; a < S; ++a) d[a] = load(m + (S * a + b) * fs);
+                lines<typename Form<M>::AT>(d, e[b]);
             }
-            for (int a = 0; a < 2; ++a) {
-                store((float*)p[2 * a] + k, e[a][0] + e[a][1] + e[a][2]);
-                store((float*)p[2 * a + 1] + k, e[a][1] - e[a][2] - e[a][3]);
+            UNROLL for (int a = 0; a < M; ++a) {
+                UNROLL for (int b = 0; b < S; ++b) d[b] = e[b][a];
+                lines<typename Form<M>::AT>(d, o);
+                UNROLL for (int b = 0; b < M; ++b) store((float*)p[M * a + b] + k, o[b]);
             }
         }
     }
@@ -205,16 +269,18 @@ template <int NV> static void outer(const float* A, const float* B, idx n, float
         }
 }
 
-// u[16] = G g G^T of nine vectors, G = [1 0 0; .5 .5 .5; .5 -.5 .5; 0 0 1].
-static inline void weight_tile(const vec* g, vec* u) {
-    vec e[4][3];
+// u[S*S] = G g G^T of nine vectors.
+template <int M> static inline void weight_tile(const vec* g, vec* u) {
+    enum { S = Form<M>::S };
+    typedef typename Form<M>::G G;
+    vec e[3][S];
     UNROLL for (int b = 0; b < 3; ++b) {
-        vec s = (g[b] + g[6 + b]) * .5f, h = g[3 + b] * .5f;
-        e[0][b] = g[b]; e[1][b] = s + h; e[2][b] = s - h; e[3][b] = g[6 + b];
+        const vec d[3] = {g[b], g[3 + b], g[6 + b]};
+        lines<G>(d, e[b]);
     }
-    UNROLL for (int a = 0; a < 4; ++a) {
-        vec s = (e[a][0] + e[a][2]) * .5f, h = e[a][1] * .5f;
-        u[4 * a] = e[a][0]; u[4 * a + 1] = s + h; u[4 * a + 2] = s - h; u[4 * a + 3] = e[a][2];
+    UNROLL for (int a = 0; a < S; ++a) {
+        const vec d[3] = {e[0][a], e[1][a], e[2][a]};
+        lines<G>(d, u + S * a);
     }
 }
 
@@ -234,20 +300,18 @@ static inline void transpose(vec* r) {
 }
 
 // Part `me` of `n` of the weight transform: w [K][3][3][C] -> U packed.
-// flip = false (forward):        U [16][panels of K][C][PW], w transposed on the way.
-// flip = true (input gradient):  U [16][panels of C][K][PW] of the rotated filter. Rotation swaps
-// the points 0 and infinity, that is frequencies 0 and 3 of each axis, and nothing else.
-static void weight_transform(const float* w, idx C, idx K, bool flip, float* U, idx fs,
-                             int me, int n) {
-    static const int swap[4] = {3, 1, 2, 0};
-    vec g[9], u[16];
-    if (flip) {   // units (panel, k): the sixteen output streams are contiguous
+// flip = false (forward):        U [S*S][panels of K][C][PW], w transposed on the way.
+// flip = true (input gradient):  U [S*S][panels of C][K][PW] of the rotated filter.
+template <int M> static void weight_transform(const float* w, idx C, idx K, bool flip, float* U, idx fs,
+                                              int me, int n) {
+    enum { F = Form<M>::F };
+    vec g[9], u[F];
+    if (flip) {   // units (panel, k): the output streams are contiguous
         for (idx i = up(C, PW) * K * me / n, end = up(C, PW) * K * (me + 1) / n; i < end; ++i)
             for (idx c = i / K * PW, v = 0; v < PW && c + v < C; v += VL) {
-                for (int j = 0; j < 9; ++j) g[j] = load(w + (i % K * 9 + j) * C + c + v);
-                weight_tile(g, u);
-                for (int f = 0; f < 16; ++f)
-                    store(U + i * PW + v + (swap[f / 4] * 4 + swap[f % 4]) * fs, u[f]);
+                for (int j = 0; j < 9; ++j) g[j] = load(w + (i % K * 9 + 8 - j) * C + c + v);
+                weight_tile<M>(g, u);
+                for (int f = 0; f < F; ++f) store(U + i * PW + v + f * fs, u[f]);
             }
         return;
     }
@@ -263,145 +327,152 @@ static void weight_transform(const float* w, idx C, idx K, bool flip, float* U, 
         for (int r = 0; r < VL; ++r)
             for (int v = 0; v < nv; ++v) {
                 for (int j = 0; j < 9; ++j) g[j] = buf[v][j][r];
-                weight_tile(g, u);
-                for (int f = 0; f < 16; ++f) store(U + (i * VL + r) * PW + v * VL + f * fs, u[f]);
+                weight_tile<M>(g, u);
+                for (int f = 0; f < F; ++f) store(U + (i * VL + r) * PW + v * VL + f * fs, u[f]);
             }
     }
 }
 
 // Scratch sizes in floats. tb: tiles per block; group: panels of K multiplied before they are
 // transformed back, or rows of frequencies summed together. A line of padding between frequencies
-// keeps the sixteen streams of a transform out of one L1 set.
+// keeps the streams of a transform out of one L1 set.
 struct Plan {
     idx tb, group, ufs, vfs, mfs, frequencies, copies, per_thread;
-    // Up to 256 channels V (tb = 56: 0.9 MB) and one panel of M stay in L2 beside the panels of U;
-    // for more, U (16 MB for 512) is read once per block, so V and M are allowed to leave L2.
-    static Plan forward(const Conv& s, int threads) {
-        const bool big = s.C > 256;
-        return Plan(s, std::min<idx>(big ? 64 : 56, up(s.T, threads)), big ? s.kp : 1, s.kp * s.C,
-                    big ? s.kp : 1, 16, 1);
+    // V and one panel of M stay in L2 beside the panels of U (V of 256 channels: 0.9 MB with tb = 56
+    // and M = 2); for more, U (16 MB for 512) is read once per block, so V and M may leave L2.
+    template <int M> static Plan forward(const Conv& s, int threads) {
+        const bool big = s.C > (M == 2 ? 256 : 128);
+        const idx tb = big ? 64 : M == 2 ? 56 : s.C <= 64 ? 56 : 42;
+        return Plan(s, std::min<idx>(tb, up(s.T, threads)), big ? s.kp : 1, s.kp * s.C,
+                    big ? s.kp : 1, Form<M>::F, Form<M>::F, 1);
     }
-    // dU of the rows being summed should stay in L2: two rows of 128 channels are 0.5 MB.
-    static Plan weight(const Conv& s, int threads) {
-        const idx copies = std::max(1, threads / 2), rows = s.C <= 128 ? 2 : 1;
+    // dU of the rows being summed should stay in L2: two rows of M = 2 and 128 channels are 0.5 MB.
+    template <int M> static Plan weight(const Conv& s, int threads) {
+        const idx copies = std::max(1, threads / 2), most = Form<M>::S / 2;
+        const idx rows = s.C <= (M == 2 ? 128 : 64) ? most : 1;
         return Plan(s, std::min<idx>(s.C <= 128 ? 96 : 64, up(s.T, copies)), rows, s.cp * s.K,
-                    s.kp, 4 * rows, copies);
+                    s.kp, Form<M>::F, Form<M>::S * rows, copies);
     }
-    float* rest(float* scratch) const { return scratch + up(16 * ufs * copies, 1024) * 1024; }
-    idx total(int threads) const { return up(16 * ufs * copies, 1024) * 1024 + threads * per_thread; }
+    float* rest(float* scratch) const { return scratch + weights; }
+    idx total(int threads) const { return weights + threads * per_thread; }
 private:
-    Plan(const Conv& s, idx tb_, idx group_, idx urows, idx mpanels, idx f, idx n)
+    idx weights;
+    Plan(const Conv& s, idx tb_, idx group_, idx urows, idx mpanels, idx all, idx f, idx n)
         : tb(tb_), group(group_), ufs((urows + 1) * PW), vfs((s.cp * tb + 1) * PW),
           mfs((mpanels * tb + 1) * PW), frequencies(f), copies(n),
-          per_thread(up(f * (vfs + mfs) + s.C + s.K, 1024) * 1024) {}
+          per_thread(up(f * (vfs + mfs) + s.C + s.K, 1024) * 1024),
+          weights(up(all * ufs * copies, 1024) * 1024) {}
 };
 
-// Part `me` of `n` of dw = G^T (sum of `splits` partial dU) G; dU [split][16][panel of C][K][PW],
+// Part `me` of `n` of dw = G^T (sum of `splits` partial dU) G; dU [split][S*S][panel of C][K][PW],
 // in units (panel, k) as it lies in memory.
-static void weight_output(const Conv& s, const float* dU, idx fs, idx splits, float* dw, int me, int n) {
+template <int M> static void weight_output(const Conv& s, const float* dU, idx fs, idx splits, float* dw,
+                                           int me, int n) {
+    enum { S = Form<M>::S, F = Form<M>::F };
+    typedef Transposed<typename Form<M>::G> GT;
     for (idx u = s.cp * s.K * me / n, end = s.cp * s.K * (me + 1) / n; u < end; ++u)
         for (idx k = u % s.K, c = u / s.K * PW, v = 0; v < PW && c + v < s.C; v += VL) {
-            vec e[4][3];
-            for (int a = 0; a < 4; ++a) {
-                vec m[4];
-                for (int b = 0; b < 4; ++b) {
-                    const float* d = dU + u * PW + v + (4 * a + b) * fs;
-                    m[b] = load(d);
-                    for (idx i = 1; i < splits; ++i) m[b] += load(d + i * 16 * fs);
+            vec e[S][3];
+            for (int b = 0; b < S; ++b) {
+                vec m[S];
+                for (int a = 0; a < S; ++a) {
+                    const float* d = dU + u * PW + v + (S * a + b) * fs;
+                    m[a] = load(d);
+                    for (idx i = 1; i < splits; ++i) m[a] += load(d + i * F * fs);
                 }
-                vec h = (m[1] + m[2]) * .5f;
-                e[a][0] = m[0] + h; e[a][1] = (m[1] - m[2]) * .5f; e[a][2] = h + m[3];
+                lines<GT>(m, e[b]);
             }
             float* o = dw + k * 9 * s.C + c + v;
             for (int j = 0; j < 9; ++j) __builtin_prefetch(o + (4 * 9 + j) * s.C, 1);   // 4 k ahead: -5 % of 512@4
-            for (int b = 0; b < 3; ++b) {
-                vec h = (e[1][b] + e[2][b]) * .5f;
-                store(o + b * s.C, e[0][b] + h);
-                store(o + (3 + b) * s.C, (e[1][b] - e[2][b]) * .5f);
-                store(o + (6 + b) * s.C, h + e[3][b]);
+            for (int a = 0; a < 3; ++a) {
+                vec d[S], w[3];
+                for (int b = 0; b < S; ++b) d[b] = e[b][a];
+                lines<GT>(d, w);
+                for (int b = 0; b < 3; ++b) store(o + (3 * a + b) * s.C, w[b]);
             }
         }
 }
 
 typedef void (*Transform)(const Conv&, const float*, idx, idx, idx, const float*, float*, idx, idx);
-
-extern "C" {
-
-// Floats of scratch (64-byte aligned) that winograd_forward (weight = 0) or winograd_weight (1) needs.
-long winograd_scratch(int weight, long N, long H, long W, long C, long K, int threads) {
-    Conv s(N, H, W, C, K);
-    return (weight ? Plan::weight(s, threads) : Plan::forward(s, threads)).total(threads);
+// The transforms of NR rows of frequencies, by the first of them over NR.
+template <int M, int NR, size_t... I> static Transform pick_input(idx i, std::index_sequence<I...>) {
+    static const Transform f[] = {input_transform<M, (int)I * NR, NR>...};
+    return f[i];
+}
+template <int M, int NR, size_t... I> static Transform pick_grad(idx i, std::index_sequence<I...>) {
+    static const Transform f[] = {grad_transform<M, (int)I * NR, NR>...};
+    return f[i];
+}
+template <int M, int NR> static void transform_rows(idx first, Transform* in, Transform* gr) {
+    *in = pick_input<M, NR>(first / NR, std::make_index_sequence<Form<M>::S / NR>());
+    *gr = pick_grad<M, NR>(first / NR, std::make_index_sequence<Form<M>::S / NR>());
 }
 
-// y [N][H][W][K] = conv(x [N][H][W][C], w). flip = 0: w [K][3][3][C]. flip = 1: w [C][3][3][K], the
-// weight of a convolution from K to C channels whose input gradient this is (x = dy, y = dx).
-// Threads share the tiles; each needs all of U, which they compute together.
-void winograd_forward(const float* x, const float* w, float* y, float* scratch, long N, long H,
-                      long W, long C, long K, int flip, int threads) {
-    const Conv s(N, H, W, C, K);
-    const Plan p = Plan::forward(s, threads);
+// See winograd_forward. Threads share the tiles; each needs all of U, which they compute together.
+template <int M> static void forward(const Conv& s, const float* x, const float* w, float* y,
+                                     float* scratch, int flip, int threads) {
+    enum { F = Form<M>::F };
+    const Plan p = Plan::forward<M>(s, threads);
+    const idx C = s.C, K = s.K;
     float *U = scratch, *rest = p.rest(scratch);
 #pragma omp parallel num_threads(threads)
     {
         const int me = thread_number(), n = thread_count();   // n may be less than asked for
-        weight_transform(w, flip ? K : C, flip ? C : K, flip, U, p.ufs, me, n);
-        float *V = rest + me * p.per_thread, *M = V + 16 * p.vfs, *zero = M + 16 * p.mfs, *dummy = zero + C;
+        weight_transform<M>(w, flip ? K : C, flip ? C : K, flip, U, p.ufs, me, n);
+        float *V = rest + me * p.per_thread, *P = V + F * p.vfs, *zero = P + F * p.mfs, *dummy = zero + C;
         memset(zero, 0, C * sizeof(float));
 #pragma omp barrier
         for (idx t0 = s.T * me / n, end = s.T * (me + 1) / n; t0 < end; t0 += p.tb) {
             const idx len = std::min(p.tb, end - t0), parts = up(len, ROWS);
-            input_transform<0, 4>(s, x, C, t0, len, zero, V, p.tb, p.vfs);
+            input_transform<M, 0, Form<M>::S>(s, x, C, t0, len, zero, V, p.tb, p.vfs);
             for (idx k0 = 0; k0 < s.kp; k0 += p.group) {
                 const idx k1 = std::min(s.kp, k0 + p.group);
-                for (int f = 0; f < 16; ++f)
+                for (int f = 0; f < F; ++f)
                     for (idx k = k0; k < k1; ++k) {
                         const float* B = U + f * p.ufs + k * C * PW;
                         const float* next = k + 1 < k1 ? B + C * PW              // the panel after this
-                                          : f < 15     ? U + (f + 1) * p.ufs + k0 * C * PW
+                                          : f < F - 1  ? U + (f + 1) * p.ufs + k0 * C * PW
                                                        : U + k1 % s.kp * C * PW;
                         for (idx g = 0; g < parts; ++g) {   // rows spread evenly: 16 = 8+8, not 14+2
                             const idx r0 = len * g / parts, r1 = len * (g + 1) / parts;
                             pick(r1 - r0, K - k * PW > VL ? 2 : 1)(
                                 V + f * p.vfs + r0 * PW, p.tb * PW, B, C,
-                                M + f * p.mfs + ((k - k0) * p.tb + r0) * PW,
+                                P + f * p.mfs + ((k - k0) * p.tb + r0) * PW,
                                 g * 8 < PW ? next + g * C * 8 : B);
                         }
                     }
-                output_transform(s, M, p.mfs, p.tb, t0, len, k0 * PW, std::min(K, k1 * PW), dummy, y);
+                output_transform<M>(s, P, p.mfs, p.tb, t0, len, k0 * PW, std::min(K, k1 * PW), dummy, y);
             }
         }
     }
 }
 
-// dw [K][3][3][C] from x [N][H][W][C] and dy [N][H][W][K]. The rows of the 4x4 frequencies are
-// divided in two halves (each needs half of the transforms and half of the sums), each half among
-// threads/2 threads by tiles. An odd thread does nothing; a single thread does both halves.
-void winograd_weight(const float* x, const float* dy, float* dw, float* scratch, long N, long H,
-                     long W, long C, long K, int threads) {
-    static const Transform in[2][4] = {   // [rows together - 1][first row]
-        {input_transform<0, 1>, input_transform<1, 1>, input_transform<2, 1>, input_transform<3, 1>},
-        {input_transform<0, 2>, nullptr, input_transform<2, 2>, nullptr}};
-    static const Transform gr[2][4] = {
-        {grad_transform<0, 1>, grad_transform<1, 1>, grad_transform<2, 1>, grad_transform<3, 1>},
-        {grad_transform<0, 2>, nullptr, grad_transform<2, 2>, nullptr}};
-    const Conv s(N, H, W, C, K);
-    const Plan p = Plan::weight(s, threads);
+// See winograd_weight. The rows of the frequencies are divided in two halves (each needs half of the
+// transforms and half of the sums), each half among threads/2 threads by tiles. An odd thread does
+// nothing; a single thread does both halves.
+template <int M> static void weight(const Conv& s, const float* x, const float* dy, float* dw,
+                                    float* scratch, int threads) {
+    enum { S = Form<M>::S, F = Form<M>::F };
+    const Plan p = Plan::weight<M>(s, threads);
+    const idx C = s.C, K = s.K;
     float *dU = scratch, *rest = p.rest(scratch);
 #pragma omp parallel num_threads(threads)
     {
         const int me = thread_number(), n = thread_count();
         const idx splits = std::max(1, n / 2), split = me / 2;
-        const int first = me % 2 * 2, last = n == 1 ? 4 : first + 2;
+        const int first = me % 2 * (S / 2), last = n == 1 ? S : first + S / 2;
         float *V = rest + me * p.per_thread, *G = V + p.frequencies * p.vfs, *zero = G + p.frequencies * p.mfs;
         memset(zero, 0, std::max(C, K) * sizeof(float));
         for (int row = first; row < last && split < splits; row += p.group) {
-            float* D = dU + (split * 16 + row * 4) * p.ufs;
+            Transform in, gr;
+            p.group == 1 ? transform_rows<M, 1>(row, &in, &gr) : transform_rows<M, S / 2>(row, &in, &gr);
+            float* D = dU + (split * F + row * S) * p.ufs;
             idx t0 = s.T * split / splits, end = s.T * (split + 1) / splits;
             bool add = false;
             do {   // at least once: a split without tiles has to write zeros
                 const idx len = std::min(p.tb, end - t0);
-                in[p.group - 1][row](s, x, C, t0, len, zero, V, p.tb, p.vfs);
-                gr[p.group - 1][row](s, dy, K, t0, len, zero, G, p.tb, p.mfs);
+                in(s, x, C, t0, len, zero, V, p.tb, p.vfs);
+                gr(s, dy, K, t0, len, zero, G, p.tb, p.mfs);
                 for (int f = 0; f < p.frequencies; ++f)
                     for (idx c = 0; c < s.cp; ++c)
                         for (idx k = 0; k < K; k += WROWS)
@@ -413,7 +484,40 @@ void winograd_weight(const float* x, const float* dy, float* dw, float* scratch,
             } while (t0 < end);
         }
 #pragma omp barrier
-        weight_output(s, dU, p.ufs, splits, dw, me, n);
+        weight_output<M>(s, dU, p.ufs, splits, dw, me, n);
     }
+}
+
+extern "C" {
+
+// The outputs' side of a tile, 2 or 4, that is faster for maps of such a shape: 4 where the border
+// wastes little and, for winograd_forward (weights = 0), tiles enough share the reading of its
+// larger weights (measured: 64 tiles of 512 channels 0.9 to 1.1 times as fast, 128 tiles 1.1 to 1.6
+// times; winograd_weight 1.1 to 1.5 times from 32 tiles on).
+int winograd_tile(int weights, long N, long H, long W) {
+    const Conv two(2, N, H, W, 1, 1), four(4, N, H, W, 1, 1);
+    return 36 * four.T <= 12 * two.T && four.T >= (weights ? 32 : 128) ? 4 : 2;
+}
+
+// Floats of scratch (64-byte aligned) that winograd_forward (weights = 0) or winograd_weight (1) needs.
+long winograd_scratch(int weights, int tile, long N, long H, long W, long C, long K, int threads) {
+    const Conv s(tile, N, H, W, C, K);
+    if (tile == 2) return (weights ? Plan::weight<2>(s, threads) : Plan::forward<2>(s, threads)).total(threads);
+    return (weights ? Plan::weight<4>(s, threads) : Plan::forward<4>(s, threads)).total(threads);
+}
+
+// y [N][H][W][K] = conv(x [N][H][W][C], w). flip = 0: w [K][3][3][C]. flip = 1: w [C][3][3][K], the
+// weight of a convolution from K to C channels whose input gradient this is (x = dy, y = dx).
+void winograd_forward(const float* x, const float* w, float* y, float* scratch, int tile, long N,
+                      long H, long W, long C, long K, int flip, int threads) {
+    const Conv s(tile, N, H, W, C, K);
+    (tile == 2 ? forward<2> : forward<4>)(s, x, w, y, scratch, flip, threads);
+}
+
+// dw [K][3][3][C] from x [N][H][W][C] and dy [N][H][W][K].
+void winograd_weight(const float* x, const float* dy, float* dw, float* scratch, int tile, long N,
+                     long H, long W, long C, long K, int threads) {
+    const Conv s(tile, N, H, W, C, K);
+    (tile == 2 ? weight<2> : weight<4>)(s, x, dy, dw, scratch, threads);
 }
 }

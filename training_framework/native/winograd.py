@@ -32,13 +32,21 @@ def load_winograd_kernels() -> ctypes.CDLL:
     """
     library = load_library(Path(__file__).with_name("winograd.cpp"))
     pointer, number, count = ctypes.c_void_p, ctypes.c_int, ctypes.c_long
-    library.winograd_scratch.argtypes = [number, *[count] * 5, number]
+    library.winograd_tile.argtypes = [number, *[count] * 3]
+    library.winograd_tile.restype = number
+    library.winograd_scratch.argtypes = [number, number, *[count] * 5, number]
     library.winograd_scratch.restype = count
-    library.winograd_forward.argtypes = [*[pointer] * 4, *[count] * 5, number, number]
+    library.winograd_forward.argtypes = [*[pointer] * 4, number, *[count] * 5, number, number]
     library.winograd_forward.restype = None
-    library.winograd_weight.argtypes = [*[pointer] * 4, *[count] * 5, number]
+    library.winograd_weight.argtypes = [*[pointer] * 4, number, *[count] * 5, number]
     library.winograd_weight.restype = None
     return library
+
+
+def tile_side(batch: int, height: int, width: int, *, weight_gradient: bool) -> int:
+    """Side of the tiles of outputs, 2 or 4, that is faster for maps of that shape."""
+    side: int = load_winograd_kernels().winograd_tile(int(weight_gradient), batch, height, width)
+    return side
 
 
 class _Scratch(threading.local):
@@ -80,7 +88,8 @@ def _convolve(images: Tensor, weight: Tensor, out_channels: int, *, transposed: 
     if not output.numel():
         return output
     library, threads = load_winograd_kernels(), torch.get_num_threads()
-    sizes = (batch, height, width, channels, out_channels)
+    side = tile_side(batch, height, width, weight_gradient=False)
+    sizes = (side, batch, height, width, channels, out_channels)
     scratch = _scratch.of(library.winograd_scratch(0, *sizes, threads))
     images, weight = _channels_last(images), _channels_last(weight)
     library.winograd_forward(
@@ -96,7 +105,8 @@ def _weight_gradient(grad_output: Tensor, images: Tensor, weight: Tensor) -> Ten
         return gradient.zero_()
     library, threads = load_winograd_kernels(), torch.get_num_threads()
     batch, channels, height, width = images.shape
-    sizes = (batch, height, width, channels, weight.shape[0])
+    side = tile_side(batch, height, width, weight_gradient=True)
+    sizes = (side, batch, height, width, channels, weight.shape[0])
     scratch = _scratch.of(library.winograd_scratch(1, *sizes, threads))
     images, grad_output = _channels_last(images), _channels_last(grad_output)
     library.winograd_weight(

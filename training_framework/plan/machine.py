@@ -223,7 +223,7 @@ class MachineChoices:
         first_map = image_size // (4 if stem == "imagenet" else 1)
         if self.config.winograd_convolutions == "auto" and first_map < SMALLEST_WINOGRAD_MAP:
             return False
-        gain = "2.25 times fewer multiplications"
+        gain = "2.25 to 4 times fewer multiplications"
         return self._native_kernels("winograd_convolutions", gain, precision, channels_last)
 
     def fused_norms(self, precision: str, channels_last: bool) -> bool:
