@@ -27,19 +27,20 @@ SHAPES = [
 ]
 
 
-def case(*shape):
+def case(*shape, stride=1):
     batch, channels, out_channels, height, width = shape
     torch.manual_seed(0)
     images = torch.randn(batch, channels, height, width)
     weight = torch.randn(out_channels, channels, 3, 3) / (9 * channels) ** 0.5
-    upstream = torch.randn(batch, out_channels, height, width)
+    size = [(side - 1) // stride + 1 for side in (height, width)]
+    upstream = torch.randn(batch, out_channels, *size)
     return images.requires_grad_(), weight.requires_grad_(), upstream
 
 
-def exact(images, weight, upstream):
+def exact(images, weight, upstream, stride):
     """Output and gradients in float64."""
     images, weight = (t.detach().double().requires_grad_() for t in (images, weight))
-    output = F.conv2d(images, weight, padding=1)
+    output = F.conv2d(images, weight, padding=1, stride=stride)
     return output, *torch.autograd.grad(output, (images, weight), upstream.double())
 
 
@@ -56,19 +57,20 @@ LARGEST_ERROR = {2: 3e-6, 4: 8e-6}
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_output_and_gradients_are_the_exact_ones_to_rounding(shape, layout, threads, side):
-    images, weight, upstream = case(*shape)
+def test_output_and_gradients_are_the_exact_ones_to_rounding(shape, stride, layout, threads, side):
+    images, weight, upstream = case(*shape, stride=stride)
     images = images.detach().contiguous(memory_format=layout).requires_grad_()
     weight = weight.detach().contiguous(memory_format=layout).requires_grad_()
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        output = winograd_convolution(images, weight)
+        output = winograd_convolution(images, weight, stride)
         ours = (output, *torch.autograd.grad(output, (images, weight), upstream))
     finally:
         torch.set_num_threads(before)
-    for got, expected in zip(ours, exact(images, weight, upstream), strict=True):
+    for got, expected in zip(ours, exact(images, weight, upstream, stride), strict=True):
         assert got.dtype == torch.float32
         error = (got - expected).abs().max() / expected.abs().max()
         assert error < LARGEST_ERROR[side]
@@ -79,16 +81,21 @@ def test_the_operators_keep_the_rules_of_torch():
     images, weight, _ = case(2, 16, 32, 4, 4)
     layout = torch.channels_last
     images = images.detach().contiguous(memory_format=layout).requires_grad_()
-    torch.library.opcheck(winograd_convolution, (images, weight))
+    for stride in (1, 2):
+        torch.library.opcheck(winograd_convolution, (images, weight, stride))
 
 
 def test_only_wanted_gradients_are_computed():
     images, weight, upstream = case(2, 16, 16, 4, 4)
-    (alone,) = torch.autograd.grad(winograd_convolution(images.detach(), weight), weight, upstream)
-    output = winograd_convolution(images, weight)
+    (alone,) = torch.autograd.grad(
+        winograd_convolution(images.detach(), weight, 1), weight, upstream
+    )
+    output = winograd_convolution(images, weight, 1)
     both = torch.autograd.grad(output, (images, weight), upstream)
     assert torch.equal(alone, both[1])
-    (alone,) = torch.autograd.grad(winograd_convolution(images, weight.detach()), images, upstream)
+    (alone,) = torch.autograd.grad(
+        winograd_convolution(images, weight.detach(), 1), images, upstream
+    )
     assert torch.equal(alone, both[0])
 
 
@@ -100,8 +107,9 @@ def test_the_side_of_a_tile_follows_from_border_and_number_of_tiles():
         ((128, 5, 5), 2, 2),  # much of a second tile would be border
         ((1, 8, 8), 2, 2),
     ):
-        assert winograd.tile_side(*shape, weight_gradient=False) == forward
-        assert winograd.tile_side(*shape, weight_gradient=True) == weights
+        assert winograd.tile_side(1, *shape, weight_gradient=False) == forward
+        assert winograd.tile_side(1, *shape, weight_gradient=True) == weights
+        assert winograd.tile_side(2, *shape, weight_gradient=True) == 2
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -109,24 +117,25 @@ def test_nan_and_infinity_go_through(bad, side):
     images, weight, _ = case(1, 16, 16, 4, 4)
     with torch.no_grad():
         images[0, 3, 1, 2] = bad
-    output = winograd_convolution(images, weight)
+    output = winograd_convolution(images, weight, 1)
     assert not output[0, :, 0:3, 1:4].isfinite().any()
     assert not torch.autograd.grad(output.sum(), weight)[0].isfinite().all()
 
 
 def test_an_empty_batch_has_an_empty_output_and_no_gradient():
     weight = torch.randn(16, 16, 3, 3, requires_grad=True)
-    output = winograd_convolution(torch.empty(0, 16, 4, 4), weight)
-    assert output.shape == (0, 16, 4, 4)
-    (gradient,) = torch.autograd.grad(output.sum(), weight)
-    assert not gradient.any()
+    for stride, size in ((1, 4), (2, 2)):
+        output = winograd_convolution(torch.empty(0, 16, 4, 4), weight, stride)
+        assert output.shape == (0, 16, size, size)
+        (gradient,) = torch.autograd.grad(output.sum(), weight)
+        assert not gradient.any()
 
 
 def test_the_same_input_gives_the_same_bits():
     images, weight, upstream = case(4, 64, 64, 8, 8)
     runs = []
     for _ in range(2):
-        output = winograd_convolution(images, weight)
+        output = winograd_convolution(images, weight, 1)
         runs.append((output, *torch.autograd.grad(output, (images, weight), upstream)))
     assert all(torch.equal(one, other) for one, other in zip(*runs, strict=True))
 
@@ -139,7 +148,9 @@ def test_the_same_input_gives_the_same_bits():
         (nn.Conv2d(16, 32, 3, padding=1), 8, False),
         (nn.Conv2d(3, 32, 3, padding=1, bias=False), 8, False),
         (nn.Conv2d(16, 32, 3, bias=False), 8, False),
-        (nn.Conv2d(16, 32, 3, stride=2, padding=1, bias=False), 8, False),
+        (nn.Conv2d(16, 32, 3, stride=2, padding=1, bias=False), 8, True),
+        (nn.Conv2d(16, 32, 3, stride=3, padding=1, bias=False), 8, False),
+        (nn.Conv2d(16, 32, 3, stride=(1, 2), padding=1, bias=False), 8, False),
         (nn.Conv2d(16, 32, 3, padding=1, groups=2, bias=False), 8, False),
         (nn.Conv2d(16, 32, 3, padding=2, dilation=2, bias=False), 8, False),
         (nn.Conv2d(16, 32, 1, bias=False), 8, False),
@@ -168,7 +179,7 @@ def test_a_network_keeps_its_names_and_its_gradients():
     layout = torch.channels_last
     plain = plain.to(memory_format=layout)
     replaced = copy.deepcopy(plain)
-    assert use_winograd_convolutions(replaced, 16) == 10  # at 2 px the last stage is left alone
+    assert use_winograd_convolutions(replaced, 16) == 13  # from 2 px to 2 px is left alone
     assert replaced.state_dict().keys() == plain.state_dict().keys()
     images, labels = torch.randn(4, 3, 16, 16), torch.tensor([1, 2, 3, 4])
     losses = [F.cross_entropy(model(images), labels) for model in (plain, replaced)]

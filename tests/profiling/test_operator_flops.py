@@ -40,18 +40,20 @@ def test_each_gradient_of_a_convolution_costs_as_much_as_its_forward_pass():
     assert weight_alone == Cost(PRODUCTS, ELEMENTS)
 
 
-def test_winograds_algorithm_counts_as_the_convolution_that_it_stands_for():
-    images, weight, output = (2, 16, 8, 8), (32, 16, 3, 3), (2, 32, 8, 8)
-    values = (None, None, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1)
+@pytest.mark.parametrize(("stride", "size"), [(1, 8), (2, 4)])
+def test_winograds_algorithm_counts_as_the_convolution_that_it_stands_for(stride, size):
+    images, weight, output = (2, 16, 8, 8), (32, 16, 3, 3), (2, 32, size, size)
+    values = (None, None, None, [stride] * 2, [1, 1], [1, 1], False, [0, 0], 1)
     ordinary = operator_cost("aten::convolution", (images, weight), values)
-    assert operator_cost(WINOGRAD, (images, weight), (None, None)) == ordinary
-    backward = (None, None, None, [0], [1, 1], [1, 1], [1, 1], False, [0, 0], 1)
+    assert operator_cost(WINOGRAD, (images, weight), (None, None, stride)) == ordinary
+    backward = (None, None, None, [0], [stride] * 2, [1, 1], [1, 1], False, [0, 0], 1)
     for wanted in ([True, True], [False, True]):
         ordinary = operator_cost(
             "aten::convolution_backward", (output, images, weight), (*backward, [*wanted, False])
         )
-        values = (None, None, None, wanted)
-        assert operator_cost(WINOGRAD_BACKWARD, (output, images, weight, ()), values) == ordinary
+        values = (None, None, None, stride, wanted)
+        shapes = (output, images, weight, (), ())
+        assert operator_cost(WINOGRAD_BACKWARD, shapes, values) == ordinary
 
 
 def test_groups_divide_the_products():

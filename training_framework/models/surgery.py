@@ -130,7 +130,7 @@ def use_small_map_convolutions(model: nn.Module, image_size: int) -> int:
 
 
 def use_winograd_convolutions(model: nn.Module, image_size: int) -> int:
-    """On CPUs, compute 3x3 convolutions of stride 1 by Winograd's algorithm.
+    """On CPUs, compute 3x3 convolutions of stride 1 and 2 by Winograd's algorithm.
 
     When to use it: training on a CPU in fp32 and channels_last; what is measured is a CPU with
     AVX-512. What it computes stays the same up to rounding, and so do the names in the state dict;

@@ -1,20 +1,24 @@
-// Fused Winograd convolution for training on CPU, fp32: 3x3, stride 1, padding 1.
+// Fused Winograd convolution for training on CPU, fp32: 3x3, stride 1 or 2, padding 1.
 //
 //   forward         y  = A^T [ (G w G^T) .* (B^T x B) ] A           (Lavin & Gray, arXiv 1509.09308)
-//   input gradient  the same kernel applied to dy with w rotated by 180 degrees, channels swapped
+//   input gradient  the same with dy for x and w rotated by 180 degrees, channels swapped
 //   weight gradient dw = G^T [ sum over tiles (B^T x B) .* (A dy A^T) ] G, the exact adjoint
 //
-// Two forms: F(2x2,3x3) makes 2x2 outputs of 4x4 inputs with 2.25 times fewer multiplications than
-// a direct convolution, F(4x4,3x3) 4x4 of 6x6 with 4 times fewer, at weights 2.25 times as large.
+// Stride 1: F(2x2,3x3) makes 2x2 outputs of 4x4 inputs with 2.25 times fewer multiplications than a
+// direct convolution, F(4x4,3x3) 4x4 of 6x6 with 4 times fewer, at weights 2.25 times as large.
+// Stride 2: along an axis, the first and last tap see every other input, which is F(2,2), and the
+// middle tap sees the inputs between them, which is two plain products: 25 products for 2x2 outputs,
+// 1.44 times fewer than 36. (Four outputs with 1.78 times fewer were no faster: tiles of 9x9.)
 // The price is the traffic of the transformed tiles. Everything here is arranged so that this
 // traffic stays in L2: a block of tiles is transformed, multiplied and transformed back before the
 // next block is touched.
 //
 // Layouts (float32):  x [N][H][W][C]   y, dy [N][H][W][K]   w, dw [K][3][3][C]   (channels_last)
 //   V   [f][panel of C][tile][PW]     transformed input of one block of tiles, f = S*row + col
-//   U   [f][panel of K][C][PW]        transformed weights
+//   U   [u][panel of K][C][PW]        transformed weights
 //   M   [f][panel of K][tile][PW]     products
-// S is the side of a transformed tile, 4 or 6, and f one of its S*S frequencies.
+// S is the side of a transformed tile and f one of its S*S frequencies; u is the frequency's weight,
+// of which stride 2 has fewer, since all its plain products share one.
 // A panel is PW = 2 vectors of channels. Panels (instead of rows of C floats) keep every stream of
 // the matrix kernels contiguous: with rows of 512 floats all rows fall into two L1 sets.
 // C and K are multiples of 16; the last panel may be half full (its stride is PW all the same).
@@ -53,9 +57,12 @@ static inline vec load(const float* p) { return *(const vec_u*)p; }
 static inline void store(float* p, vec v) { *(vec_u*)p = v; }
 static inline idx up(idx a, idx b) { return (a + b - 1) / b; }
 
-// The matrices of F(MxM,3x3), M x M outputs of S x S inputs: an integer interpolated at S - 1 points
-// and infinity. Of the points in use for M = 4, these have the smallest errors (Barabasz et al.,
-// arXiv 1803.10986): 2 to 3 times those of a direct sum, where 0, 1, -1, 2, -2 have 7 times.
+// A form of the algorithm along one axis, as the matrices of the formula at the top:
+//   S lines of frequencies, the first of which have a weight each; all from line W - 1 on share one
+//   I inputs from STEP * tile - OFFSET on make O outputs from O * tile on
+// Each interpolates at some points and infinity. Of the points in use for four outputs those here
+// have the smallest errors (Barabasz et al., arXiv 1803.10986): F(4,3) 2 to 3 times those of a direct
+// sum, where 0, 1, -1, 2, -2 have 7 times, the others none above it.
 #define MATRIX(name, rows, columns, ...) \
     struct name { \
         enum { R = rows, C = columns }; \
@@ -64,15 +71,15 @@ static inline idx up(idx a, idx b) { return (a + b - 1) / b; }
             return v[i][j]; \
         } \
     }
-template <int M> struct Form;
-template <> struct Form<2> {   // 0, 1, -1
-    enum { S = 4, F = S * S };
+template <int M> struct Unit;   // stride 1, both directions
+template <> struct Unit<2> {    // F(2,3): 0, 1, -1
+    enum { S = 4, W = 4, I = 4, STEP = 2, OFFSET = 1, O = 2 };
     MATRIX(BT, 4, 4, {{1, 0, -1, 0}, {0, 1, 1, 0}, {0, -1, 1, 0}, {0, 1, 0, -1}});
     MATRIX(G, 4, 3, {{1, 0, 0}, {.5f, .5f, .5f}, {.5f, -.5f, .5f}, {0, 0, 1}});
     MATRIX(AT, 2, 4, {{1, 1, 1, 0}, {0, 1, -1, -1}});
 };
-template <> struct Form<4> {   // 0, 1, -1, 1/2, -2
-    enum { S = 6, F = S * S };
+template <> struct Unit<4> {    // F(4,3): 0, 1, -1, 1/2, -2
+    enum { S = 6, W = 6, I = 6, STEP = 4, OFFSET = 1, O = 4 };
     MATRIX(BT, 6, 6, {{1, -1.5f, -2, 1.5f, 1, 0}, {0, -1, .5f, 2.5f, 1, 0}, {0, 1, -2.5f, .5f, 1, 0},
                       {0, -2, -1, 2, 1, 0}, {0, .5f, -1, -.5f, 1, 0}, {0, 1, -1.5f, -2, 1.5f, 1}});
     MATRIX(G, 6, 3, {{1, 0, 0}, {1 / 3.f, 1 / 3.f, 1 / 3.f}, {-1 / 3.f, 1 / 3.f, -1 / 3.f},
@@ -80,6 +87,26 @@ template <> struct Form<4> {   // 0, 1, -1, 1/2, -2
     MATRIX(AT, 4, 6, {{1, 1, 1, 1, 1, 0}, {0, 1, -1, .5f, -2, 0}, {0, 1, 1, .25f, 4, 0},
                       {0, 1, -1, .125f, -8, 1}});
 };
+// Stride 2 forward: F(2,2) at 0 and 1 on the even ones of five inputs, and the two odd ones.
+struct Strided {
+    enum { S = 5, W = 4, I = 5, STEP = 4, OFFSET = 1, O = 2 };
+    MATRIX(BT, 5, 5, {{1, 0, -1, 0, 0}, {0, 0, 1, 0, 0}, {0, 0, -1, 0, 1}, {0, 1, 0, 0, 0}, {0, 0, 0, 1, 0}});
+    MATRIX(G, 4, 3, {{1, 0, 0}, {1, 0, 1}, {0, 0, 1}, {0, 1, 0}});
+    MATRIX(AT, 2, 5, {{1, 1, 0, 1, 0}, {0, 1, 1, 0, 1}});
+};
+// Its input gradient: of three output gradients those of four inputs, the odd ones by F(2,2) with the
+// taps in reverse, the even ones by the middle tap.
+struct StridedBack {
+    enum { S = 5, W = 4, I = 3, STEP = 2, OFFSET = 0, O = 4 };
+    MATRIX(BT, 5, 3, {{1, -1, 0}, {0, 1, 0}, {0, -1, 1}, {1, 0, 0}, {0, 1, 0}});
+    typedef Strided::G G;
+    MATRIX(AT, 4, 5, {{0, 0, 0, 1, 0}, {1, 1, 0, 0, 0}, {0, 0, 0, 0, 1}, {0, 1, 1, 0, 0}});
+};
+// The weight of frequency f.
+template <class Form> static inline int weight_of(int f) {
+    const int last = Form::W - 1;
+    return std::min(f / Form::S, last) * Form::W + std::min(f % Form::S, last);
+}
 template <class Matrix> struct Transposed {
     enum { R = Matrix::C, C = Matrix::R };
     static constexpr float at(int i, int j) { return Matrix::at(j, i); }
@@ -112,76 +139,76 @@ template <class Matrix, int I0 = 0, int NR = Matrix::R> static inline void lines
     lines<Matrix, I0>(d, out, std::make_index_sequence<NR>());
 }
 
-// Shape of one convolution. th, tw: m x m output tiles per image; a tile hanging over the border
-// reads zeros and its surplus outputs go to a dummy.
+// Shape of one convolution from H x W x C to P x Q x K; th, tw: tiles of o x o outputs per image. A
+// tile hanging over the border reads zeros and its surplus outputs go to a dummy.
 struct Conv {
-    idx m, N, H, W, C, K, th, tw, T, cp, kp;
-    Conv(idx m_, idx n, idx h, idx w, idx c, idx k)
-        : m(m_), N(n), H(h), W(w), C(c), K(k), th(up(h, m)), tw(up(w, m)), T(n * th * tw),
+    idx N, H, W, C, P, Q, K, th, tw, T, cp, kp;
+    Conv(idx o, idx n, idx h, idx w, idx c, idx p, idx q, idx k)
+        : N(n), H(h), W(w), C(c), P(p), Q(q), K(k), th(up(p, o)), tw(up(q, o)), T(n * th * tw),
           cp(up(c, PW)), kp(up(k, PW)) {}
 };
 
 // Walks over tiles in order without a division for each.
-template <int M> struct Tile {
+struct Tile {
     const Conv& s; idx n, i, j;
     Tile(const Conv& s_, idx t) : s(s_), n(t / (s_.th * s_.tw)), i(t / s_.tw % s_.th), j(t % s_.tw) {}
     void next() { if (++j == s.tw) { j = 0; if (++i == s.th) { i = 0; ++n; } } }
-    // Pointers to SIZE x SIZE pixels from (M*i-off, M*j-off) of img [N][H][W][chan]; outside: `none`.
-    template <int SIZE> void pixels(const float* img, idx chan, int off, const float* none,
-                                    const float** p) const {
-        idx h0 = M * i - off, w0 = M * j - off;
-        const float* base = img + ((n * s.H + h0) * s.W + w0) * chan;
+    // Pointers to SIZE x SIZE pixels from (STEP*i-off, STEP*j-off) of img [N][h][w][chan]; outside: `none`.
+    template <int SIZE, int STEP> void pixels(const float* img, idx h, idx w, idx chan, int off,
+                                              const float* none, const float** p) const {
+        idx h0 = STEP * i - off, w0 = STEP * j - off;
+        const float* base = img + ((n * h + h0) * w + w0) * chan;
         for (int a = 0; a < SIZE; ++a)
             for (int b = 0; b < SIZE; ++b)
-                p[a * SIZE + b] = (size_t)(h0 + a) < (size_t)s.H && (size_t)(w0 + b) < (size_t)s.W
-                                      ? base + (a * s.W + b) * chan : none;
+                p[a * SIZE + b] = (size_t)(h0 + a) < (size_t)h && (size_t)(w0 + b) < (size_t)w
+                                      ? base + (a * w + b) * chan : none;
     }
 };
 
 // V = B^T x B of `len` tiles from t0 on, rows I0 .. I0+NR-1 of the S x S frequencies:
-// x [N][H][W][chan] -> V [NR*S][panels][stride tiles][PW], frequencies fs floats apart.
-// zero: chan zeros, what lies outside the image.
-template <int M, int I0, int NR> static void input_transform(const Conv& s, const float* x, idx chan,
+// x [N][H][W][C] -> V [NR*S][panels][stride tiles][PW], frequencies fs floats apart.
+// zero: C zeros, what lies outside the image.
+template <class Form, int I0, int NR> static void input_transform(const Conv& s, const float* x,
         idx t0, idx len, const float* zero, float* V, idx stride, idx fs) {
-    enum { S = Form<M>::S };
-    Tile<M> tile(s, t0);
+    enum { S = Form::S, I = Form::I };
+    Tile tile(s, t0);
     for (idx t = 0; t < len; ++t, tile.next()) {
-        const float* p[S * S];
-        tile.template pixels<S>(x, chan, 1, zero, p);
-        for (idx c = 0; c < chan; c += VL) {
+        const float* p[I * I];
+        tile.pixels<I, Form::STEP>(x, s.H, s.W, s.C, Form::OFFSET, zero, p);
+        for (idx c = 0; c < s.C; c += VL) {
             float* v = V + (c / PW * stride + t) * PW + c % PW;
-            vec e[S][NR], d[S], o[S];
-            UNROLL for (int b = 0; b < S; ++b) {
-                UNROLL for (int a = 0; a < S; ++a) d[a] = load(p[a * S + b] + c);
-                lines<typename Form<M>::BT, I0, NR>(d, e[b]);
+            vec e[I][NR], d[I], o[S];
+            UNROLL for (int b = 0; b < I; ++b) {
+                UNROLL for (int a = 0; a < I; ++a) d[a] = load(p[a * I + b] + c);
+                lines<typename Form::BT, I0, NR>(d, e[b]);
             }
             UNROLL for (int a = 0; a < NR; ++a) {
-                UNROLL for (int b = 0; b < S; ++b) d[b] = e[b][a];
-                lines<typename Form<M>::BT>(d, o);
+                UNROLL for (int b = 0; b < I; ++b) d[b] = e[b][a];
+                lines<typename Form::BT>(d, o);
                 UNROLL for (int b = 0; b < S; ++b) store(v + (S * a + b) * fs, o[b]);
             }
         }
     }
 }
 
-// dM = A dy A^T, the same for the output gradient dy [N][H][W][chan] (M x M pixels per tile).
-template <int M, int I0, int NR> static void grad_transform(const Conv& s, const float* dy, idx chan,
+// dM = A dy A^T, the same for the output gradient dy [N][P][Q][K] (O x O pixels per tile).
+template <class Form, int I0, int NR> static void grad_transform(const Conv& s, const float* dy,
         idx t0, idx len, const float* zero, float* G, idx stride, idx fs) {
-    enum { S = Form<M>::S };
-    typedef Transposed<typename Form<M>::AT> A;
-    Tile<M> tile(s, t0);
+    enum { S = Form::S, O = Form::O };
+    typedef Transposed<typename Form::AT> A;
+    Tile tile(s, t0);
     for (idx t = 0; t < len; ++t, tile.next()) {
-        const float* p[M * M];
-        tile.template pixels<M>(dy, chan, 0, zero, p);
-        for (idx c = 0; c < chan; c += VL) {
-            float* g = G + (c / PW * stride + t) * PW + c % PW;
-            vec e[M][NR], d[M], o[S];
-            UNROLL for (int b = 0; b < M; ++b) {
-                UNROLL for (int a = 0; a < M; ++a) d[a] = load(p[a * M + b] + c);
+        const float* p[O * O];
+        tile.pixels<O, O>(dy, s.P, s.Q, s.K, 0, zero, p);
+        for (idx k = 0; k < s.K; k += VL) {
+            float* g = G + (k / PW * stride + t) * PW + k % PW;
+            vec e[O][NR], d[O], o[S];
+            UNROLL for (int b = 0; b < O; ++b) {
+                UNROLL for (int a = 0; a < O; ++a) d[a] = load(p[a * O + b] + k);
                 lines<A, I0, NR>(d, e[b]);
             }
             UNROLL for (int a = 0; a < NR; ++a) {
-                UNROLL for (int b = 0; b < M; ++b) d[b] = e[b][a];
+                UNROLL for (int b = 0; b < O; ++b) d[b] = e[b][a];
                 lines<A>(d, o);
                 UNROLL for (int b = 0; b < S; ++b) store(g + (S * a + b) * fs, o[b]);
             }
@@ -190,24 +217,24 @@ template <int M, int I0, int NR> static void grad_transform(const Conv& s, const
 }
 
 // y = A^T M A for `len` tiles and the channels k0 .. k1: m [S*S][panels][stride tiles][PW].
-template <int M> static void output_transform(const Conv& s, const float* products, idx fs, idx stride,
-                                              idx t0, idx len, idx k0, idx k1, float* dummy, float* y) {
-    enum { S = Form<M>::S };
-    Tile<M> tile(s, t0);
+template <class Form> static void output_transform(const Conv& s, const float* products, idx fs, idx stride,
+                                                   idx t0, idx len, idx k0, idx k1, float* dummy, float* y) {
+    enum { S = Form::S, O = Form::O };
+    Tile tile(s, t0);
     for (idx t = 0; t < len; ++t, tile.next()) {
-        const float* p[M * M];
-        tile.template pixels<M>(y, s.K, 0, dummy, p);
+        const float* p[O * O];
+        tile.pixels<O, O>(y, s.P, s.Q, s.K, 0, dummy, p);
         for (idx k = k0; k < k1; k += VL) {
             const float* m = products + ((k - k0) / PW * stride + t) * PW + (k - k0) % PW;
-            vec e[S][M], d[S], o[M];
+            vec e[S][O], d[S], o[O];
             UNROLL for (int b = 0; b < S; ++b) {
                 UNROLL for (int a = 0; a < S; ++a) d[a] = load(m + (S * a + b) * fs);
-                lines<typename Form<M>::AT>(d, e[b]);
+                lines<typename Form::AT>(d, e[b]);
             }
-            UNROLL for (int a = 0; a < M; ++a) {
+            UNROLL for (int a = 0; a < O; ++a) {
                 UNROLL for (int b = 0; b < S; ++b) d[b] = e[b][a];
-                lines<typename Form<M>::AT>(d, o);
-                UNROLL for (int b = 0; b < M; ++b) store((float*)p[M * a + b] + k, o[b]);
+                lines<typename Form::AT>(d, o);
+                UNROLL for (int b = 0; b < O; ++b) store((float*)p[O * a + b] + k, o[b]);
             }
         }
     }
@@ -269,18 +296,18 @@ template <int NV> static void outer(const float* A, const float* B, idx n, float
         }
 }
 
-// u[S*S] = G g G^T of nine vectors.
-template <int M> static inline void weight_tile(const vec* g, vec* u) {
-    enum { S = Form<M>::S };
-    typedef typename Form<M>::G G;
-    vec e[3][S];
+// u[W*W] = G g G^T of nine vectors.
+template <class Form> static inline void weight_tile(const vec* g, vec* u) {
+    enum { W = Form::W };
+    typedef typename Form::G G;
+    vec e[3][W];
     UNROLL for (int b = 0; b < 3; ++b) {
         const vec d[3] = {g[b], g[3 + b], g[6 + b]};
         lines<G>(d, e[b]);
     }
-    UNROLL for (int a = 0; a < S; ++a) {
+    UNROLL for (int a = 0; a < W; ++a) {
         const vec d[3] = {e[0][a], e[1][a], e[2][a]};
-        lines<G>(d, u + S * a);
+        lines<G>(d, u + W * a);
     }
 }
 
@@ -300,17 +327,17 @@ static inline void transpose(vec* r) {
 }
 
 // Part `me` of `n` of the weight transform: w [K][3][3][C] -> U packed.
-// flip = false (forward):        U [S*S][panels of K][C][PW], w transposed on the way.
-// flip = true (input gradient):  U [S*S][panels of C][K][PW] of the rotated filter.
-template <int M> static void weight_transform(const float* w, idx C, idx K, bool flip, float* U, idx fs,
+// flip = false (forward):        U [W*W][panels of K][C][PW], w transposed on the way.
+// flip = true (input gradient):  U [W*W][panels of C][K][PW] of the rotated filter.
+template <class Form> static void weight_transform(const float* w, idx C, idx K, bool flip, float* U, idx fs,
                                               int me, int n) {
-    enum { F = Form<M>::F };
+    enum { F = Form::W * Form::W };
     vec g[9], u[F];
     if (flip) {   // units (panel, k): the output streams are contiguous
         for (idx i = up(C, PW) * K * me / n, end = up(C, PW) * K * (me + 1) / n; i < end; ++i)
             for (idx c = i / K * PW, v = 0; v < PW && c + v < C; v += VL) {
                 for (int j = 0; j < 9; ++j) g[j] = load(w + (i % K * 9 + 8 - j) * C + c + v);
-                weight_tile<M>(g, u);
+                weight_tile<Form>(g, u);
                 for (int f = 0; f < F; ++f) store(U + i * PW + v + f * fs, u[f]);
             }
         return;
@@ -327,7 +354,7 @@ template <int M> static void weight_transform(const float* w, idx C, idx K, bool
         for (int r = 0; r < VL; ++r)
             for (int v = 0; v < nv; ++v) {
                 for (int j = 0; j < 9; ++j) g[j] = buf[v][j][r];
-                weight_tile<M>(g, u);
+                weight_tile<Form>(g, u);
                 for (int f = 0; f < F; ++f) store(U + (i * VL + r) * PW + v * VL + f * fs, u[f]);
             }
     }
@@ -338,20 +365,22 @@ template <int M> static void weight_transform(const float* w, idx C, idx K, bool
 // keeps the streams of a transform out of one L1 set.
 struct Plan {
     idx tb, group, ufs, vfs, mfs, frequencies, copies, per_thread;
-    // V and one panel of M stay in L2 beside the panels of U (V of 256 channels: 0.9 MB with tb = 56
-    // and M = 2); for more, U (16 MB for 512) is read once per block, so V and M may leave L2.
-    template <int M> static Plan forward(const Conv& s, int threads) {
-        const bool big = s.C > (M == 2 ? 256 : 128);
-        const idx tb = big ? 64 : M == 2 ? 56 : s.C <= 64 ? 56 : 42;
-        return Plan(s, std::min<idx>(tb, up(s.T, threads)), big ? s.kp : 1, s.kp * s.C,
-                    big ? s.kp : 1, Form<M>::F, Form<M>::F, 1);
+    // V and one panel of M stay in L2 beside the panels of U: up to 0.9 MB of V, blocks of whole
+    // ROWS. For more channels U (16 MB for 512 of F(2,3)) is read once per block, so V and M may
+    // leave L2.
+    template <class Form> static Plan forward(const Conv& s, int threads) {
+        const idx f = Form::S * Form::S, most = 920000 / (4 * f * s.C) / ROWS * ROWS;
+        const bool big = most < 3 * ROWS;
+        return Plan(s, std::min<idx>(big ? 64 : std::min<idx>(most, 56), up(s.T, threads)), big ? s.kp : 1,
+                    s.kp * s.C, big ? s.kp : 1, Form::W * Form::W, f, 1);
     }
-    // dU of the rows being summed should stay in L2: two rows of M = 2 and 128 channels are 0.5 MB.
-    template <int M> static Plan weight(const Conv& s, int threads) {
-        const idx copies = std::max(1, threads / 2), most = Form<M>::S / 2;
-        const idx rows = s.C <= (M == 2 ? 128 : 64) ? most : 1;
-        return Plan(s, std::min<idx>(s.C <= 128 ? 96 : 64, up(s.T, copies)), rows, s.cp * s.K,
-                    s.kp, Form<M>::F, Form<M>::S * rows, copies);
+    // dU of the rows being summed should stay in L2: two rows of F(2,3) and 128 channels are 0.5 MB.
+    template <class Form> static Plan weight(const Conv& s, int threads) {
+        const idx copies = std::max(1, threads / 2), small = std::max(s.C, s.K);
+        const bool halves = Form::S % 2 == 0 && small <= (Form::S == 4 ? 128 : 64);
+        const idx rows = halves ? Form::S / 2 : 1;
+        return Plan(s, std::min<idx>(small <= 128 ? 96 : 64, up(s.T, copies)), rows, s.cp * s.K,
+                    s.kp, Form::W * Form::W, Form::S * rows, copies);
     }
     float* rest(float* scratch) const { return scratch + weights; }
     idx total(int threads) const { return weights + threads * per_thread; }
@@ -364,74 +393,72 @@ private:
           weights(up(all * ufs * copies, 1024) * 1024) {}
 };
 
-// Part `me` of `n` of dw = G^T (sum of `splits` partial dU) G; dU [split][S*S][panel of C][K][PW],
+// Part `me` of `n` of dw = G^T (sum of `splits` partial dU) G; dU [split][W*W][panel of C][K][PW],
 // in units (panel, k) as it lies in memory.
-template <int M> static void weight_output(const Conv& s, const float* dU, idx fs, idx splits, float* dw,
-                                           int me, int n) {
-    enum { S = Form<M>::S, F = Form<M>::F };
-    typedef Transposed<typename Form<M>::G> GT;
+template <class Form> static void weight_output(const Conv& s, const float* dU, idx fs, idx splits,
+                                                float* dw, int me, int n) {
+    enum { W = Form::W };
+    typedef Transposed<typename Form::G> GT;
     for (idx u = s.cp * s.K * me / n, end = s.cp * s.K * (me + 1) / n; u < end; ++u)
         for (idx k = u % s.K, c = u / s.K * PW, v = 0; v < PW && c + v < s.C; v += VL) {
-            vec e[S][3];
-            for (int b = 0; b < S; ++b) {
-                vec m[S];
-                for (int a = 0; a < S; ++a) {
-                    const float* d = dU + u * PW + v + (S * a + b) * fs;
+            vec e[W][3];
+            for (int b = 0; b < W; ++b) {
+                vec m[W];
+                for (int a = 0; a < W; ++a) {
+                    const float* d = dU + u * PW + v + (W * a + b) * fs;
                     m[a] = load(d);
-                    for (idx i = 1; i < splits; ++i) m[a] += load(d + i * F * fs);
+                    for (idx i = 1; i < splits; ++i) m[a] += load(d + i * W * W * fs);
                 }
                 lines<GT>(m, e[b]);
             }
             float* o = dw + k * 9 * s.C + c + v;
             for (int j = 0; j < 9; ++j) __builtin_prefetch(o + (4 * 9 + j) * s.C, 1);   // 4 k ahead: -5 % of 512@4
             for (int a = 0; a < 3; ++a) {
-                vec d[S], w[3];
-                for (int b = 0; b < S; ++b) d[b] = e[b][a];
+                vec d[W], w[3];
+                for (int b = 0; b < W; ++b) d[b] = e[b][a];
                 lines<GT>(d, w);
                 for (int b = 0; b < 3; ++b) store(o + (3 * a + b) * s.C, w[b]);
             }
         }
 }
 
-typedef void (*Transform)(const Conv&, const float*, idx, idx, idx, const float*, float*, idx, idx);
+typedef void (*Transform)(const Conv&, const float*, idx, idx, const float*, float*, idx, idx);
 // The transforms of NR rows of frequencies, by the first of them over NR.
-template <int M, int NR, size_t... I> static Transform pick_input(idx i, std::index_sequence<I...>) {
-    static const Transform f[] = {input_transform<M, (int)I * NR, NR>...};
-    return f[i];
+template <class Form, int NR, size_t... I> static void pick_rows(idx i, Transform* in, Transform* gr,
+                                                                 std::index_sequence<I...>) {
+    static const Transform ins[] = {input_transform<Form, (int)I * NR, NR>...};
+    static const Transform grs[] = {grad_transform<Form, (int)I * NR, NR>...};
+    *in = ins[i];
+    *gr = grs[i];
 }
-template <int M, int NR, size_t... I> static Transform pick_grad(idx i, std::index_sequence<I...>) {
-    static const Transform f[] = {grad_transform<M, (int)I * NR, NR>...};
-    return f[i];
-}
-template <int M, int NR> static void transform_rows(idx first, Transform* in, Transform* gr) {
-    *in = pick_input<M, NR>(first / NR, std::make_index_sequence<Form<M>::S / NR>());
-    *gr = pick_grad<M, NR>(first / NR, std::make_index_sequence<Form<M>::S / NR>());
+template <class Form, int NR> static void pick_rows(idx first, Transform* in, Transform* gr) {
+    pick_rows<Form, NR>(first / NR, in, gr, std::make_index_sequence<Form::S / NR>());
 }
 
 // See winograd_forward. Threads share the tiles; each needs all of U, which they compute together.
-template <int M> static void forward(const Conv& s, const float* x, const float* w, float* y,
-                                     float* scratch, int flip, int threads) {
-    enum { F = Form<M>::F };
-    const Plan p = Plan::forward<M>(s, threads);
+template <class Form> static void forward(const Conv& s, const float* x, const float* w, float* y,
+                                          float* scratch, int flip, int threads) {
+    enum { F = Form::S * Form::S };
+    const Plan p = Plan::forward<Form>(s, threads);
     const idx C = s.C, K = s.K;
     float *U = scratch, *rest = p.rest(scratch);
 #pragma omp parallel num_threads(threads)
     {
         const int me = thread_number(), n = thread_count();   // n may be less than asked for
-        weight_transform<M>(w, flip ? K : C, flip ? C : K, flip, U, p.ufs, me, n);
+        weight_transform<Form>(w, flip ? K : C, flip ? C : K, flip, U, p.ufs, me, n);
         float *V = rest + me * p.per_thread, *P = V + F * p.vfs, *zero = P + F * p.mfs, *dummy = zero + C;
         memset(zero, 0, C * sizeof(float));
 #pragma omp barrier
         for (idx t0 = s.T * me / n, end = s.T * (me + 1) / n; t0 < end; t0 += p.tb) {
             const idx len = std::min(p.tb, end - t0), parts = up(len, ROWS);
-            input_transform<M, 0, Form<M>::S>(s, x, C, t0, len, zero, V, p.tb, p.vfs);
+            input_transform<Form, 0, Form::S>(s, x, t0, len, zero, V, p.tb, p.vfs);
             for (idx k0 = 0; k0 < s.kp; k0 += p.group) {
                 const idx k1 = std::min(s.kp, k0 + p.group);
                 for (int f = 0; f < F; ++f)
                     for (idx k = k0; k < k1; ++k) {
-                        const float* B = U + f * p.ufs + k * C * PW;
+                        const float* B = U + weight_of<Form>(f) * p.ufs + k * C * PW;
                         const float* next = k + 1 < k1 ? B + C * PW              // the panel after this
-                                          : f < F - 1  ? U + (f + 1) * p.ufs + k0 * C * PW
+                                          : f < F - 1  ? U + weight_of<Form>(f + 1) * p.ufs + k0 * C * PW
                                                        : U + k1 % s.kp * C * PW;
                         for (idx g = 0; g < parts; ++g) {   // rows spread evenly: 16 = 8+8, not 14+2
                             const idx r0 = len * g / parts, r1 = len * (g + 1) / parts;
@@ -441,83 +468,109 @@ template <int M> static void forward(const Conv& s, const float* x, const float*
                                 g * 8 < PW ? next + g * C * 8 : B);
                         }
                     }
-                output_transform<M>(s, P, p.mfs, p.tb, t0, len, k0 * PW, std::min(K, k1 * PW), dummy, y);
+                output_transform<Form>(s, P, p.mfs, p.tb, t0, len, k0 * PW, std::min(K, k1 * PW), dummy, y);
             }
         }
     }
 }
 
 // See winograd_weight. The rows of the frequencies are divided in two halves (each needs half of the
-// transforms and half of the sums), each half among threads/2 threads by tiles. An odd thread does
-// nothing; a single thread does both halves.
-template <int M> static void weight(const Conv& s, const float* x, const float* dy, float* dw,
-                                    float* scratch, int threads) {
-    enum { S = Form<M>::S, F = Form<M>::F };
-    const Plan p = Plan::weight<M>(s, threads);
+// transforms and half of the sums; rows that share a weight are in one half), each half among
+// threads/2 threads by tiles. An odd thread does nothing; a single thread does both halves.
+template <class Form> static void weight(const Conv& s, const float* x, const float* dy, float* dw,
+                                         float* scratch, int threads) {
+    enum { S = Form::S, W = Form::W };
+    const Plan p = Plan::weight<Form>(s, threads);
     const idx C = s.C, K = s.K;
     float *dU = scratch, *rest = p.rest(scratch);
 #pragma omp parallel num_threads(threads)
     {
         const int me = thread_number(), n = thread_count();
         const idx splits = std::max(1, n / 2), split = me / 2;
-        const int first = me % 2 * (S / 2), last = n == 1 ? S : first + S / 2;
+        const int half = (S + 1) / 2, first = me % 2 * half, last = n == 1 || me % 2 ? S : half;
         float *V = rest + me * p.per_thread, *G = V + p.frequencies * p.vfs, *zero = G + p.frequencies * p.mfs;
         memset(zero, 0, std::max(C, K) * sizeof(float));
         for (int row = first; row < last && split < splits; row += p.group) {
             Transform in, gr;
-            p.group == 1 ? transform_rows<M, 1>(row, &in, &gr) : transform_rows<M, S / 2>(row, &in, &gr);
-            float* D = dU + (split * F + row * S) * p.ufs;
+            p.group == 1 ? pick_rows<Form, 1>(row, &in, &gr) : pick_rows<Form, S % 2 ? 1 : S / 2>(row, &in, &gr);
             idx t0 = s.T * split / splits, end = s.T * (split + 1) / splits;
-            bool add = false;
+            bool more = false;
             do {   // at least once: a split without tiles has to write zeros
                 const idx len = std::min(p.tb, end - t0);
-                in(s, x, C, t0, len, zero, V, p.tb, p.vfs);
-                gr(s, dy, K, t0, len, zero, G, p.tb, p.mfs);
-                for (int f = 0; f < p.frequencies; ++f)
+                in(s, x, t0, len, zero, V, p.tb, p.vfs);
+                gr(s, dy, t0, len, zero, G, p.tb, p.mfs);
+                for (int f = 0; f < p.frequencies; ++f) {
+                    const int r = row + f / S;
+                    const bool add = more || r >= W || f % S >= W;   // to what has that weight already
+                    float* D = dU + (split * W * W + weight_of<Form>(r * S + f % S)) * p.ufs;
                     for (idx c = 0; c < s.cp; ++c)
                         for (idx k = 0; k < K; k += WROWS)
                             (C - c * PW > VL ? outer<2> : outer<1>)(
                                 G + f * p.mfs + k / PW * p.tb * PW + k % PW,
-                                V + f * p.vfs + c * p.tb * PW, len, D + f * p.ufs + (c * K + k) * PW, add);
-                add = true;
+                                V + f * p.vfs + c * p.tb * PW, len, D + (c * K + k) * PW, add);
+                }
+                more = true;
                 t0 += p.tb;
             } while (t0 < end);
         }
 #pragma omp barrier
-        weight_output<M>(s, dU, p.ufs, splits, dw, me, n);
+        weight_output<Form>(s, dU, p.ufs, splits, dw, me, n);
     }
+}
+
+// Calls f with the form for a stride and a side of tiles, as a value of its type.
+template <class F> static void with_form(int stride, int tile, bool back, F f) {
+    if (stride == 1) tile == 2 ? f(Unit<2>()) : f(Unit<4>());
+    else back ? f(StridedBack()) : f(Strided());
+}
+static idx strided(idx side, int stride) { return (side - 1) / stride + 1; }
+// The shape with H x W as the larger side: the input, or with `back` the output.
+template <class Form> static Conv shape(int stride, bool back, idx N, idx H, idx W, idx C, idx K) {
+    const idx h = strided(H, stride), w = strided(W, stride);
+    return back ? Conv(Form::O, N, h, w, C, H, W, K) : Conv(Form::O, N, H, W, C, h, w, K);
 }
 
 extern "C" {
 
-// The outputs' side of a tile, 2 or 4, that is faster for maps of such a shape: 4 where the border
+// In all of these, the convolution is from N images of H x W pixels to N of strided(H) x strided(W).
+
+// The side of a tile of outputs, 2 or 4, that is faster for maps of such a shape: 4 where the border
 // wastes little and, for winograd_forward (weights = 0), tiles enough share the reading of its
 // larger weights (measured: 64 tiles of 512 channels 0.9 to 1.1 times as fast, 128 tiles 1.1 to 1.6
 // times; winograd_weight 1.1 to 1.5 times from 32 tiles on).
-int winograd_tile(int weights, long N, long H, long W) {
-    const Conv two(2, N, H, W, 1, 1), four(4, N, H, W, 1, 1);
-    return 36 * four.T <= 12 * two.T && four.T >= (weights ? 32 : 128) ? 4 : 2;
+int winograd_tile(int weights, int stride, long N, long H, long W) {
+    const idx two = N * up(H, 2) * up(W, 2), four = N * up(H, 4) * up(W, 4);
+    return stride == 1 && 36 * four <= 12 * two && four >= (weights ? 32 : 128) ? 4 : 2;
 }
 
 // Floats of scratch (64-byte aligned) that winograd_forward (weights = 0) or winograd_weight (1) needs.
-long winograd_scratch(int weights, int tile, long N, long H, long W, long C, long K, int threads) {
-    const Conv s(tile, N, H, W, C, K);
-    if (tile == 2) return (weights ? Plan::weight<2>(s, threads) : Plan::forward<2>(s, threads)).total(threads);
-    return (weights ? Plan::weight<4>(s, threads) : Plan::forward<4>(s, threads)).total(threads);
+long winograd_scratch(int weights, int stride, int tile, long N, long H, long W, long C, long K,
+                      int back, int threads) {
+    idx total = 0;
+    with_form(stride, tile, back, [&](auto form) {
+        typedef decltype(form) Form;
+        const Conv s = shape<Form>(stride, back, N, H, W, C, K);
+        total = (weights ? Plan::weight<Form>(s, threads) : Plan::forward<Form>(s, threads)).total(threads);
+    });
+    return total;
 }
 
-// y [N][H][W][K] = conv(x [N][H][W][C], w). flip = 0: w [K][3][3][C]. flip = 1: w [C][3][3][K], the
-// weight of a convolution from K to C channels whose input gradient this is (x = dy, y = dx).
-void winograd_forward(const float* x, const float* w, float* y, float* scratch, int tile, long N,
-                      long H, long W, long C, long K, int flip, int threads) {
-    const Conv s(tile, N, H, W, C, K);
-    (tile == 2 ? forward<2> : forward<4>)(s, x, w, y, scratch, flip, threads);
+// y [N][H'][W'][K] = conv(x [N][H][W][C], w [K][3][3][C]); or with back = 1 the input gradient
+// y [N][H][W][K] of x = dy [N][H'][W'][C], w [C][3][3][K] being the convolution's from K to C.
+void winograd_forward(const float* x, const float* w, float* y, float* scratch, int stride, int tile,
+                      long N, long H, long W, long C, long K, int back, int threads) {
+    with_form(stride, tile, back, [&](auto form) {
+        typedef decltype(form) Form;
+        forward<Form>(shape<Form>(stride, back, N, H, W, C, K), x, w, y, scratch, back, threads);
+    });
 }
 
-// dw [K][3][3][C] from x [N][H][W][C] and dy [N][H][W][K].
-void winograd_weight(const float* x, const float* dy, float* dw, float* scratch, int tile, long N,
-                     long H, long W, long C, long K, int threads) {
-    const Conv s(tile, N, H, W, C, K);
-    (tile == 2 ? weight<2> : weight<4>)(s, x, dy, dw, scratch, threads);
+// dw [K][3][3][C] from x [N][H][W][C] and dy [N][H'][W'][K].
+void winograd_weight(const float* x, const float* dy, float* dw, float* scratch, int stride, int tile,
+                     long N, long H, long W, long C, long K, int threads) {
+    with_form(stride, tile, false, [&](auto form) {
+        typedef decltype(form) Form;
+        weight<Form>(shape<Form>(stride, false, N, H, W, C, K), x, dy, dw, scratch, threads);
+    });
 }
 }

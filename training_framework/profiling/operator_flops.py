@@ -49,11 +49,12 @@ def operator_cost(name: str, shapes: Shapes, values: Sequence[Any]) -> Cost | No
             shapes[0], shapes[1], stride=values[3], padding=values[4], dilation=values[5]
         )
     if name == WINOGRAD:  # counted as the convolution that it stands for
-        return _forward(shapes[0], shapes[1], stride=(1, 1), padding=(1, 1), dilation=(1, 1))
+        stride = (values[2],) * 2
+        return _forward(shapes[0], shapes[1], stride=stride, padding=(1, 1), dilation=(1, 1))
     if name == WINOGRAD_BACKWARD or (
         name == "aten::convolution_backward" and len(values) >= 11 and not values[7]
     ):
-        return _backward(*shapes[:3], wanted=values[3 if name == WINOGRAD_BACKWARD else 10])
+        return _backward(*shapes[:3], wanted=values[4 if name == WINOGRAD_BACKWARD else 10])
     if name in ("aten::mm", "aten::bmm"):
         return _product(shapes[0], shapes[1])
     if name in ("aten::addmm", "aten::baddbmm"):

@@ -204,9 +204,9 @@ def _label(call: OperatorCall) -> str:
     if call.name == "aten::convolution_backward":
         return _convolution_label(call.shapes[1], call.shapes[2], call.values[4])
     if call.name == WINOGRAD:
-        return _convolution_label(call.shapes[0], call.shapes[1], 1)
+        return _convolution_label(call.shapes[0], call.shapes[1], call.values[2])
     if call.name == WINOGRAD_BACKWARD:
-        return _convolution_label(call.shapes[1], call.shapes[2], 1)
+        return _convolution_label(call.shapes[1], call.shapes[2], call.values[3])
     left, right = [shape for shape in call.shapes if shape][-2:]
     return f"{'x'.join(map(str, left))} @ {'x'.join(map(str, right))}"
 
