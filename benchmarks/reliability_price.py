@@ -1,6 +1,7 @@
 """What it costs that nothing is lost: whole epochs as `train` makes them against bare steps.
 
-    python benchmarks/reliability_price.py
+    python benchmarks/reliability_price.py              # an epoch as long as CIFAR-10's
+    python benchmarks/reliability_price.py --short      # a quarter of it, more often
 
 Two variants take turns in the engine of `compare`, in one process and with the same network, data
 and optimizer in memory, so that nothing but the loop differs:
@@ -10,8 +11,8 @@ and optimizer in memory, so that nothing but the loop differs:
   for NaN, a digest of the samples, rows of metrics.csv, and a checkpoint at the epoch's end. The
   clock stops when that is on the disk, flushed; in a run it is written beside the next epoch.
 
-The ratio says what part of its speed an epoch keeps; the result file is one of `compare`. An epoch
-has as many images as CIFAR-10's, less the batch that is not whole.
+The ratio says what part of its speed an epoch keeps; the result file is one of `compare`. What an
+epoch pays in seconds hardly depends on its length, so short epochs tell it more exactly.
 """
 
 import argparse
@@ -23,7 +24,9 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from step_overhead import median_with_interval
 
 from training_framework.assembly import assemble_schedule
 from training_framework.benchmark.circumstances import device_label
@@ -47,6 +50,7 @@ from training_framework.trainer import Trainer
 
 RESULTS = Path(__file__).parent / "results"
 LIMIT = 0.01
+EPOCH, SHORT_EPOCH = 49920, 12800
 BARE, ALL = "bare", "all of it"
 CLOCK = (
     "an epoch of optimizer steps: waiting for data, its copy and augmentation, forward, backward, "
@@ -181,6 +185,12 @@ def readable(result: Result) -> list[str]:
                 100 * (1 - value) for value in (ratio.median, ratio.high, ratio.low)
             )
             lines.append(f"{label:22s} {share:.2f}% [{low:.2f}, {high:.2f}]")
+    seconds = {
+        variant.name: np.array([measurement.seconds for measurement in variant.measurements])
+        for variant in result.variants
+    }
+    added, low, high = median_with_interval(list(seconds[ALL] - seconds[BARE]))
+    lines.append(f"{'seconds of an epoch':22s} {added:.3f} [{low:.3f}, {high:.3f}]")
     return lines
 
 
@@ -191,13 +201,15 @@ def main() -> int:
     parser.add_argument("--model", default="resnet18", help="network (resnet18)")
     parser.add_argument("--stem", default="imagenet", choices=["cifar", "imagenet"])
     parser.add_argument("--image-size", type=int, default=32, help="side in pixels (32)")
-    parser.add_argument("--images", type=int, default=49920, help="of an epoch (49920)")
+    parser.add_argument("--short", action="store_true", help=f"epochs of {SHORT_EPOCH} images")
+    parser.add_argument("--images", type=int, help=f"of an epoch ({EPOCH})")
     parser.add_argument("--batch-size", type=int, default=128, help="images of a step (128)")
     parser.add_argument("--threads", type=int, help="CPU threads of PyTorch (as planned)")
     parser.add_argument("--output", type=Path, metavar="FILE", help="result file (JSON)")
     options = parser.parse_args()
+    images = options.images or (SHORT_EPOCH if options.short else EPOCH)
     experiment = Experiment(
-        name="reliability-price",
+        name="reliability-price" + "-short" * options.short,
         description="What checkpoints, watching for NaN, digests and logs take of an epoch.",
         base={
             "data": "synthetic",
@@ -205,7 +217,7 @@ def main() -> int:
             "stem": options.stem,
             "img_size": options.image_size,
             "num_classes": 10,
-            "synthetic_train_images": options.images // options.batch_size * options.batch_size,
+            "synthetic_train_images": images // options.batch_size * options.batch_size,
             "synthetic_val_images": 10,
             "batch_size": options.batch_size,
             "epochs": 1,

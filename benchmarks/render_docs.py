@@ -19,7 +19,13 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))  # for a test that imports this file
 
 from claims import claims_table
-from result_tables import decoding_accuracy, input_speed, startup_time, step_overhead
+from result_tables import (
+    decoding_accuracy,
+    guarantees_price,
+    input_speed,
+    startup_time,
+    step_overhead,
+)
 from switches import switch_picture, switch_table, switch_worths
 
 from training_framework.benchmark.result import Result
@@ -182,6 +188,7 @@ COMPARISONS = (
 OTHERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "decode-speed": input_speed,
     "decoding-accuracy": decoding_accuracy,
+    "reliability-price-short": guarantees_price,
     "startup-time": startup_time,
     "step-overhead": step_overhead,
 }

@@ -4,7 +4,16 @@ import statistics
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["decoding_accuracy", "input_speed", "startup_time", "step_overhead"]
+import numpy as np
+from step_overhead import median_with_interval
+
+__all__ = [
+    "decoding_accuracy",
+    "guarantees_price",
+    "input_speed",
+    "startup_time",
+    "step_overhead",
+]
 
 Result = Mapping[str, Any]
 
@@ -75,4 +84,19 @@ def step_overhead(result: Result) -> str:
         f"{result['bare_microseconds_per_step']:.0f}; that loop against itself {control:.0f} "
         f"[{control_low:.0f}, {control_high:.0f}] "
         f"({result['device_name']}, one thread, {result['date']}).\n"
+    )
+
+
+def guarantees_price(result: Result) -> str:
+    """What guarantees cost an epoch in seconds, of `reliability_price.py --short`."""
+    bare, guarded, control = (
+        np.array([measurement["seconds"] for measurement in variant["measurements"]])
+        for variant in result["variants"]
+    )
+    added, low, high = median_with_interval(list(guarded - bare))
+    other, other_low, other_high = median_with_interval(list(control - bare))
+    return (
+        f"In seconds, from {len(bare)} epochs of {np.median(bare):.1f} s: they take {added:.2f} "
+        f"[{low:.2f}, {high:.2f}] of an epoch and its checkpoint, the A/A control {other:.2f} "
+        f"[{other_low:.2f}, {other_high:.2f}]. `{result['command']}`\n"
     )

@@ -27,7 +27,7 @@ BASE: dict[str, Any] = {
     "data": "synthetic",
     "synthetic_train_images": 160,
     "synthetic_val_images": 8,
-    "img_size": 32,
+    "img_size": 16,
     "model": "resnet10",
     "stem": "cifar",
     "zero_init_last_norm": True,
