@@ -1,18 +1,19 @@
 """What it costs that nothing is lost: whole epochs as `train` makes them against bare steps.
 
     python benchmarks/reliability_price.py              # an epoch as long as CIFAR-10's
-    python benchmarks/reliability_price.py --short      # a quarter of it, more often
+    python benchmarks/reliability_price.py --short      # four epochs of an eighth of it
 
 Two variants take turns in the engine of `compare`, in one process and with the same network, data
 and optimizer in memory, so that nothing but the loop differs:
 
 - bare: the optimizer steps of an epoch, and no more;
 - all of it: Trainer.fit() over the same epoch: signals heard, losses, gradients and weights watched
-  for NaN, a digest of the samples, rows of metrics.csv, and a checkpoint at the epoch's end. The
-  clock stops when that is on the disk, flushed; in a run it is written beside the next epoch.
+  for NaN, a digest of the samples, rows of metrics.csv, and a checkpoint at each epoch's end. The
+  clock stops when the last of them is on the disk, flushed.
 
 The ratio says what part of its speed an epoch keeps; the result file is one of `compare`. What an
-epoch pays in seconds hardly depends on its length, so short epochs tell it more exactly.
+epoch pays in seconds hardly depends on its length, so short epochs tell it more exactly; several
+one after the other, as in a run, where a checkpoint is written beside the next epoch.
 """
 
 import argparse
@@ -50,11 +51,12 @@ from training_framework.trainer import Trainer
 
 RESULTS = Path(__file__).parent / "results"
 LIMIT = 0.01
-EPOCH, SHORT_EPOCH = 49920, 12800
+EPOCH, SHORT_EPOCH = 49920, 6400
+SHORT_EPOCHS = 4
 BARE, ALL = "bare", "all of it"
 CLOCK = (
-    "an epoch of optimizer steps: waiting for data, its copy and augmentation, forward, backward, "
-    f"update; {ALL!r} with watching, logging and the checkpoint until it is on the disk"
+    "epochs of optimizer steps: waiting for data, its copy and augmentation, forward, backward, "
+    f"update; {ALL!r} with watching, logging and checkpoints until they are on the disk"
 )
 
 
@@ -66,7 +68,7 @@ class BareWorker:
         self.facts = sampler.facts
 
     def sample(self, round_number: int) -> Measurement:
-        """Time an epoch's steps."""
+        """Time the steps of a run."""
         return self._sampler.sample(round_number)
 
     def close(self) -> None:
@@ -89,7 +91,7 @@ class GuardedWorker(BareWorker):
         self._watch = MachineWatch()
 
     def sample(self, round_number: int) -> Measurement:
-        """Time an epoch of a new run."""
+        """Time a new run."""
         device, plan = self._sampler.device, self._sampler.plan
         with ExitStack() as stack:
             folder = stack.enter_context(tempfile.TemporaryDirectory(dir=self._folder))
@@ -151,7 +153,7 @@ def _synchronize(device: torch.device) -> None:
 def measure(experiment: Experiment, *, path: Path, command: str) -> Result:
     """Run the comparison; its file is written after every round."""
     config = experiment.config_of(experiment.baseline_variant)
-    steps = config.synthetic_train_images // config.batch_size
+    steps = config.epochs * (config.synthetic_train_images // config.batch_size)
     sampler: StepSampler | None = None
 
     with tempfile.TemporaryDirectory(prefix="reliability-price-") as folder:
@@ -189,7 +191,8 @@ def readable(result: Result) -> list[str]:
         variant.name: np.array([measurement.seconds for measurement in variant.measurements])
         for variant in result.variants
     }
-    added, low, high = median_with_interval(list(seconds[ALL] - seconds[BARE]))
+    epochs = result.variants[0].config["epochs"]
+    added, low, high = median_with_interval(list((seconds[ALL] - seconds[BARE]) / epochs))
     lines.append(f"{'seconds of an epoch':22s} {added:.3f} [{low:.3f}, {high:.3f}]")
     return lines
 
@@ -201,7 +204,7 @@ def main() -> int:
     parser.add_argument("--model", default="resnet18", help="network (resnet18)")
     parser.add_argument("--stem", default="imagenet", choices=["cifar", "imagenet"])
     parser.add_argument("--image-size", type=int, default=32, help="side in pixels (32)")
-    parser.add_argument("--short", action="store_true", help=f"epochs of {SHORT_EPOCH} images")
+    parser.add_argument("--short", action="store_true", help="four short epochs a sample")
     parser.add_argument("--images", type=int, help=f"of an epoch ({EPOCH})")
     parser.add_argument("--batch-size", type=int, default=128, help="images of a step (128)")
     parser.add_argument("--threads", type=int, help="CPU threads of PyTorch (as planned)")
@@ -220,7 +223,7 @@ def main() -> int:
             "synthetic_train_images": images // options.batch_size * options.batch_size,
             "synthetic_val_images": 10,
             "batch_size": options.batch_size,
-            "epochs": 1,
+            "epochs": SHORT_EPOCHS if options.short else 1,
             "lr": 0.001,
             "scheduler": "constant",
             "ema_decay": 0.999,

@@ -93,10 +93,11 @@ def guarantees_price(result: Result) -> str:
         np.array([measurement["seconds"] for measurement in variant["measurements"]])
         for variant in result["variants"]
     )
-    added, low, high = median_with_interval(list(guarded - bare))
-    other, other_low, other_high = median_with_interval(list(control - bare))
+    epochs = result["variants"][0]["config"]["epochs"]
+    added, low, high = median_with_interval(list((guarded - bare) / epochs))
+    other, other_low, other_high = median_with_interval(list((control - bare) / epochs))
     return (
-        f"In seconds, from {len(bare)} epochs of {np.median(bare):.1f} s: they take {added:.2f} "
-        f"[{low:.2f}, {high:.2f}] of an epoch and its checkpoint, the A/A control {other:.2f} "
-        f"[{other_low:.2f}, {other_high:.2f}]. `{result['command']}`\n"
+        f"In seconds: an epoch and its checkpoint take {added:.2f} [{low:.2f}, {high:.2f}] more, "
+        f"the A/A control {other:.2f} [{other_low:.2f}, {other_high:.2f}] (runs of {epochs} epochs "
+        f"of {np.median(bare) / epochs:.1f} s). `{result['command']}`\n"
     )
