@@ -105,6 +105,12 @@ def comparison(experiment: str) -> str:
     return "\n".join([f"`{result['command']}`", "", *lines]) + "\n"
 
 
+def guarantees() -> str:
+    """What guarantees cost an epoch in seconds."""
+    short, whole = (newest_or_none(f"reliability-price{kind}") for kind in ("-short", ""))
+    return NOT_RECORDED if short is None or whole is None else guarantees_price(short, whole)
+
+
 def table(experiment: str) -> str:
     """A result file of a form of its own, as its script's table."""
     result = newest_or_none(experiment)
@@ -188,7 +194,6 @@ COMPARISONS = (
 OTHERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "decode-speed": input_speed,
     "decoding-accuracy": decoding_accuracy,
-    "reliability-price-short": guarantees_price,
     "startup-time": startup_time,
     "step-overhead": step_overhead,
 }
@@ -198,6 +203,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "switches": switches,
     "claims": lambda: claims_table(newest_or_none),
     "controls": controls,
+    "reliability-price-short": guarantees,
     "tune-against-grid": tuned_grid,
     "planted": planted,
     **{name: functools.partial(comparison, name) for name in COMPARISONS},

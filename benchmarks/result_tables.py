@@ -87,17 +87,25 @@ def step_overhead(result: Result) -> str:
     )
 
 
-def guarantees_price(result: Result) -> str:
-    """What guarantees cost an epoch in seconds, of `reliability_price.py --short`."""
+def guarantees_price(result: Result, whole_epoch: Result) -> str:
+    """What guarantees cost an epoch in seconds, of `reliability_price.py --short`.
+
+    Args:
+        result: Of short epochs.
+        whole_epoch: Of epochs as long as CIFAR-10's.
+    """
     bare, guarded, control = (
         np.array([measurement["seconds"] for measurement in variant["measurements"]])
         for variant in result["variants"]
     )
     epochs = result["variants"][0]["config"]["epochs"]
+    whole = statistics.median(m["seconds"] for m in whole_epoch["variants"][0]["measurements"])
     added, low, high = median_with_interval(list((guarded - bare) / epochs))
     other, other_low, other_high = median_with_interval(list((control - bare) / epochs))
     return (
         f"In seconds: an epoch and its checkpoint take {added:.2f} [{low:.2f}, {high:.2f}] more, "
         f"the A/A control {other:.2f} [{other_low:.2f}, {other_high:.2f}] (runs of {epochs} epochs "
-        f"of {np.median(bare) / epochs:.1f} s). `{result['command']}`\n"
+        f"of {np.median(bare) / epochs:.1f} s). Of the {whole:.0f} s of an epoch as long as "
+        f"CIFAR-10's that is {added / whole:.2%} [{low / whole:.2%}, {high / whole:.2%}]. "
+        f"`{result['command']}`\n"
     )
