@@ -4,6 +4,7 @@ from training_framework.benchmark.result import Measurement, Ratio, VariantFacts
 from training_framework.benchmark.validity import (
     MARKS,
     control_marks,
+    pair_marks,
     variant_marks,
     work_marks,
 )
@@ -90,3 +91,5 @@ def test_a_control_that_differs_is_marked_and_so_is_its_absence():
     assert names(control_marks(ratio(0.8, 1.2))) == ["control"]
     assert names(control_marks(ratio(0.99, 1.01, pairs=5))) == ["few pairs"]
     assert names(control_marks(None)) == ["control"]
+    assert names(pair_marks([ratio(1.4, 1.5), ratio(1.2, 1.3, pairs=3)])) == ["few pairs"]
+    assert pair_marks([ratio(1.4, 1.5)]) == pair_marks([]) == []

@@ -55,8 +55,10 @@ def side(request, monkeypatch):
 LARGEST_ERROR = {2: 3e-6, 4: 8e-6}
 
 
-@pytest.mark.parametrize("threads", [1, 2, 3])
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(
+    ("layout", "threads"),
+    [(torch.contiguous_format, 1), (torch.channels_last, 2), (torch.channels_last, 3)],
+)
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_output_and_gradients_are_the_exact_ones_to_rounding(shape, stride, layout, threads, side):

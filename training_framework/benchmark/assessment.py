@@ -17,7 +17,13 @@ from training_framework.benchmark.result import (
     VariantResult,
 )
 from training_framework.benchmark.statistics import paired_ratio, relative_spread
-from training_framework.benchmark.validity import Mark, control_marks, variant_marks, work_marks
+from training_framework.benchmark.validity import (
+    Mark,
+    control_marks,
+    pair_marks,
+    variant_marks,
+    work_marks,
+)
 from training_framework.config.loading import config_to_dict
 
 __all__ = ["Records", "VariantRecord", "assess"]
@@ -80,7 +86,9 @@ def assess(
             _add_marks(variant, work_marks(variant.facts, variant.measurements, other.facts,
                        other.measurements, experiment.may_differ))  # fmt: skip
     control = next((ratio for ratio in ratios if ratio.control), None)
-    marks = control_marks(control)
+    marks = control_marks(control) if control is not None else [
+        *control_marks(None), *pair_marks(ratios),
+    ]  # fmt: skip
     return Result(
         experiment=experiment.name,
         description=experiment.description,

@@ -14,7 +14,7 @@ from training_framework.benchmark.statistics import (
     relative_spread,
 )
 
-__all__ = ["MARKS", "Mark", "control_marks", "variant_marks", "work_marks"]
+__all__ = ["MARKS", "Mark", "control_marks", "pair_marks", "variant_marks", "work_marks"]
 
 # Each mark by the letter that stands for it in tables.
 MARKS = {
@@ -127,14 +127,20 @@ def _shown(value: float | str) -> str:
     return value if isinstance(value, str) else f"{value:,.6g}"
 
 
+def pair_marks(ratios: Sequence[Ratio]) -> list[Mark]:
+    """What the number of pairs says of a comparison that has no control to say it."""
+    fewest = min((ratio.pairs for ratio in ratios), default=FEWEST_PAIRS)
+    if fewest >= FEWEST_PAIRS:
+        return []
+    return [Mark("few pairs", f"{fewest} pair(s); a 95% interval needs {FEWEST_PAIRS}")]
+
+
 def control_marks(ratio: Ratio | None) -> list[Mark]:
     """What the A/A control says of the comparison as a whole; None: there is no control."""
     if ratio is None:
         return [Mark("control", "no A/A control ran beside the variants")]
     if ratio.pairs < FEWEST_PAIRS:
-        return [
-            Mark("few pairs", f"{ratio.pairs} pair(s); a 95% interval needs {FEWEST_PAIRS}"),
-        ]
+        return pair_marks([ratio])
     interval = Interval(median=ratio.median, low=ratio.low, high=ratio.high, pairs=ratio.pairs)
     if control_holds(interval, tolerance=CONTROL_TOLERANCE):
         return []
