@@ -42,7 +42,11 @@ from training_framework.benchmark.machine_load import MachineWatch
 from training_framework.benchmark.result import result_file_name, unused_path
 from training_framework.benchmark.statistics import control_holds, paired_ratio
 from training_framework.data import FileSplit, PackedSplit, WorkerLoader, open_dataset
-from training_framework.data.decoding import decode_random_resized_crop, random_crop_box
+from training_framework.data.decoding import (
+    Pixels,
+    decode_random_resized_crop,
+    random_crop_box,
+)
 from training_framework.data.host_batches import FileBatches
 from training_framework.data.packing import pack_folder
 from training_framework.data.sampling import BatchPlan
@@ -215,17 +219,22 @@ def in_turns(sides: dict[str, Callable[[int], object]], rounds: int) -> dict[str
     return seconds
 
 
+def pillow_crop(data: bytes, *, size: int, rng: np.random.Generator) -> Pixels:
+    """The crop that the framework draws, of a picture that Pillow decodes whole."""
+    image = Image.open(io.BytesIO(data)).convert("RGB")
+    box = random_crop_box(image.height, image.width, rng=rng)
+    corners = (box.left, box.top, box.left + box.width, box.top + box.height)
+    return np.asarray(image.crop(corners).resize((size, size), Image.Resampling.BILINEAR))
+
+
 def pixel_errors(files: Sequence[Path]) -> dict[str, float]:
     """Of the framework's crops from Pillow's of the same boxes: mean, and of the worst picture."""
     errors = []
     for number, file in enumerate(files):
         data = file.read_bytes()
-        image = Image.open(io.BytesIO(data)).convert("RGB")
-        box = random_crop_box(image.height, image.width, rng=np.random.default_rng(number))
-        corners = (box.left, box.top, box.left + box.width, box.top + box.height)
-        exact = image.crop(corners).resize((SIZE, SIZE), Image.Resampling.BILINEAR)
+        exact = pillow_crop(data, size=SIZE, rng=np.random.default_rng(number))
         crop = decode_random_resized_crop(data, file, size=SIZE, rng=np.random.default_rng(number))
-        errors.append(float(np.abs(crop.astype(int) - np.asarray(exact)).mean()))
+        errors.append(float(np.abs(crop.astype(int) - exact).mean()))
     return {"mean": float(np.mean(errors)), "worst_picture": max(errors)}
 
 

@@ -23,13 +23,14 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
+from decode_speed import pillow_crop
 from PIL import Image
 from reliability_result import RESULTS, write_result
 
 from training_framework.config import TrainConfig
 from training_framework.config.loading import config_to_dict
 from training_framework.data import host_batches
-from training_framework.data.decoding import Pixels, random_crop_box, resize_and_center_crop
+from training_framework.data.decoding import Pixels, resize_and_center_crop
 from training_framework.hardware import usable_cores
 from training_framework.run import TrainingRun
 
@@ -41,10 +42,7 @@ def pillow_random_crop(
     data: bytes, _path: Path | str, *, size: int, rng: np.random.Generator, out: Pixels
 ) -> None:
     """The crop that the framework draws, of a picture decoded whole."""
-    image = Image.open(io.BytesIO(data)).convert("RGB")
-    box = random_crop_box(image.height, image.width, rng=rng)
-    edges = (box.left, box.top, box.left + box.width, box.top + box.height)
-    out[:] = np.asarray(image.crop(edges).resize((size, size), Image.Resampling.BILINEAR))
+    out[:] = pillow_crop(data, size=size, rng=rng)
 
 
 def pillow_center_crop(data: bytes, _path: Path | str, *, size: int, out: Pixels) -> None:

@@ -46,6 +46,7 @@ from training_framework.checkpoint import CheckpointKeeper
 from training_framework.config import TrainConfig
 from training_framework.config.loading import config_to_dict
 from training_framework.loggers import CsvLogger, LoggerGroup
+from training_framework.profiling.run_parts import synchronize
 from training_framework.progress import Progress
 from training_framework.trainer import Trainer
 
@@ -104,12 +105,12 @@ class GuardedWorker(BareWorker):
                 every_seconds=self._config.save_every_seconds,
             )
             trainer = self._trainer(keeper, loggers)
-            _synchronize(device)
+            synchronize(device)
             self._watch.start()
             start = time.perf_counter()
             trainer.fit()
             keeper.close()
-            _synchronize(device)
+            synchronize(device)
             seconds = time.perf_counter() - start
             load = self._watch.stop()
         return Measurement(
@@ -143,11 +144,6 @@ class GuardedWorker(BareWorker):
             device=sampler.device,
             run_directory=None,
         )
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def measure(experiment: Experiment, *, path: Path, command: str) -> Result:

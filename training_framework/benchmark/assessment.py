@@ -86,9 +86,9 @@ def assess(
             _add_marks(variant, work_marks(variant.facts, variant.measurements, other.facts,
                        other.measurements, experiment.may_differ))  # fmt: skip
     control = next((ratio for ratio in ratios if ratio.control), None)
-    marks = control_marks(control) if control is not None else [
-        *control_marks(None), *pair_marks(ratios),
-    ]  # fmt: skip
+    marks = control_marks(control)
+    if control is None:  # which would say it of all
+        marks += pair_marks(ratios)
     return Result(
         experiment=experiment.name,
         description=experiment.description,
