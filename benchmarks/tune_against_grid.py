@@ -20,12 +20,16 @@ import torch
 from training_framework.benchmark.circumstances import device_label
 from training_framework.benchmark.comparison import Comparison
 from training_framework.benchmark.experiment import Experiment, Variant
-from training_framework.benchmark.result import Result, result_file_name, unused_path
+from training_framework.benchmark.result import result_file_name, unused_path
 from training_framework.benchmark.table import result_lines
 from training_framework.benchmark.tuning import tune
 
 RESULTS = Path(__file__).parent / "results"
-SWITCHES = ("channels_last", "winograd_convolutions", "fused_norms")
+SWITCHES = {
+    "channels_last": "channels_last",
+    "winograd_convolutions": "winograd",
+    "fused_norms": "fused norms",
+}
 OFF = ("small_map_convolutions", "keep_memory", "fused_optimizer")
 KEPT = (
     "accumulate_grad_batches", "batch_size", "compile", "num_workers", "precision", "resident_data",
@@ -48,16 +52,16 @@ def plain_settings(data_root: Path) -> dict[str, Any]:
 
 
 def combination(values: dict[str, bool]) -> str:
-    return " + ".join(key for key in SWITCHES if values[key]) or "plain"
+    return " + ".join(name for key, name in SWITCHES.items() if values[key]) or "plain"
 
 
-def measure_grid(base: dict[str, Any], rounds: int, seconds: float, path: Path) -> Result:
+def grid_experiment(base: dict[str, Any], rounds: int, seconds: float) -> Experiment:
     """All combinations in turns."""
     grid = [
         dict(zip(SWITCHES, values, strict=True))
         for values in itertools.product((False, True), repeat=len(SWITCHES))
     ]
-    experiment = Experiment(
+    return Experiment(
         name="tune-grid",
         description="Every combination of three switches.",
         base=base,
@@ -65,7 +69,6 @@ def measure_grid(base: dict[str, Any], rounds: int, seconds: float, path: Path) 
         rounds=rounds,
         seconds=seconds,
     )
-    return Comparison(experiment, path=path, command=own_command()).run()
 
 
 def own_command() -> str:
@@ -84,7 +87,9 @@ def main() -> int:
         tuning = tune(
             None, base, output=Path(folder) / "tuned.yaml", keep=KEPT, command=own_command()
         )
-        grid = measure_grid(base, options.rounds, options.seconds, Path(folder) / "grid.json")
+        experiment = grid_experiment(base, options.rounds, options.seconds)
+        path = Path(folder) / "grid.json"
+        grid = Comparison(experiment, path=path, command=own_command()).run()
     print("\n".join(result_lines(grid)))
     chosen = combination({key: tuning.chosen.get(key, False) for key in SWITCHES})
     # The median of the paired ratios, not of the speeds: the machine drifts between rounds.

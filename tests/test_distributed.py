@@ -6,6 +6,7 @@ import io
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -15,6 +16,9 @@ import pytest
 
 from training_framework.checkpoint import load_checkpoint
 from training_framework.cli import main
+from training_framework.distributed import Processes
+from training_framework.errors import UserError
+from training_framework.evaluation import evaluate
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -220,3 +224,40 @@ def test_sigterm_to_torchrun_saves_and_ends(tmp_path):
     assert state["progress"]["step"] > 22
     counted = int(state["sums"]["sums"][3])
     assert counted == 64 * (state["progress"]["step"] % 22), "images of both processes"
+
+
+@pytest.fixture
+def group_of_one(monkeypatch):
+    """The environment of a group of this process alone, which believes that there are two."""
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("MASTER_PORT", str(free.getsockname()[1]))
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    processes = Processes(world_size=2, local_world_size=2)
+    monkeypatch.setattr(Processes, "from_environment", lambda: processes)
+
+
+def gloo_threads() -> int:
+    names = [task.joinpath("comm").read_text() for task in Path("/proc/self/task").iterdir()]
+    return sum(name.startswith("pt_gloo") for name in names)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="lists threads by Linux's /proc")
+@pytest.mark.parametrize("fault", [None, UserError("a fault", "a cure")])
+def test_no_thread_of_gloo_is_left_when_a_training_ends(group_of_one, monkeypatch, tmp_path, fault):
+    seen = []
+
+    def count_and_evaluate(*arguments, **settings):
+        seen.append(gloo_threads())
+        if fault is not None:
+            raise fault
+        return evaluate(*arguments, **settings)
+
+    monkeypatch.setattr("training_framework.run.evaluate", count_and_evaluate)
+    with contextlib.chdir(tmp_path), contextlib.redirect_stdout(io.StringIO()):
+        code = main(["train", *DIGITS, "--epochs=1", "--limit-train-images=128"])
+    assert code == (0 if fault is None else 2)
+    assert min(seen) > 0
+    assert gloo_threads() == 0

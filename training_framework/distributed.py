@@ -1,7 +1,10 @@
 """Several processes that train together: torchrun's environment and torch.distributed."""
 
+import gc
+import importlib
 import json
 import os
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -80,10 +83,18 @@ def process_group(processes: Processes, device: torch.device) -> Iterator[None]:
 
     A UserError of one process ends the others with the same UserError where they would otherwise
     only report that it has left them.
+
+    What uses the group, such as a DistributedDataParallel, must have gone out of scope where this
+    ends. Only with its last user gone do gloo's threads end, and one that still held a tensor of
+    Python's while the interpreter is taken down would abort the process (PyTorch's pull request
+    179291 describes it).
     """
     if processes.world_size == 1:
         yield
         return
+    # It has the group of the time of its import as defaults of its functions; imported later, by
+    # DistributedDataParallel, it would hold this group for good.
+    importlib.import_module("torch.distributed.nn.functional")
     if device.type == "cuda":
         torch.cuda.set_device(device)
         dist.init_process_group("nccl", device_id=device)
@@ -91,15 +102,15 @@ def process_group(processes: Processes, device: torch.device) -> Iterator[None]:
         dist.init_process_group("gloo")
     try:
         yield
-    except UserError as error:
-        _leave_word(error)
-        raise
-    except RuntimeError:
-        cause = _word_left()
-        if cause is not None:
+    except BaseException as error:
+        traceback.clear_frames(error.__traceback__)  # what their variables hold uses the group
+        if isinstance(error, UserError):
+            _leave_word(error)
+        elif isinstance(error, RuntimeError) and (cause := _word_left()) is not None:
             raise cause from None
         raise
     finally:
+        gc.collect()
         dist.destroy_process_group()
 
 

@@ -124,8 +124,12 @@ class TrainingRun:
     def execute(self) -> TrainResult:
         """Train; what was opened is closed again whatever happens."""
         self.set_up_torch()
+        with process_group(self.processes, self.device):
+            return self._train()
+
+    def _train(self) -> TrainResult:
+        """What `execute` does in the processes' group, which no variable here outlives."""
         with ExitStack() as stack:
-            stack.enter_context(process_group(self.processes, self.device))
             start = self._start(stack)
             seed_everything(self.config.seed)
             model, lines = self._network(start)

@@ -31,3 +31,10 @@ def test_a_planted_slowdown_is_an_experiment(monkeypatch):
     monkeypatch.setattr(sys, "path", [str(BENCHMARKS), *sys.path])
     planted = importlib.import_module("planted_slowdown")
     assert len(planted.experiment(6, 0.1).variants) == 2
+
+
+def test_the_grid_that_tune_is_held_against_is_an_experiment(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "path", [str(BENCHMARKS), *sys.path])
+    grid = importlib.import_module("tune_against_grid")
+    experiment = grid.grid_experiment(grid.plain_settings(tmp_path), 6, 0.1)
+    assert len({variant.name for variant in experiment.variants}) == 8

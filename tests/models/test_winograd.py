@@ -104,7 +104,8 @@ def test_only_wanted_gradients_are_computed():
 def test_the_side_of_a_tile_follows_from_border_and_number_of_tiles():
     for shape, forward, weights in (
         ((64, 32, 32), 4, 4),
-        ((64, 4, 4), 2, 4),  # one tile an image: too few to share the weights
+        ((64, 4, 4), 4, 4),
+        ((32, 4, 4), 2, 4),  # one tile an image: too few to share the weights
         ((8, 7, 7), 2, 4),
         ((128, 5, 5), 2, 2),  # much of a second tile would be border
         ((1, 8, 8), 2, 2),

@@ -3,6 +3,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from training_framework import optimizers
 from training_framework.errors import UserError
@@ -24,7 +25,7 @@ TORCH_OPTIONS = {
 def model():
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        layers = [nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(12, 2)]
+        layers = [nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(12, 2)]
         # In fp32 the gradient of the bias before the norm is rounding noise, which Adam's division
         # makes as large as any other.
         return nn.Sequential(*layers).double()
@@ -33,18 +34,20 @@ def model():
 def train(model, optimizer, steps=5):
     generator = torch.Generator().manual_seed(1)
     for _ in range(steps):
-        images = torch.randn(8, 1, 4, 4, generator=generator, dtype=torch.float64)
+        images = torch.randn(8, 2, 4, 4, generator=generator, dtype=torch.float64)
         optimizer.zero_grad()
         model(images).square().mean().backward()
         optimizer.step()
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_training_equals_torchs_plain_optimizer_without_decay_on_norms_and_biases(
-    model, name, fused
+    model, name, fused, layout
 ):
     plain_model = copy.deepcopy(model)
+    model = model.to(memory_format=layout)
     plain = OPTIMIZERS[name](
         [
             {"params": [plain_model[0].weight, plain_model[3].weight], "weight_decay": 0.01},
@@ -72,8 +75,39 @@ def test_the_implementation_asked_for_is_the_one_that_runs(model, name):
             assert (bool(group["fused"]), bool(group["foreach"])) == (fused, not fused)
 
 
-def test_an_optimizers_state_resumes_in_a_new_one_bit_for_bit(model):
-    options = {"name": "adamw", "lr": 0.05, "fused": True, **OPTIONS["adamw"]}
+class FusedCalls(TorchDispatchMode):
+    """Notes the tensors that torch's fused kernels are given."""
+
+    def __init__(self):
+        super().__init__()
+        self.tensors = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if "_fused_" in func.__name__:
+            self.tensors += [tensor for argument in args for tensor in argument]
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_fused_kernels_on_the_cpu_are_given_nothing_that_they_would_copy(model, name):
+    model = model.to(memory_format=torch.channels_last)
+    optimizer = build_optimizer(model, name=name, lr=0.05, fused=True, **OPTIONS[name])
+    train(model, optimizer, steps=1)
+    assert not model[0].weight.is_contiguous()
+    with FusedCalls() as calls:
+        optimizer.step()
+    assert len(calls.tensors) >= 3 * len(list(model.parameters()))
+    assert all(tensor.is_contiguous() for tensor in calls.tensors)
+    assert set(optimizer.state) == set(model.parameters())
+    states = optimizer.state[model[0].weight].values()
+    assert {tuple(state.shape) for state in states} <= {(3, 2, 3, 3), ()}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_an_optimizers_state_resumes_in_a_new_one_bit_for_bit(model, name, layout):
+    model = model.to(memory_format=layout)
+    options = {"name": name, "lr": 0.05, "fused": True, **OPTIONS[name]}
     optimizer = build_optimizer(model, **options)
     train(model, optimizer)
     resumed_model = copy.deepcopy(model)

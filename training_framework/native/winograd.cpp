@@ -365,14 +365,18 @@ template <class Form> static void weight_transform(const float* w, idx C, idx K,
 // keeps the streams of a transform out of one L1 set.
 struct Plan {
     idx tb, group, ufs, vfs, mfs, frequencies, copies, per_thread;
+    bool shared;   // whether all threads work on the same block
     // V and one panel of M stay in L2 beside the panels of U: up to 0.9 MB of V, blocks of whole
     // ROWS. For more channels U (16 MB for 512 of F(2,3)) is read once per block, so V and M may
-    // leave L2.
+    // leave L2; and where the panels can be divided among the threads, all work on one block, each
+    // for its own panels: U is then read by one thread only, most of it by the one that wrote it.
     template <class Form> static Plan forward(const Conv& s, int threads) {
         const idx f = Form::S * Form::S, most = 920000 / (4 * f * s.C) / ROWS * ROWS;
-        const bool big = most < 3 * ROWS;
-        return Plan(s, std::min<idx>(big ? 64 : std::min<idx>(most, 56), up(s.T, threads)), big ? s.kp : 1,
-                    s.kp * s.C, big ? s.kp : 1, Form::W * Form::W, f, 1);
+        const bool big = most < 3 * ROWS, shared = big && (s.kp % threads == 0 || s.kp >= 4 * threads);
+        const idx tb = shared ? std::min<idx>(128, s.T)
+                              : std::min<idx>(big ? 64 : std::min<idx>(most, 56), up(s.T, threads));
+        return Plan(s, tb, big ? s.kp : 1, s.kp * s.C, big ? up(s.kp, shared ? threads : 1) : 1,
+                    Form::W * Form::W, f, 1, shared);
     }
     // dU of the rows being summed should stay in L2: two rows of F(2,3) and 128 channels are 0.5 MB.
     template <class Form> static Plan weight(const Conv& s, int threads) {
@@ -380,17 +384,18 @@ struct Plan {
         const bool halves = Form::S % 2 == 0 && small <= (Form::S == 4 ? 128 : 64);
         const idx rows = halves ? Form::S / 2 : 1;
         return Plan(s, std::min<idx>(small <= 128 ? 96 : 64, up(s.T, copies)), rows, s.cp * s.K,
-                    s.kp, Form::W * Form::W, Form::S * rows, copies);
+                    s.kp, Form::W * Form::W, Form::S * rows, copies, false);
     }
-    float* rest(float* scratch) const { return scratch + weights; }
-    idx total(int threads) const { return weights + threads * per_thread; }
+    float* rest(float* scratch) const { return scratch + weights + block; }   // of the threads
+    idx total(int threads) const { return weights + block + threads * per_thread; }
+    float* shared_block(float* scratch) const { return scratch + weights; }
 private:
-    idx weights;
-    Plan(const Conv& s, idx tb_, idx group_, idx urows, idx mpanels, idx all, idx f, idx n)
+    idx weights, block;
+    Plan(const Conv& s, idx tb_, idx group_, idx urows, idx mpanels, idx all, idx f, idx n, bool shared_)
         : tb(tb_), group(group_), ufs((urows + 1) * PW), vfs((s.cp * tb + 1) * PW),
           mfs((mpanels * tb + 1) * PW), frequencies(f), copies(n),
-          per_thread(up(f * (vfs + mfs) + s.C + s.K, 1024) * 1024),
-          weights(up(all * ufs * copies, 1024) * 1024) {}
+          per_thread(up(f * ((shared_ ? 0 : vfs) + mfs) + s.C + s.K, 1024) * 1024), shared(shared_),
+          weights(up(all * ufs * copies, 1024) * 1024), block(shared_ ? up(f * vfs, 1024) * 1024 : 0) {}
 };
 
 // Part `me` of `n` of dw = G^T (sum of `splits` partial dU) G; dU [split][W*W][panel of C][K][PW],
@@ -435,7 +440,8 @@ template <class Form, int NR> static void pick_rows(idx first, Transform* in, Tr
     pick_rows<Form, NR>(first / NR, in, gr, std::make_index_sequence<Form::S / NR>());
 }
 
-// See winograd_forward. Threads share the tiles; each needs all of U, which they compute together.
+// See winograd_forward. Threads divide the tiles, or the output channels of each block of tiles; U
+// they compute together.
 template <class Form> static void forward(const Conv& s, const float* x, const float* w, float* y,
                                           float* scratch, int flip, int threads) {
     enum { F = Form::S * Form::S };
@@ -446,20 +452,30 @@ template <class Form> static void forward(const Conv& s, const float* x, const f
     {
         const int me = thread_number(), n = thread_count();   // n may be less than asked for
         weight_transform<Form>(w, flip ? K : C, flip ? C : K, flip, U, p.ufs, me, n);
-        float *V = rest + me * p.per_thread, *P = V + F * p.vfs, *zero = P + F * p.mfs, *dummy = zero + C;
+        float* own = rest + me * p.per_thread;
+        float *V = p.shared ? p.shared_block(scratch) : own, *P = p.shared ? own : V + F * p.vfs;
+        float *zero = P + F * p.mfs, *dummy = zero + C;
         memset(zero, 0, C * sizeof(float));
 #pragma omp barrier
-        for (idx t0 = s.T * me / n, end = s.T * (me + 1) / n; t0 < end; t0 += p.tb) {
+        const idx begin = p.shared ? 0 : s.T * me / n, end = p.shared ? s.T : s.T * (me + 1) / n;
+        const idx first = p.shared ? s.kp * me / n : 0, last = p.shared ? s.kp * (me + 1) / n : s.kp;
+        for (idx t0 = begin; t0 < end; t0 += p.tb) {
             const idx len = std::min(p.tb, end - t0), parts = up(len, ROWS);
-            input_transform<Form, 0, Form::S>(s, x, t0, len, zero, V, p.tb, p.vfs);
-            for (idx k0 = 0; k0 < s.kp; k0 += p.group) {
-                const idx k1 = std::min(s.kp, k0 + p.group);
+            if (p.shared) {
+                const idx mine = len * me / n, count = len * (me + 1) / n - mine;
+                input_transform<Form, 0, Form::S>(s, x, t0 + mine, count, zero, V + mine * PW, p.tb, p.vfs);
+#pragma omp barrier
+            } else {
+                input_transform<Form, 0, Form::S>(s, x, t0, len, zero, V, p.tb, p.vfs);
+            }
+            for (idx k0 = first; k0 < last; k0 += p.group) {
+                const idx k1 = std::min(last, k0 + p.group);
                 for (int f = 0; f < F; ++f)
                     for (idx k = k0; k < k1; ++k) {
                         const float* B = U + weight_of<Form>(f) * p.ufs + k * C * PW;
                         const float* next = k + 1 < k1 ? B + C * PW              // the panel after this
                                           : f < F - 1  ? U + weight_of<Form>(f + 1) * p.ufs + k0 * C * PW
-                                                       : U + k1 % s.kp * C * PW;
+                                          : k1 < last  ? U + k1 * C * PW : U + first * C * PW;
                         for (idx g = 0; g < parts; ++g) {   // rows spread evenly: 16 = 8+8, not 14+2
                             const idx r0 = len * g / parts, r1 = len * (g + 1) / parts;
                             pick(r1 - r0, K - k * PW > VL ? 2 : 1)(
@@ -469,6 +485,9 @@ template <class Form> static void forward(const Conv& s, const float* x, const f
                         }
                     }
                 output_transform<Form>(s, P, p.mfs, p.tb, t0, len, k0 * PW, std::min(K, k1 * PW), dummy, y);
+            }
+            if (p.shared) {
+#pragma omp barrier
             }
         }
     }
@@ -535,12 +554,12 @@ extern "C" {
 // In all of these, the convolution is from N images of H x W pixels to N of strided(H) x strided(W).
 
 // The side of a tile of outputs, 2 or 4, that is faster for maps of such a shape: 4 where the border
-// wastes little and, for winograd_forward (weights = 0), tiles enough share the reading of its
-// larger weights (measured: 64 tiles of 512 channels 0.9 to 1.1 times as fast, 128 tiles 1.1 to 1.6
-// times; winograd_weight 1.1 to 1.5 times from 32 tiles on).
+// wastes little and tiles enough share the work on its larger weights (measured, winograd_forward
+// with weights = 0: 32 tiles of 512 channels 0.9 to 1 times as fast, 64 tiles 1.0 to 1.2, 128 tiles
+// 1.1 to 1.6 times; winograd_weight 1.1 to 1.5 times from 32 tiles on).
 int winograd_tile(int weights, int stride, long N, long H, long W) {
     const idx two = N * up(H, 2) * up(W, 2), four = N * up(H, 4) * up(W, 4);
-    return stride == 1 && 36 * four <= 12 * two && four >= (weights ? 32 : 128) ? 4 : 2;
+    return stride == 1 && 36 * four <= 12 * two && four >= (weights ? 32 : 64) ? 4 : 2;
 }
 
 // Floats of scratch (64-byte aligned) that winograd_forward (weights = 0) or winograd_weight (1) needs.

@@ -8,6 +8,11 @@ from torch import nn
 
 from training_framework.errors import UserError
 from training_framework.optimizers.averaging import WeightAverage
+from training_framework.optimizers.fused_on_cpu import (
+    FusedAdamOnCpu,
+    FusedAdamWOnCpu,
+    FusedSGDOnCpu,
+)
 from training_framework.optimizers.parameter_groups import parameter_groups
 from training_framework.optimizers.schedules import SCHEDULES, Schedule, build_schedule
 
@@ -26,6 +31,11 @@ OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
     "sgd": torch.optim.SGD,
     "adam": torch.optim.Adam,
     "adamw": torch.optim.AdamW,
+}
+_FUSED_ON_CPU: dict[str, type[torch.optim.Optimizer]] = {
+    "sgd": FusedSGDOnCpu,
+    "adam": FusedAdamOnCpu,
+    "adamw": FusedAdamWOnCpu,
 }
 
 
@@ -87,6 +97,8 @@ def build_optimizer(
         options |= {"momentum": momentum, "nesterov": nesterov}
     else:
         options |= {"betas": (beta1, beta2), "eps": eps}
+    if fused and device_type == "cpu":
+        return _FUSED_ON_CPU[name](groups, **options)
     optimizer = OPTIMIZERS[name](groups, **options)
     if name == "sgd" and fused and momentum:
         _start_momentum_at_zero(optimizer)
