@@ -25,6 +25,7 @@ from result_tables import (
     input_speed,
     startup_time,
     step_overhead,
+    step_phases,
 )
 from switches import switch_picture, switch_table, switch_worths
 
@@ -117,6 +118,13 @@ def table(experiment: str) -> str:
     return NOT_RECORDED if result is None else OTHERS[experiment](result)
 
 
+def phases() -> str:
+    """Where the time of a step goes, in both of ResNet-18's stems."""
+    profiles = (newest_or_none(f"profile-{stem}-stem") for stem in ("cifar", "imagenet"))
+    found = [profile for profile in profiles if profile is not None]
+    return step_phases(*found) if found else NOT_RECORDED
+
+
 def tuned_grid() -> str:
     """How near `tune` came to the best of an exhaustive grid."""
     result = newest_or_none("tune-against-grid")
@@ -206,6 +214,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "reliability-price-short": guarantees,
     "tune-against-grid": tuned_grid,
     "planted": planted,
+    "step-phases": phases,
     **{name: functools.partial(comparison, name) for name in COMPARISONS},
     **{name: functools.partial(table, name) for name in OTHERS},
 }

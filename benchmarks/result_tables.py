@@ -7,12 +7,15 @@ from typing import Any
 import numpy as np
 from step_overhead import median_with_interval
 
+from training_framework.profiling.step_clock import PHASES
+
 __all__ = [
     "decoding_accuracy",
     "guarantees_price",
     "input_speed",
     "startup_time",
     "step_overhead",
+    "step_phases",
 ]
 
 Result = Mapping[str, Any]
@@ -61,6 +64,26 @@ def decoding_accuracy(result: Result) -> str:
         f"by {result['spread_over_seeds']:.2f} (one standard deviation). `{result['command']}`",
     ]
     return "\n".join(rows) + "\n"
+
+
+def step_phases(*profiles: Result) -> str:
+    """Where the time of a step goes, of `efficient-resnet profile`."""
+    titles = [
+        f"{profile['config']['model']}, {profile['plan']['stem']} stem, "
+        f"batch {profile['config']['batch_size']}"
+        for profile in profiles
+    ]
+    rows = [f"| phase of a step | {' | '.join(titles)} |", "|---|" + "---|" * len(profiles)]
+    for phase, label in PHASES.items():
+        cells = (
+            f"{1000 * profile['phases']['seconds'][phase]:.2f} ms, "
+            f"{profile['phases']['shares'][phase]:.2%}"
+            for profile in profiles
+        )
+        rows.append(f"| {label} | {' | '.join(cells)} |")
+    dates = ", ".join(dict.fromkeys(profile["date"][:10] for profile in profiles))
+    name = profiles[0]["hardware"]["cpu_name"]
+    return "\n".join([*rows, "", f"({profiles[0]['data']['name']}, {name}, {dates})"]) + "\n"
 
 
 def startup_time(result: Result) -> str:

@@ -2,6 +2,7 @@ import datetime
 
 import pytest
 
+from training_framework.benchmark.comparison_section import comparison_section
 from training_framework.benchmark.result import (
     Ratio,
     Result,
@@ -118,6 +119,30 @@ def test_the_sweet_spot_is_the_smallest_batch_within_three_percent():
     assert line.startswith("Sweet spot: batch 32 with 97.5 images/s")
     assert line.endswith("Memory ends at batch 256.")
     assert sweet_spot_line(result(variant("a"), variant("b"))) == ""
+
+
+def runs(name: str, accuracies: list[float], **changes) -> VariantResult:
+    measurements = [
+        {"round": number, "seconds": 1.0, "steps": 1, "images": 100, "cpu_seconds": 1.0,
+         "other_cpu_share": 0.0, "peak_memory_bytes": 2**30, "seed": number, "acc1": acc1}
+        for number, acc1 in enumerate(accuracies)
+    ]  # fmt: skip
+    return variant(name, 1.0, unit="s", measurements=measurements, **changes)
+
+
+def test_accuracies_are_compared_seed_by_seed():
+    plain = [40.0, 50.0, 45.0, 42.0, 48.0, 41.0]  # seeds differ by more than the two rows do
+    worse = [39.0, 49.5, 43.0, 41.5, 46.0, 40.5]
+    variants = runs("plain", plain), runs("worse", worse, against="plain")
+    trained = result(*variants, definition={"measure": "accuracy"})
+    row = next(line for line in result_lines(trained) if "-0.75" in line)
+    assert " ".join(row.split()) == "| worse | plain | -0.75 [-2.00, -0.50] | 6 |"
+    page = comparison_section(trained)
+    assert "-0.75 [-2.00, -0.50]" in page
+    # The scale goes from 1.04 times the lowest end, -2, to 0, where the bar ends.
+    assert 'x="63.94%" y="4" width="36.06%"' in page
+    steps = result(*variants, definition={"measure": "steps"})
+    assert "points [95%]" not in "\n".join(result_lines(steps))
 
 
 def test_rows_without_samples_are_listed_below_the_table():

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from training_framework.benchmark.accuracy import accuracy_differences
 from training_framework.benchmark.report_charts import Bar, Series, bar_chart, line_chart
 from training_framework.benchmark.report_page import (
     Cell,
@@ -12,7 +13,7 @@ from training_framework.benchmark.report_page import (
     table,
 )
 from training_framework.benchmark.result import Ratio, Result, VariantResult
-from training_framework.benchmark.table import sweet_spot_line
+from training_framework.benchmark.table import points, sweet_spot_line
 
 __all__ = ["comparison_section"]
 
@@ -31,6 +32,7 @@ def comparison_section(result: Result, *, alone: bool = True) -> str:
         _table(result),
         notes(_remarks(result)),
         _ratio_bars(result),
+        _accuracy_bars(result),
         _median_bars(result),
         _sweep_charts(result),
         _accuracy_chart(result),
@@ -134,6 +136,23 @@ def _ratio_bars(result: Result) -> str:
     ]
     title = "Speed, with its 95% interval (longer is faster, 1 is equal)"
     return bar_chart(bars, title=title, reference=1.0)
+
+
+def _accuracy_bars(result: Result) -> str:
+    against = {variant.name: variant.against for variant in result.variants}
+    bars = [
+        Bar(
+            label=name,
+            note=f"against {against[name]}",
+            text=points(difference),
+            value=difference.median,
+            low=difference.low,
+            high=difference.high,
+        )
+        for name, difference in accuracy_differences(result).items()
+    ]
+    title = "Top-1 accuracy in points against another row over seeds, with its 95% interval"
+    return bar_chart(bars, title=title, reference=0.0)
 
 
 def _median_bars(result: Result) -> str:

@@ -26,7 +26,7 @@ class Bar:
         label: What it stands for.
         note: A remark below the label; may be empty.
         text: Its value in words.
-        value: Its length, 0 or more.
+        value: Its length, from 0 to the right or, below 0, to the left.
         low, high: Ends of its interval; None without one.
         dots: Single samples.
         faint: Whether it is a control.
@@ -71,7 +71,7 @@ def nice_ticks(low: float, high: float, most: int = 6) -> list[float]:
 
 
 def bar_chart(bars: Sequence[Bar], *, title: str, reference: float | None = None) -> str:
-    """Bars from 0 below each other, with intervals as whiskers and samples as dots.
+    """Bars from 0 to either side, with intervals as whiskers and samples as dots.
 
     Args:
         bars: In the order in which they are shown.
@@ -83,20 +83,23 @@ def bar_chart(bars: Sequence[Bar], *, title: str, reference: float | None = None
     """
     if not bars:
         return ""
-    ends = [max((bar.value, bar.high or 0.0, *bar.dots)) for bar in bars]
-    longest = max([*ends, reference or 0.0]) * 1.04 or 1.0
-    rows = "".join(_bar_row(bar, longest, reference) for bar in bars)
+    ends = [end for bar in bars for end in (bar.value, bar.low or 0.0, bar.high or 0.0, *bar.dots)]
+    ends += [0.0, reference or 0.0]
+    scale = (1.04 * min(ends), 1.04 * max(ends))
+    rows = "".join(_bar_row(bar, scale, reference) for bar in bars)
     return f'<figure class="bars"><figcaption>{escape(title)}</figcaption>{rows}</figure>'
 
 
-def _bar_row(bar: Bar, longest: float, reference: float | None) -> str:
+def _bar_row(bar: Bar, scale: tuple[float, float], reference: float | None) -> str:
+    length = scale[1] - scale[0] or 1.0
+
     def across(value: float) -> str:
-        return f"{100 * value / longest:.2f}%"
+        return f"{100 * (value - scale[0]) / length:.2f}%"
 
     middle = BAR_HEIGHT / 2
     shapes = [
-        f'<rect class="{"bar faint" if bar.faint else "bar"}" y="4" width="{across(bar.value)}" '
-        f'height="{BAR_HEIGHT - 8}" rx="2"/>'
+        f'<rect class="{"bar faint" if bar.faint else "bar"}" x="{across(min(0.0, bar.value))}" '
+        f'y="4" width="{100 * abs(bar.value) / length:.2f}%" height="{BAR_HEIGHT - 8}" rx="2"/>'
     ]
     if reference is not None:
         x = across(reference)

@@ -1,12 +1,14 @@
 """A result as Markdown tables of at most 80 columns, and lines that say what follows from it."""
 
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
+from training_framework.benchmark.accuracy import accuracy_differences
 from training_framework.benchmark.result import Ratio, Result, VariantResult
+from training_framework.benchmark.statistics import Interval
 from training_framework.benchmark.validity import MARKS
 
-__all__ = ["result_lines", "sweet_spot_line"]
+__all__ = ["points", "result_lines", "sweet_spot_line"]
 
 WIDTH = 80
 SWEET_SPOT_TOLERANCE = 0.03
@@ -28,6 +30,10 @@ def result_lines(result: Result) -> list[str]:
     if measured:
         lines += [*_table(_speed_columns(result), measured), ""]
         lines += [*_table(_resource_columns(measured), measured), ""]
+    differences = accuracy_differences(result)
+    if differences:
+        compared = [variant for variant in measured if variant.name in differences]
+        lines += [*_table(_accuracy_columns(differences), compared), ""]
     missing = [variant for variant in result.variants if variant.unavailable]
     for variant in missing:
         lines += _item(f"{variant.name}: not available here: {variant.unavailable}")
@@ -94,6 +100,22 @@ def _resource_columns(variants: Sequence[VariantResult]) -> list[Column]:
         columns.append(("start s", lambda variant: f"{variant.startup_seconds or 0:.1f}"))
         columns.append(("repaid", lambda v: _number(v.repays_after_steps)))
     return columns
+
+
+def _accuracy_columns(differences: Mapping[str, Interval]) -> list[Column]:
+    return [
+        ("variant", lambda variant: variant.name),
+        ("top-1 against", lambda variant: variant.against),
+        ("points [95%]", lambda variant: points(differences[variant.name])),
+        ("pairs", lambda variant: str(differences[variant.name].pairs)),
+    ]
+
+
+def points(difference: Interval) -> str:
+    """A difference of accuracies in percentage points."""
+    if difference.low is None or difference.high is None:
+        return f"{difference.median:+.2f} [one pair]"
+    return f"{difference.median:+.2f} [{difference.low:+.2f}, {difference.high:+.2f}]"
 
 
 def _number(value: float | None) -> str:

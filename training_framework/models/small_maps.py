@@ -169,13 +169,17 @@ class SmallMapConv2d(ReplacedConv2d):
         if not self._is_faster_as_products(input):
             return super().forward(input)
         in_channels_last = input.is_contiguous(memory_format=torch.channels_last)
+        output = self._as_products(input)
+        return output if in_channels_last else output.contiguous()
+
+    @torch.compiler.disable
+    def _as_products(self, input: Tensor) -> Tensor:
+        """Not for torch.compile, to which the sum of each tap is a copy of the whole weight."""
         # The weight is cast later, and only the taps in use.
         input = input.to(_compute_dtype(input))
         if self.kernel_size == (1, 1):
-            output = _PointwiseConvolution.apply(input, self.weight, self.stride[0])
-        else:
-            output = _WindowedConvolution.apply(input, self.weight, self.stride[0], self.padding[0])
-        return output if in_channels_last else output.contiguous()
+            return _PointwiseConvolution.apply(input, self.weight, self.stride[0])
+        return _WindowedConvolution.apply(input, self.weight, self.stride[0], self.padding[0])
 
     def _is_faster_as_products(self, input: Tensor) -> bool:
         if input.device.type != "cpu" or input.dim() != 4 or not input.numel():
