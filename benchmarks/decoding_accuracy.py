@@ -95,7 +95,7 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=3, choices=[n + 1 for n in STUDENT_T])
     parser.add_argument("--images", type=int, default=3000, help="training images (3000)")
     parser.add_argument("--epochs", type=int, default=4, help="of each training (4)")
-    parser.add_argument("--image-size", type=int, default=64, help="side in pixels (64)")
+    parser.add_argument("--image-size", type=int, default=128, help="side in pixels (128)")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder for the result")
     options = parser.parse_args()
     config = TrainConfig(
@@ -103,6 +103,7 @@ def main() -> int:
         limit_train_images=options.images,
         img_size=options.image_size,
         model="resnet10",
+        stem="imagenet",  # so that decoding, not arithmetic, decides how long it takes
         epochs=options.epochs,
         val_check_interval=float(options.epochs),
         batch_size=64,
