@@ -50,8 +50,8 @@ AVERAGED = {"ema_decay": 0.9, "accumulate_grad_batches": 3, "mixup": 0.2, "cutou
 
 
 @pytest.mark.timeout(1200)  # two threads, which a busy machine slows out of proportion
-def test_the_default_configuration_learns_the_digits(in_tmp_path):
-    result = main()
+def test_the_default_configuration_learns_the_digits_in_five_epochs(in_tmp_path):
+    result = main(epochs=5)
     assert result.run_directory == Path("logs/resnet18-digits/version_0")
     assert result.best_acc1 >= 97
 

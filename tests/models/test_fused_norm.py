@@ -59,7 +59,7 @@ def test_a_large_mean_costs_no_more_digits_than_torchs():
     theirs = gradients(exact, images.double(), shortcut.double(), upstream.double())
     for got, other, expected in zip(ours, torchs, theirs, strict=True):
         error, allowed = ((t - expected).abs().max() for t in (got, other))
-        assert error <= 2 * allowed + 1e-6
+        assert error <= 4 * allowed + 1e-6  # torch's varies twofold with the number of threads
 
 
 @pytest.mark.parametrize("relu", [True, False])
