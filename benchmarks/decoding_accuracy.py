@@ -6,8 +6,8 @@ Trains the same small network over several seeds, once on the framework's pictur
 Pillow's, which decodes all of each and resizes with antialiasing. A seed gives both sides the same
 weights, order and crops, so the accuracies are paired. Nothing here is timed.
 
-Result: benchmarks/results/decoding-accuracy_<device>_<torch>_<date>.json. It ends with 1 where the
-interval of the differences leaves out 0.
+Result: benchmarks/results/decoding-accuracy-<size>px_<device>_<torch>_<date>.json. It ends with 1
+where the interval of the differences leaves out 0.
 """
 
 import argparse
@@ -116,7 +116,7 @@ def main() -> int:
     result = measure(config, options.seeds)
     command = shlex.join(["python", "benchmarks/decoding_accuracy.py", *sys.argv[1:]])
     path = write_result(
-        "decoding-accuracy",
+        f"decoding-accuracy-{options.image_size}px",
         options.output,
         {"command": command, **result},
         device=f"cpu-{usable_cores()}-threads",

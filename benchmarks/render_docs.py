@@ -118,6 +118,13 @@ def table(experiment: str) -> str:
     return NOT_RECORDED if result is None else OTHERS[experiment](result)
 
 
+def decoding() -> str:
+    """What decoding does to accuracy, of every recorded size of images."""
+    files = sorted(RESULTS.glob("decoding-accuracy-*px_*.json"))
+    results = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    return "\n".join(decoding_accuracy(result) for result in results) or NOT_RECORDED
+
+
 def phases() -> str:
     """Where the time of a step goes, in both of ResNet-18's stems."""
     profiles = (newest_or_none(f"profile-{stem}-stem") for stem in ("cifar", "imagenet"))
@@ -201,7 +208,6 @@ COMPARISONS = (
 )  # fmt: skip
 OTHERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "decode-speed": input_speed,
-    "decoding-accuracy": decoding_accuracy,
     "startup-time": startup_time,
     "step-overhead": step_overhead,
 }
@@ -214,6 +220,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "reliability-price-short": guarantees,
     "tune-against-grid": tuned_grid,
     "planted": planted,
+    "decoding-accuracy": decoding,
     "step-phases": phases,
     **{name: functools.partial(comparison, name) for name in COMPARISONS},
     **{name: functools.partial(table, name) for name in OTHERS},

@@ -60,8 +60,9 @@ def decoding_accuracy(result: Result) -> str:
     mean, low, high = result["difference"]
     rows += [
         "",
-        f"Top-1; the mean difference is {mean:+.2f} points [{low:+.2f}, {high:+.2f}], seeds differ "
-        f"by {result['spread_over_seeds']:.2f} (one standard deviation). `{result['command']}`",
+        f"Top-1 at {result['config']['img_size']} px; the mean difference is {mean:+.2f} points "
+        f"[{low:+.2f}, {high:+.2f}], seeds differ by {result['spread_over_seeds']:.2f} (one "
+        f"standard deviation). `{result['command']}`",
     ]
     return "\n".join(rows) + "\n"
 
