@@ -354,3 +354,12 @@ def test_a_reader_that_has_left_is_no_error(in_tmp_path):
     os.close(writing)
     _, err = process.communicate(timeout=120)
     assert (process.returncode, err) == (1, "")
+
+
+def test_the_compiler_is_not_imported_until_it_is_wanted():
+    """It takes a second."""
+    code = (
+        "import sys, training_framework.train, training_framework.cli\n"
+        "sys.exit('torch._dynamo' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

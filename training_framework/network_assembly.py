@@ -13,6 +13,7 @@ from training_framework.models import (
     build_model,
     checkpoint_activations,
     fuse_norms,
+    keep_small_maps_from_compiler,
     load_weights,
     synchronize_norms,
     use_small_map_convolutions,
@@ -54,6 +55,8 @@ def prepare_network(
     lines: list[str] = []
     if plan.small_map_convolutions:
         use_small_map_convolutions(model, plan.image_size)
+        if plan.compile:
+            keep_small_maps_from_compiler()
     if plan.winograd_convolutions:
         change = functools.partial(use_winograd_convolutions, model, plan.image_size)
         lines += _with_kernels(config, "winograd_convolutions", change)

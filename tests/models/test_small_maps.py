@@ -3,7 +3,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from training_framework.models.small_maps import SmallMapConv2d, is_small_map
+from training_framework.models.small_maps import (
+    SmallMapConv2d,
+    is_small_map,
+    keep_small_maps_from_compiler,
+)
 
 # kernel, stride, height, width, batch: all small enough to run as matrix products
 SMALL = [
@@ -121,6 +125,7 @@ def test_a_second_derivative_is_refused_not_wrong():
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.parametrize("kernel", [1, 3])
 def test_the_compiler_leaves_it_alone(kernel):
+    keep_small_maps_from_compiler()
     ordinary, small, x = case(kernel, 1, 2, 2, 5)
     graphs = []
 

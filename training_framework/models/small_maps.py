@@ -6,6 +6,7 @@ output pixel is one matrix product over just the input pixels it sees, so the re
 to rounding.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from training_framework.models.replaced_convolution import ReplacedConv2d
 
-__all__ = ["SmallMapConv2d", "is_small_map"]
+__all__ = ["SmallMapConv2d", "is_small_map", "keep_small_maps_from_compiler"]
 
 
 class _Window(NamedTuple):
@@ -172,9 +173,7 @@ class SmallMapConv2d(ReplacedConv2d):
         output = self._as_products(input)
         return output if in_channels_last else output.contiguous()
 
-    @torch.compiler.disable
     def _as_products(self, input: Tensor) -> Tensor:
-        """Not for torch.compile, to which the sum of each tap is a copy of the whole weight."""
         # The weight is cast later, and only the taps in use.
         input = input.to(_compute_dtype(input))
         if self.kernel_size == (1, 1):
@@ -188,6 +187,19 @@ class SmallMapConv2d(ReplacedConv2d):
             return False  # torch's convolution says what is wrong
         half = _compute_dtype(input).itemsize < 4
         return is_small_map(self, *input.shape[2:], batch_size=len(input), half_precision=half)
+
+
+@functools.cache
+def keep_small_maps_from_compiler() -> None:
+    """Make torch.compile leave these convolutions as they are, in all networks of this process.
+
+    To the compiler, the sum of each tap's gradient is a copy of the whole weight, which makes it
+    slow twice over (docs/experiments.md). Only for who compiles: it imports the compiler, which
+    takes a second.
+    """
+    SmallMapConv2d._as_products = torch.compiler.disable(  # type: ignore[method-assign]
+        SmallMapConv2d._as_products
+    )
 
 
 def is_small_map(
