@@ -24,6 +24,7 @@ SHAPES = [
     (2, 64, 64, 33, 32),
     (2, 256, 272, 6, 6),
     (2, 528, 512, 4, 4),
+    (33, 352, 64, 4, 4),  # more tiles than one block that the threads share
 ]
 
 
