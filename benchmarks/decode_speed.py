@@ -37,10 +37,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from training_framework.benchmark.circumstances import environment_of, source_commit
-from training_framework.benchmark.machine_load import MachineWatch
-from training_framework.benchmark.result import result_file_name, unused_path
-from training_framework.benchmark.statistics import control_holds, paired_ratio
 from training_framework.data import FileSplit, PackedSplit, WorkerLoader, open_dataset
 from training_framework.data.decoding import (
     Pixels,
@@ -48,9 +44,13 @@ from training_framework.data.decoding import (
     random_crop_box,
 )
 from training_framework.data.host_batches import FileBatches
-from training_framework.data.packing import pack_folder
 from training_framework.data.sampling import BatchPlan
-from training_framework.hardware import detect_hardware
+from training_framework.data.shards.packing import pack_folder
+from training_framework.machine.hardware import detect_hardware
+from training_framework.measure.compare.environment import environment_of, source_commit
+from training_framework.measure.compare.machine_load import MachineWatch
+from training_framework.measure.compare.result import result_file_name, unused_path
+from training_framework.measure.compare.statistics import control_holds, paired_ratio
 
 RESULTS = Path(__file__).parent / "results"
 SIZE = 224

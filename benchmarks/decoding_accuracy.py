@@ -31,8 +31,8 @@ from training_framework.config import TrainConfig
 from training_framework.config.loading import config_to_dict
 from training_framework.data import host_batches
 from training_framework.data.decoding import Pixels, resize_and_center_crop
-from training_framework.hardware import usable_cores
-from training_framework.run import TrainingRun
+from training_framework.machine.hardware import usable_cores
+from training_framework.training.run import TrainingRun
 
 # Student's t for a two-sided 95% interval, by degrees of freedom.
 STUDENT_T = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}

@@ -30,7 +30,9 @@ import torch
 import torch.utils.tensorboard
 
 import training_framework.train  # noqa: F401  # the command imports it only when it trains
-from training_framework import cli, faults, peak_flops
+from training_framework import faults
+from training_framework.cli.main import main as run_command
+from training_framework.machine import peak_flops
 from training_framework.models import build_model, resnet, use_small_map_convolutions
 
 __all__ = ["Life", "begin", "begin_fresh", "fork_life", "shared_memory_names", "warm_up"]
@@ -112,7 +114,7 @@ def begin(arguments: Sequence[str], log: Path, *, fault: str = "", gate: int | N
         if gate is not None:
             os.read(gate, 1)
         _inject(fault)
-        return cli.main(list(arguments))
+        return run_command(list(arguments))
 
     return fork_life(work, log)
 
@@ -189,4 +191,4 @@ def shared_memory_names() -> set[str]:
 
 if __name__ == "__main__":
     _make_training_small()
-    sys.exit(cli.main())
+    sys.exit(run_command())

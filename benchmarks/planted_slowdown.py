@@ -9,7 +9,7 @@ the result goes to benchmarks/results/ (or --output).
 
 With --record FILE, one process takes many short samples of three such variants of a few
 convolutions in turns instead, and keeps them as CSV; the recorded samples of
-tests/benchmark/ were made so.
+tests/measure/compare/ were made so.
 """
 
 import argparse
@@ -26,14 +26,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from training_framework.benchmark import workers
-from training_framework.benchmark.circumstances import device_label
-from training_framework.benchmark.comparison import Comparison
-from training_framework.benchmark.experiment import CONTROL, Experiment, Variant
-from training_framework.benchmark.result import Result, result_file_name, unused_path
-from training_framework.benchmark.timing import StepSampler
-from training_framework.benchmark.worker import main as answer_requests
 from training_framework.config import TrainConfig
+from training_framework.measure.compare import workers
+from training_framework.measure.compare.comparison import Comparison
+from training_framework.measure.compare.environment import device_label
+from training_framework.measure.compare.experiment import CONTROL, Experiment, Variant
+from training_framework.measure.compare.result import Result, result_file_name, unused_path
+from training_framework.measure.compare.timing import StepSampler
+from training_framework.measure.compare.worker import main as answer_requests
 
 RESULTS = Path(__file__).parent / "results"
 PLANTED = 0.10

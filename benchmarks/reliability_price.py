@@ -29,26 +29,26 @@ import numpy as np
 import torch
 from step_overhead import median_with_interval
 
-from training_framework.assembly import assemble_schedule
-from training_framework.benchmark.circumstances import device_label
-from training_framework.benchmark.comparison import Comparison
-from training_framework.benchmark.experiment import CONTROL, Experiment, Variant
-from training_framework.benchmark.machine_load import MachineWatch, peak_memory
-from training_framework.benchmark.result import (
+from training_framework.checkpoint import CheckpointKeeper
+from training_framework.config import TrainConfig
+from training_framework.config.loading import config_to_dict
+from training_framework.loggers import CsvLogger, LoggerGroup
+from training_framework.measure.compare.comparison import Comparison
+from training_framework.measure.compare.environment import device_label
+from training_framework.measure.compare.experiment import CONTROL, Experiment, Variant
+from training_framework.measure.compare.machine_load import MachineWatch, peak_memory
+from training_framework.measure.compare.result import (
     Measurement,
     Result,
     result_file_name,
     save_result,
     unused_path,
 )
-from training_framework.benchmark.timing import StepSampler
-from training_framework.checkpoint import CheckpointKeeper
-from training_framework.config import TrainConfig
-from training_framework.config.loading import config_to_dict
-from training_framework.loggers import CsvLogger, LoggerGroup
-from training_framework.profiling.run_parts import synchronize
-from training_framework.progress import Progress
-from training_framework.trainer import Trainer
+from training_framework.measure.compare.timing import StepSampler
+from training_framework.measure.profile.run_parts import synchronize
+from training_framework.runs.progress import Progress
+from training_framework.training.assembly import assemble_schedule
+from training_framework.training.trainer import Trainer
 
 RESULTS = Path(__file__).parent / "results"
 LIMIT = 0.01

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from training_framework.hardware import detect_hardware, library_versions
+from training_framework.machine.hardware import detect_hardware, library_versions
 
 __all__ = ["RESULTS", "write_result"]
 

@@ -29,8 +29,8 @@ from result_tables import (
 )
 from switches import switch_picture, switch_table, switch_worths
 
-from training_framework.benchmark.result import Result
-from training_framework.benchmark.table import result_lines
+from training_framework.measure.compare.result import Result
+from training_framework.measure.compare.table import result_lines
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from step_overhead import median_with_interval
 
-from training_framework.profiling.step_clock import PHASES
+from training_framework.measure.profile.step_clock import PHASES
 
 __all__ = [
     "decoding_accuracy",

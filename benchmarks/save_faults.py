@@ -34,11 +34,11 @@ from failing_calls import ACTIONS, FailingCalls
 from reliability_result import RESULTS, write_result
 from tiny_training import differences, newest_version, write_configuration, write_pictures
 
-from training_framework import cli
 from training_framework.checkpoint import CheckpointKeeper, load_checkpoint, load_newest
+from training_framework.cli.main import main as run_command
 from training_framework.errors import UserError
 from training_framework.faults import POINTS
-from training_framework.verification.comparison import compare_states
+from training_framework.measure.verify.difference import compare_states
 
 KEPT = 2
 USAGE_ERROR = 2
@@ -200,7 +200,7 @@ def cut_short(folder: Path, config: Path, straight: Path, counts: Counter[str]) 
 
     def work() -> int:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-        return cli.main(["train", f"--config={config}", "--name=limited"])
+        return run_command(["train", f"--config={config}", "--name=limited"])
 
     runs.life = fork_life(work, folder / "limited.log")
     status = runs.life.end()

@@ -23,7 +23,7 @@ from pathlib import Path
 from reliability_result import RESULTS, write_result
 from step_overhead import median_with_interval
 
-from training_framework.hardware import usable_cores
+from training_framework.machine.hardware import usable_cores
 
 FIRST_STEP = {"TRAINING_FRAMEWORK_FAULT": "step.after_update:1:kill"}
 

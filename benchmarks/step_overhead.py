@@ -30,22 +30,22 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from training_framework.assembly import (
+from training_framework.config import TrainConfig
+from training_framework.config.loading import config_to_dict
+from training_framework.data import SyntheticSplit
+from training_framework.data.augmentation import scale_and_shift
+from training_framework.loggers import CsvLogger, LoggerGroup
+from training_framework.machine.distributed import Processes
+from training_framework.machine.hardware import detect_hardware, library_versions
+from training_framework.plan import make_plan
+from training_framework.runs.progress import Progress
+from training_framework.training.assembly import (
     Loaders,
     assemble_schedule,
     assemble_step,
     open_configured_dataset,
 )
-from training_framework.config import TrainConfig
-from training_framework.config.loading import config_to_dict
-from training_framework.data import SyntheticSplit
-from training_framework.data.augmentation import scale_and_shift
-from training_framework.distributed import Processes
-from training_framework.hardware import detect_hardware, library_versions
-from training_framework.loggers import CsvLogger, LoggerGroup
-from training_framework.plan import make_plan
-from training_framework.progress import Progress
-from training_framework.trainer import Trainer
+from training_framework.training.trainer import Trainer
 
 RESULTS = Path(__file__).parent / "results"
 IMAGE_SIZE = 8

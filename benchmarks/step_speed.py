@@ -28,26 +28,26 @@ import torch
 from peer_loops import LightningLoop
 from reference_loops import B0, B1
 
-from training_framework.benchmark import workers
-from training_framework.benchmark.circumstances import device_label
-from training_framework.benchmark.comparison import Comparison, OpenWorker
-from training_framework.benchmark.experiment import CONTROL, Experiment, Variant
-from training_framework.benchmark.machine_load import MachineWatch, peak_memory
-from training_framework.benchmark.result import (
+from training_framework.config import TrainConfig
+from training_framework.config.inheritance import read_config_file
+from training_framework.data import open_dataset
+from training_framework.machine.hardware import detect_hardware
+from training_framework.machine.peak_flops import measure_peak_flops
+from training_framework.measure.compare import workers
+from training_framework.measure.compare.comparison import Comparison, OpenWorker
+from training_framework.measure.compare.environment import device_label
+from training_framework.measure.compare.experiment import CONTROL, Experiment, Variant
+from training_framework.measure.compare.machine_load import MachineWatch, peak_memory
+from training_framework.measure.compare.result import (
     Measurement,
     VariantFacts,
     result_file_name,
     unused_path,
 )
-from training_framework.benchmark.table import result_lines
-from training_framework.benchmark.timing import STEPS_TO_WARM_UP_AGAIN
-from training_framework.benchmark.worker import main as answer_requests
-from training_framework.config import TrainConfig
-from training_framework.config.inheritance import read_config_file
-from training_framework.data import open_dataset
-from training_framework.flops import training_flops_per_image
-from training_framework.hardware import detect_hardware
-from training_framework.peak_flops import measure_peak_flops
+from training_framework.measure.compare.table import result_lines
+from training_framework.measure.compare.timing import STEPS_TO_WARM_UP_AGAIN
+from training_framework.measure.compare.worker import main as answer_requests
+from training_framework.models.flops import training_flops_per_image
 from training_framework.plan import make_plan
 
 RESULTS = Path(__file__).parent / "results"

@@ -13,7 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from training_framework.config import TrainConfig
 from training_framework.data.sample_digest import digest_of_batches
 from training_framework.data.sampling import epoch_order, training_batches
-from training_framework.verification.comparison import compare_runs
+from training_framework.measure.verify.difference import compare_runs
 
 __all__ = [
     "EPOCHS",

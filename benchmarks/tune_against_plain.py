@@ -16,12 +16,12 @@ from typing import Any
 
 import torch
 
-from training_framework.benchmark.circumstances import device_label
-from training_framework.benchmark.comparison import Comparison
-from training_framework.benchmark.experiment import Experiment, Variant
-from training_framework.benchmark.result import result_file_name, save_result, unused_path
-from training_framework.benchmark.table import result_lines
-from training_framework.benchmark.tuning import tune
+from training_framework.measure.compare.comparison import Comparison
+from training_framework.measure.compare.environment import device_label
+from training_framework.measure.compare.experiment import Experiment, Variant
+from training_framework.measure.compare.result import result_file_name, save_result, unused_path
+from training_framework.measure.compare.table import result_lines
+from training_framework.measure.tune.tuning import tune
 
 RESULTS = Path(__file__).parent / "results"
 PLAIN: dict[str, Any] = {

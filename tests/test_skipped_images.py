@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from training_framework.cli import main
+from training_framework.cli.main import main
 
 RUN = (
     "train --data-root pictures --model resnet10 --batch-size 6 --epochs 2 --threads 1 "

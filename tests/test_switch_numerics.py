@@ -9,14 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from training_framework.assembly import Loaders, assemble_step, open_configured_dataset
 from training_framework.config import TrainConfig
-from training_framework.cuda_graph import CudaGraphStep
-from training_framework.distributed import Processes
-from training_framework.hardware import detect_hardware
-from training_framework.native.library import find_compiler
-from training_framework.network_assembly import assemble_network
+from training_framework.kernels.compiler import find_compiler
+from training_framework.machine.distributed import Processes
+from training_framework.machine.hardware import detect_hardware
 from training_framework.plan import make_plan
+from training_framework.training.assembly import Loaders, assemble_step, open_configured_dataset
+from training_framework.training.cuda_graph import CudaGraphStep
+from training_framework.training.network_assembly import assemble_network
 
 STEPS = 20
 LR = 0.002

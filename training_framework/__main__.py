@@ -2,7 +2,7 @@
 
 import sys
 
-from training_framework.cli import main
+from training_framework.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from training_framework.assembly import open_configured_dataset, split_loader
 from training_framework.checkpoint import load_checkpoint
 from training_framework.config import TrainConfig, load_config
 from training_framework.config.names import canonical
@@ -21,15 +20,16 @@ from training_framework.data.decoding import (
     decode_image,
     resize,
 )
+from training_framework.data.facts import DatasetFacts
 from training_framework.data.host_batches import StorageFault, read_picture
-from training_framework.dataset_facts import DatasetFacts
-from training_framework.distributed import Processes, process_group
 from training_framework.errors import UserError
-from training_framework.evaluation import Evaluation, evaluate
-from training_framework.hardware import detect_hardware
-from training_framework.network import NetworkCard, load_network
+from training_framework.machine.distributed import Processes, process_group
+from training_framework.machine.hardware import detect_hardware
+from training_framework.machine.precision import autocast
 from training_framework.plan import make_plan
-from training_framework.precision import autocast
+from training_framework.runs.network_card import NetworkCard, load_network
+from training_framework.training.assembly import open_configured_dataset, split_loader
+from training_framework.training.evaluation import Evaluation, evaluate
 
 __all__ = ["evaluate_file", "predict_files"]
 

@@ -7,20 +7,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from training_framework.assembly import open_configured_dataset
 from training_framework.checkpoint import load_checkpoint, load_newest
 from training_framework.config import TrainConfig, load_config
 from training_framework.config.config import Config
 from training_framework.config.inheritance import read_config_file
 from training_framework.config.loading import config_to_dict, names_checkpoint
-from training_framework.dataset_facts import DatasetFacts
-from training_framework.distributed import Processes
+from training_framework.data.facts import DatasetFacts
 from training_framework.errors import UserError
-from training_framework.hardware import Hardware, detect_hardware
+from training_framework.machine.distributed import Processes
+from training_framework.machine.hardware import Hardware, detect_hardware
 from training_framework.plan import TrainPlan, make_plan
-from training_framework.progress import TrainResult
-from training_framework.run import TrainingRun
-from training_framework.run_directory import run_directory_of
+from training_framework.runs.directory import run_directory_of
+from training_framework.runs.progress import TrainResult
+from training_framework.training.assembly import open_configured_dataset
+from training_framework.training.run import TrainingRun
 
 __all__ = ["EfficientResNet18Trainer", "configure", "main", "plan_for"]
 

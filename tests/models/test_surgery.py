@@ -5,15 +5,15 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from training_framework.kernels.small_maps import SmallMapConv2d
+from training_framework.kernels.synchronized_norm import SynchronizedBatchNorm2d
 from training_framework.models.blocks import BasicBlock
 from training_framework.models.resnet import build_model
-from training_framework.models.small_maps import SmallMapConv2d
 from training_framework.models.surgery import (
     checkpoint_activations,
     synchronize_norms,
     use_small_map_convolutions,
 )
-from training_framework.models.synchronized_norm import SynchronizedBatchNorm2d
 
 
 def resnet10(**options):

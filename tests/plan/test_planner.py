@@ -3,9 +3,9 @@ import dataclasses
 import pytest
 
 from training_framework.config import TrainConfig
-from training_framework.dataset_facts import DatasetFacts
+from training_framework.data.facts import DatasetFacts
 from training_framework.errors import UserError
-from training_framework.hardware import Accelerator, Hardware
+from training_framework.machine.hardware import Accelerator, Hardware
 from training_framework.plan import make_plan
 
 FACTS = DatasetFacts(

@@ -8,12 +8,12 @@ from typing import Literal
 
 from training_framework.data.bad_images import BadImages
 from training_framework.data.batch import Batch, Loader
-from training_framework.data.cifar import CIFAR10, CIFAR100, cifar_folder, open_cifar
-from training_framework.data.digits import open_digits
-from training_framework.data.folder import open_folder
-from training_framework.data.foreign_loading import ForeignLoader
 from training_framework.data.loading import ResidentLoader, build_loader
-from training_framework.data.packed import is_packed, open_packed
+from training_framework.data.shards.packed import is_packed, open_packed
+from training_framework.data.sources.cifar import CIFAR10, CIFAR100, cifar_folder, open_cifar
+from training_framework.data.sources.digits import open_digits
+from training_framework.data.sources.folder import open_folder
+from training_framework.data.sources.synthetic import open_synthetic
 from training_framework.data.splits import (
     ArraySplit,
     Dataset,
@@ -22,8 +22,8 @@ from training_framework.data.splits import (
     Split,
     SyntheticSplit,
 )
-from training_framework.data.synthetic import open_synthetic
 from training_framework.data.transforms import EvalTransform, MixedLabels, TrainTransform
+from training_framework.data.user_loader import ForeignLoader
 from training_framework.data.worker_loading import WorkerLoader
 from training_framework.errors import UserError
 

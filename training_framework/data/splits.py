@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from training_framework.data.packed_file import PackedFile
-from training_framework.dataset_facts import DatasetFacts
+from training_framework.data.facts import DatasetFacts
+from training_framework.data.shards.packed_file import PackedFile
 from training_framework.errors import UserError
 
 __all__ = [

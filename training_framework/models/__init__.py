@@ -1,7 +1,7 @@
 """ResNets: building them, loading and saving their weights, and changing them for speed."""
 
+from training_framework.kernels.small_maps import keep_small_maps_from_compiler
 from training_framework.models.resnet import MODELS, ResNet, Stem, build_model
-from training_framework.models.small_maps import keep_small_maps_from_compiler
 from training_framework.models.surgery import (
     checkpoint_activations,
     fuse_norms,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
-from training_framework.models.fused_norm import rectified
+from training_framework.kernels.fused_norm import rectified
 
 __all__ = ["BasicBlock", "Bottleneck", "ResidualBlock"]
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from training_framework.errors import UserError
+from training_framework.kernels.fused_norm import rectified
 from training_framework.models.blocks import BasicBlock, Bottleneck, ResidualBlock
-from training_framework.models.fused_norm import rectified
 
 __all__ = ["MODELS", "ModelVariant", "ResNet", "Stem", "build_model"]
 

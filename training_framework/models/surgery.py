@@ -10,15 +10,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from training_framework.flops import meta_copy
+from training_framework.kernels.fused_norm import FusedBatchNorm2d, can_fuse_norm
+from training_framework.kernels.norm import load_norm_kernels
+from training_framework.kernels.replaced_convolution import ReplacedConv2d
+from training_framework.kernels.small_maps import SmallMapConv2d, is_small_map
+from training_framework.kernels.synchronized_norm import SynchronizedBatchNorm2d
+from training_framework.kernels.winograd import load_winograd_kernels
+from training_framework.kernels.winograd_convolution import WinogradConv2d, winograd_applies
 from training_framework.models.blocks import ResidualBlock
-from training_framework.models.fused_norm import FusedBatchNorm2d, can_fuse_norm
-from training_framework.models.replaced_convolution import ReplacedConv2d
-from training_framework.models.small_maps import SmallMapConv2d, is_small_map
-from training_framework.models.synchronized_norm import SynchronizedBatchNorm2d
-from training_framework.models.winograd import WinogradConv2d, winograd_applies
-from training_framework.native.norm import load_norm_kernels
-from training_framework.native.winograd import load_winograd_kernels
+from training_framework.models.flops import meta_copy
 
 __all__ = [
     "checkpoint_activations",

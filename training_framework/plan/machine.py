@@ -3,11 +3,11 @@
 from typing import Literal
 
 from training_framework.config import TrainConfig
-from training_framework.dataset_facts import DatasetFacts
+from training_framework.data.facts import DatasetFacts
 from training_framework.errors import UserError
-from training_framework.hardware import Accelerator, Hardware
+from training_framework.machine.hardware import Accelerator, Hardware
+from training_framework.machine.precision import Precision
 from training_framework.plan.train_plan import Choices
-from training_framework.precision import Precision
 
 __all__ = ["MachineChoices"]
 

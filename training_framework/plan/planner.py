@@ -4,9 +4,9 @@ import math
 from typing import Any, Literal
 
 from training_framework.config import TrainConfig
-from training_framework.dataset_facts import DatasetFacts
+from training_framework.data.facts import DatasetFacts
 from training_framework.errors import UserError
-from training_framework.hardware import Hardware
+from training_framework.machine.hardware import Hardware
 from training_framework.plan.machine import MachineChoices
 from training_framework.plan.train_plan import Choices, TrainPlan
 

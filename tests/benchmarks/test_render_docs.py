@@ -1,0 +1,95 @@
+"""The scripts that turn result files into tables: what they conclude from made-up results."""
+
+import importlib
+import sys
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+@pytest.fixture(autouse=True)
+def _scripts_can_be_imported(monkeypatch):
+    monkeypatch.setattr(sys, "path", [str(BENCHMARKS), *sys.path])
+
+
+def load(name):
+    return importlib.import_module(name)
+
+
+def ratio(variant, median, low, high, against="all off"):
+    return {
+        "variant": variant, "against": against, "median": median, "low": low, "high": high,
+        "pairs": 6, "control": False,
+    }  # fmt: skip
+
+
+def row(name, *, memory=100, start=1.0, unavailable="", compiled=False, own=False):
+    facts = {"plan": {"compile": compiled, "choices": [name]}}
+    return {
+        "facts": None if unavailable else facts, "config": {"compile": name, "own": own},
+        "name": name, "measurements": [] if unavailable else [1], "unavailable": unavailable,
+        "peak_memory_bytes": None if unavailable else memory, "mfu": 0.5,
+        "startup_seconds": None if unavailable else start,
+    }  # fmt: skip
+
+
+ABLATION = {
+    "variants": [
+        row("all off"), row("all on"),
+        row("only compile", memory=150, start=9.0),
+        row("only mixed precision", unavailable="no bf16 here"),
+        row("only layout"), row("with compile", compiled=True), row("without layout", own=True),
+        row("with layout"),
+    ],
+    "ratios": [
+        ratio("only compile", 0.9, 0.85, 0.95), ratio("only layout", 1.2, 1.1, 1.3),
+        ratio("with layout", 0.99, 0.98, 1.0, "all on"),  # changes nothing in this plan
+        ratio("with compile", 1.05, 1.0, 1.1, "all on"),
+        ratio("without layout", 0.5, 0.4, 0.8, "all on"),
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "verdict"),
+    [(1.1, 1.3, "confirmed"), (1.0, 1.05, "refuted"), (1.05, 1.2, "open")],
+)
+def test_an_interval_decides_a_claim(low, high, verdict):
+    assert load("claims").judge(low, high, 1.1) == verdict
+
+
+def test_every_claim_without_a_result_says_so_and_with_one_reads_it():
+    claims = load("claims")
+    empty = claims.claims_table(lambda experiment: None)
+    assert len(empty.splitlines()) == 2 + len(claims.CLAIMS)
+    assert "confirmed" not in empty and "refuted" not in empty
+    results = {"ablation": ABLATION}
+    (compiled,) = [
+        line for line in claims.claims_table(results.get).splitlines() if "compile" in line
+    ]
+    assert "0.90x [0.85, 0.95] | refuted |" in compiled
+
+
+def test_a_switch_is_worth_what_it_gains_alone_and_what_is_lost_without_it():
+    switches = load("switches")
+    worths = {worth.switch: worth for worth in switches.switch_worths(ABLATION)}
+    assert worths["compile"].alone == (0.9, 0.85, 0.95)
+    assert worths["compile"].among == (1.05, 1.0, 1.1)
+    assert worths["compile"].memory == 1.5
+    assert worths["compile"].startup_seconds == 8.0
+    assert worths["layout"].among == pytest.approx((2.0, 1.25, 2.5))
+    assert worths["mixed precision"].alone is None
+    table = switches.switch_table(list(worths.values()))
+    assert "| mixed precision | not measured: no bf16 here |" in table
+    assert "| layout | 1.20x [1.10, 1.30] | 2.00x [1.25, 2.50] | 1.00x | +0.0 s |" in table
+
+
+def test_the_picture_is_well_formed_and_shows_what_was_measured():
+    switches = load("switches")
+    svg = switches.switch_picture(switches.switch_worths(ABLATION), "a <machine>")
+    texts = [element.text for element in ElementTree.fromstring(svg).iter() if element.text]
+    assert {"compile", "layout", "0.90x", "2.00x", "a <machine>"} <= set(texts)
+    assert "mixed precision" not in texts

@@ -1,0 +1,26 @@
+"""The benchmark of acceptance, short, with a bound that only a mistake in the loop exceeds."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks/step_overhead.py"
+
+
+def test_a_step_costs_little_more_than_in_a_bare_loop(tmp_path):
+    done = subprocess.run(
+        [sys.executable, SCRIPT, "--rounds=6", "--steps=100", "--batch-size=8", "--output=results"],
+        cwd=tmp_path, capture_output=True, text=True, timeout=100, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (path,) = (tmp_path / "results").glob("step-overhead_cpu-1-threads_*.json")
+    result = json.loads(path.read_text())
+    turns = result["turn_seconds"]
+    # Of every side the best turn, since other work on the machine only ever adds.
+    bare, framework = (
+        min(seconds for turn in turns for seconds in turn[side]) for side in ("bare", "framework")
+    )
+    assert len(turns) == result["rounds"] == 6
+    assert 0 < 1e6 * (framework - bare) / result["steps_per_turn"] < 400
+    assert str(tmp_path) not in path.read_text()

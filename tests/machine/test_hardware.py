@@ -1,0 +1,103 @@
+import dataclasses
+import os
+
+import pytest
+import torch
+
+from training_framework.machine import hardware
+from training_framework.machine.hardware import (
+    detect_hardware,
+    gpu_support_fault,
+    memory_in_use,
+)
+from training_framework.machine.peak_flops import measure_bf16_speed, measure_peak_flops
+
+
+@pytest.mark.parametrize(
+    ("capability", "built_for", "usable"),
+    [
+        ((6, 1), ["sm_70", "sm_75", "sm_80", "sm_86", "sm_90", "compute_90"], False),
+        ((7, 0), ["sm_70", "sm_80"], True),
+        ((8, 6), ["sm_80", "sm_90"], True),  # machine code runs on later minor versions
+        ((8, 0), ["sm_86"], False),  # but not on earlier ones
+        ((9, 0), ["sm_70", "sm_80"], False),
+        ((9, 0), ["sm_80", "compute_80"], True),  # the driver compiles PTX for what is newer
+        ((9, 0), ["sm_90a"], True),
+        ((12, 0), ["sm_90", "sm_120"], True),
+        ((6, 1), ["sm_50", "sm_60", "sm_61"], True),
+        ((6, 1), [], True),  # a build that does not say is left to its own check
+    ],
+)
+def test_a_gpu_is_usable_where_the_build_has_kernels_for_it(capability, built_for, usable):
+    fault = gpu_support_fault(capability, built_for)
+    assert (fault == "") is usable
+    if fault:
+        assert f"{capability[0]}.{capability[1]}" in fault
+        assert "install" in fault
+        assert "\n" not in fault
+
+
+def test_this_machine_is_described():
+    found = detect_hardware()
+    assert found.cpu_name
+    assert found.cores >= 1
+    assert found.memory_bytes > 2**28
+    assert len(found.usable) <= len(found.accelerators)
+
+
+@pytest.mark.parametrize(
+    ("text", "cores"),
+    [("100000 100000", 1), ("50000 100000", 1), ("max 100000", None), ("nonsense", None)],
+)
+def test_a_container_quota_limits_the_cores(tmp_path, monkeypatch, text, cores):
+    (tmp_path / "cpu.max").write_text(text)
+    monkeypatch.setattr(hardware, "CPU_QUOTA_FILE", tmp_path / "cpu.max")
+    assert detect_hardware().cores == (cores or len(os.sched_getaffinity(0)))
+
+
+def test_a_container_limit_limits_the_memory(tmp_path, monkeypatch):
+    (tmp_path / "memory.max").write_text("123456789\n")
+    monkeypatch.setattr(hardware, "MEMORY_LIMIT_FILE", tmp_path / "memory.max")
+    assert detect_hardware().memory_bytes == 123456789
+
+
+def test_bf16_is_known_from_the_instruction_sets():
+    plain = hardware.Hardware(
+        cpu_name="x", cores=1, instruction_sets=("avx512",), memory_bytes=1, accelerators=()
+    )
+    assert not plain.cpu_bf16
+    for name in ("avx512_bf16", "amx", "arm_bf16"):
+        fields = {**vars(plain), "instruction_sets": (name,)}
+        assert hardware.Hardware(**fields).cpu_bf16
+
+
+def test_the_worth_of_bf16_is_measured_where_the_cpu_has_instructions_for_it():
+    found = detect_hardware()
+    assert (found.bf16_speed is not None) == found.cpu_bf16
+    assert 1e-3 < measure_bf16_speed() < 1e2
+    with_instructions = dataclasses.replace(found, instruction_sets=("avx512_bf16",))
+    for speed, pays in ((0.5, False), (1.0, False), (1.9, True), (None, True)):
+        assert dataclasses.replace(with_instructions, bf16_speed=speed).cpu_bf16_pays is pays
+    assert not dataclasses.replace(found, instruction_sets=(), bf16_speed=None).cpu_bf16_pays
+
+
+def test_the_peak_is_measured_cited_or_said_to_be_unknown():
+    flops, source = measure_peak_flops("cpu", "any", torch.float32)
+    assert source == "measured"
+    assert 1e8 < flops < 1e14
+    assert measure_peak_flops("cuda", "NVIDIA H200", torch.bfloat16) == (989e12, "cited")
+    assert measure_peak_flops("cuda", "NVIDIA H100 PCIe", torch.float16) == (756e12, "cited")
+    assert measure_peak_flops("cuda", "NVIDIA H200", torch.float32) == (0.0, "n/a")
+    assert measure_peak_flops("cuda", "Unheard-of 9000", torch.bfloat16) == (0.0, "n/a")
+
+
+def test_measuring_the_peak_leaves_the_runs_generator_alone():
+    torch.manual_seed(0)
+    expected = torch.rand(1)
+    torch.manual_seed(0)
+    measure_peak_flops("cpu", "any", torch.float32)
+    assert torch.equal(torch.rand(1), expected)
+
+
+def test_memory_in_use_is_that_of_this_process():
+    assert 2**24 < memory_in_use(torch.device("cpu")) < detect_hardware().memory_bytes

@@ -1,0 +1,143 @@
+"""Recorded steps. Where there is no CUDA GPU, what was recorded is run again by Python instead,
+which shows everything but the recording: the inputs, gradients and rates that a replay sees."""
+
+import pytest
+import torch
+from torch import nn
+
+from training_framework.errors import UserError
+from training_framework.optimizers import WeightAverage, build_optimizer
+from training_framework.training.cuda_graph import WARM_UP_STEPS, CudaGraphStep
+from training_framework.training.metrics import ClassificationSums
+from training_framework.training.micro_batching import StepStart
+from training_framework.training.step import TrainStep
+
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+
+
+def network(device):
+    torch.manual_seed(1)
+    # No bias before a norm: its gradient is rounding alone, of which Adam makes whole steps.
+    convolution = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU())
+    return nn.Sequential(convolution, nn.Flatten(), nn.Linear(288, 4)).to(device)
+
+
+def batch(number, size=6):
+    generator = torch.Generator().manual_seed(number)
+    images = torch.randn(size, 3, 8, 8, generator=generator)
+    return images, torch.randint(0, 4, (size,), generator=generator)
+
+
+def steps_of(device, kind, optimizer="sgd", **options):
+    model = network(device)
+    made = build_optimizer(
+        model, name=optimizer, lr=0.1, momentum=0.9 if optimizer == "sgd" else 0.0,
+        weight_decay=1e-3, fused=True,
+    )  # fmt: skip
+    if kind is CudaGraphStep and device == "cpu":
+        options["record"] = lambda work: work
+    return kind(
+        model, made, device_type=device, sums=ClassificationSums(device, num_classes=4),
+        average=WeightAverage(model, decay=0.9), **options,
+    )  # fmt: skip
+
+
+def train(step, device, batches, *, mixed=False, norms=()):
+    losses = []
+    for number, parts in enumerate(batches):
+        images, labels = (part.to(device) for part in parts)
+        other = (labels.flip(0), torch.tensor(0.3 + number / 100, device=device))
+        losses.append(step.accumulate(images, labels, other if mixed else None))
+        norm = step.update(0.1 / (1 + number), step=number, measure_grad_norm=number in norms)
+        losses += [norm] * (norm is not None)
+    return torch.stack(losses)
+
+
+def check_equal(ours, reference):
+    for name, tensors in reference.state_dict()["model"].items():
+        torch.testing.assert_close(ours.state_dict()["model"][name], tensors)
+    averages = [list(step.average.model.parameters()) for step in (ours, reference)]
+    torch.testing.assert_close(*averages)
+    read, expected = ours.sums.read(), reference.sums.read()
+    assert (read.count, read.acc1) == (expected.count, expected.acc1)
+    assert read.loss == pytest.approx(expected.loss)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
+@pytest.mark.parametrize("clip", [None, 0.5])
+@pytest.mark.parametrize("mixed", [False, True])
+def test_replayed_steps_give_the_losses_norms_and_weights_of_plain_ones(
+    device, optimizer, clip, mixed
+):
+    batches = [batch(number) for number in range(20)]
+    ours = steps_of(device, CudaGraphStep, optimizer, grad_clip_val=clip)
+    reference = steps_of(device, TrainStep, optimizer, grad_clip_val=clip)
+    seen = [
+        train(step, device, batches, mixed=mixed, norms=(0, 9, 15)) for step in (ours, reference)
+    ]
+    torch.testing.assert_close(*seen)
+    check_equal(ours, reference)
+    assert ours._replay_update is not None, "nothing was recorded"
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_batches_of_other_shapes_groups_and_parts_run_in_between(device):
+    ours, reference = steps_of(device, CudaGraphStep), steps_of(device, TrainStep)
+    whole = [batch(number) for number in range(WARM_UP_STEPS + 2)]
+    for step in (ours, reference):
+        train(step, device, whole)
+        train(step, device, [batch(7, size=3), batch(8)])
+        for position in (0, 1):
+            images, labels = (part.to(device) for part in batch(9 + position))
+            step.accumulate(images, labels, group_size=2, last_of_group=position == 1)
+        step.update(0.05, step=20)
+        train(step, device, [batch(11)])
+        step.micro_batch_size = 2
+        train(step, device, [batch(12)])
+        step.micro_batch_size = None
+        train(step, device, [batch(13), batch(14)])
+    check_equal(ours, reference)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_step_that_is_begun_again_gives_what_it_would_have_given(device):
+    ours, reference = steps_of(device, CudaGraphStep), steps_of(device, TrainStep)
+    whole = [batch(number) for number in range(WARM_UP_STEPS + 2)]
+    for step in (ours, reference):
+        train(step, device, whole)
+    start = StepStart(ours, torch.device(device))
+    start.keep()
+    ours.accumulate(*(part.to(device) for part in batch(30)))
+    start.restore()
+    for step in (ours, reference):
+        train(step, device, [batch(31), batch(32)])
+    check_equal(ours, reference)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_checkpoint_holds_the_rate_as_a_number_and_can_be_gone_on_with(device):
+    ours, reference = steps_of(device, CudaGraphStep), steps_of(device, TrainStep)
+    for step in (ours, reference):
+        train(step, device, [batch(number) for number in range(8)])
+    state = ours.state_dict()
+    assert all(isinstance(group["lr"], float) for group in state["optimizer"]["param_groups"])
+    resumed = steps_of(device, CudaGraphStep)
+    resumed.model.load_state_dict(state["model"])
+    resumed.optimizer.load_state_dict(state["optimizer"])
+    resumed.average.load_state_dict(state["average"])
+    resumed.sums.load_state_dict(state["sums"])
+    for step in (resumed, reference):
+        train(step, device, [batch(number) for number in range(8, 16)])
+    check_equal(resumed, reference)
+
+
+def test_what_cannot_be_recorded_is_one_line_with_a_cure():
+    def refuse(work):
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    step = steps_of("cpu", CudaGraphStep)
+    step._record = refuse
+    with pytest.raises(UserError, match=r"cannot be recorded.*operation not permitted") as caught:
+        train(step, "cpu", [batch(number) for number in range(WARM_UP_STEPS + 1)])
+    assert "set cuda_graph to false" in str(caught.value)

@@ -1,0 +1,105 @@
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from training_framework.training.signals import StopRequested, StopSignals
+
+HANDLED = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+
+
+@pytest.mark.parametrize("number", HANDLED)
+def test_the_first_signal_asks_for_a_stop_and_the_next_meets_the_handler_before(number):
+    seen = []
+    before = signal.signal(number, lambda received, frame: seen.append(received))
+    try:
+        with StopSignals() as signals:
+            assert signals.received is None
+            os.kill(os.getpid(), number)
+            assert signals.received == number
+            assert seen == []
+            os.kill(os.getpid(), number)
+            assert seen == [number]
+    finally:
+        signal.signal(number, before)
+
+
+def test_handlers_are_as_before_afterwards():
+    before = [signal.getsignal(number) for number in HANDLED]
+    with pytest.raises(RuntimeError, match="in between"), StopSignals():
+        assert signal.getsignal(signal.SIGTERM) != before[1]
+        raise RuntimeError("in between")
+    assert [signal.getsignal(number) for number in HANDLED] == before
+
+
+def test_a_hangup_that_is_ignored_stays_ignored_as_under_nohup():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopSignals() as signals:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert signals.received is None
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_outside_the_main_thread_nothing_is_handled():
+    before = signal.getsignal(signal.SIGTERM)
+    inside = []
+
+    def work() -> None:
+        with StopSignals() as signals:
+            inside.append((signal.getsignal(signal.SIGTERM), signals.received))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert inside == [(before, None)]
+
+
+def test_a_signal_cuts_a_call_short_that_allows_it():
+    def wait() -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+
+    start = time.monotonic()
+    with StopSignals() as signals:
+        with pytest.raises(StopRequested):
+            signals.interruptibly(wait)
+        assert signals.received == signal.SIGTERM
+    assert time.monotonic() - start < 10
+
+
+def test_a_signal_before_a_call_keeps_it_from_beginning():
+    with StopSignals() as signals:
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(StopRequested):
+            signals.interruptibly(pytest.fail)
+
+
+def test_a_signal_cuts_nothing_else_short():
+    with StopSignals() as signals:
+        assert signals.interruptibly(lambda: 3) == 3
+        os.kill(os.getpid(), signal.SIGTERM)  # raises nothing here
+        assert signals.received == signal.SIGTERM
+
+
+@pytest.mark.parametrize("number", HANDLED)
+def test_a_second_signal_ends_a_process_at_once(number):
+    program = (
+        "import os, sys, time\n"
+        "from training_framework.training.signals import StopSignals\n"
+        "with StopSignals() as signals:\n"
+        f"    os.kill(os.getpid(), {int(number)})\n"
+        "    print(signals.received.name, flush=True)\n"
+        f"    os.kill(os.getpid(), {int(number)})\n"
+        "    time.sleep(60)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=30, check=False
+    )
+    assert done.stdout.strip() == signal.Signals(number).name
+    assert done.returncode == -number, done.stderr

@@ -1,0 +1,198 @@
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from training_framework.models.resnet import build_model
+from training_framework.optimizers import WeightAverage, build_optimizer
+from training_framework.training.metrics import ClassificationSums
+from training_framework.training.step import TrainStep
+
+
+@pytest.fixture
+def batch():
+    generator = torch.Generator().manual_seed(3)
+    images = torch.randn(8, 3, 32, 32, generator=generator)
+    return images, torch.randint(0, 10, (8,), generator=generator)
+
+
+def small_network():
+    torch.manual_seed(1)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, stride=2),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(1800, 10),
+    )
+
+
+def sgd(model, **options):
+    return build_optimizer(model, name="sgd", lr=0.1, momentum=0.9, weight_decay=5e-4, **options)
+
+
+def test_loss_and_every_gradient_of_a_resnet18_step_equal_a_plain_torch_loop(batch):
+    images, labels = batch
+    torch.manual_seed(0)
+    ours = build_model("resnet18", num_classes=10, stem="imagenet")
+    plain = copy.deepcopy(ours)
+
+    sums = ClassificationSums("cpu", num_classes=10)
+    step = TrainStep(ours, sgd(ours), device_type="cpu", label_smoothing=0.1, sums=sums)
+    step.accumulate(images, labels)
+
+    loss = F.cross_entropy(plain(images), labels, label_smoothing=0.1)
+    loss.backward()
+
+    assert sums.read().loss == pytest.approx(loss.item(), abs=1e-6)
+    reference = dict(plain.named_parameters())
+    for name, parameter in ours.named_parameters():
+        torch.testing.assert_close(parameter.grad, reference[name].grad, rtol=0, atol=1e-6)
+
+
+def test_weights_after_steps_equal_those_of_torch_sgd(batch):
+    images, labels = batch
+    ours, plain = small_network(), small_network()
+    step = TrainStep(ours, sgd(ours), device_type="cpu")
+    decayed = [p for n, p in plain.named_parameters() if n in ("0.weight", "4.weight")]
+    rest = [p for n, p in plain.named_parameters() if n not in ("0.weight", "4.weight")]
+    optimizer = torch.optim.SGD(
+        [{"params": decayed, "weight_decay": 5e-4}, {"params": rest, "weight_decay": 0}],
+        lr=1.0,
+        momentum=0.9,
+    )
+    for number, lr in enumerate((0.1, 0.05, 0.2)):
+        step.accumulate(images, labels)
+        step.update(lr, step=number)
+        F.cross_entropy(plain(images), labels).backward()
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+        optimizer.zero_grad()
+    torch.testing.assert_close(dict(ours.state_dict()), dict(plain.state_dict()))
+
+
+def test_a_group_of_batches_gives_the_gradient_of_its_mean(batch):
+    images, labels = batch
+    together, apart = small_network().eval(), small_network().eval()  # norms: fixed statistics
+    one = TrainStep(together, sgd(together), device_type="cpu")
+    one.accumulate(images, labels)
+    several = TrainStep(apart, sgd(apart), device_type="cpu")
+    for start in (0, 2, 4, 6):
+        several.accumulate(
+            images[start : start + 2],
+            labels[start : start + 2],
+            group_size=4,
+            last_of_group=start == 6,
+        )
+    for a, b in zip(together.parameters(), apart.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_parts_of_a_batch_give_the_loss_and_gradient_of_the_whole(batch, mixed):
+    images, labels = batch
+    partner = (labels.roll(1), torch.tensor(0.3)) if mixed else None
+    losses, hits, gradients = [], [], []
+    for micro_batch_size in (None, 3):  # 8 images in parts of 3, 3 and 2
+        network = small_network().eval()  # norms: fixed statistics
+        sums = ClassificationSums("cpu", num_classes=10)
+        step = TrainStep(network, sgd(network), device_type="cpu", label_smoothing=0.1, sums=sums)
+        step.micro_batch_size = micro_batch_size
+        losses.append(step.accumulate(images, labels, partner, group_size=2))
+        hits.append((sums.read().acc5, sums.read().count))
+        gradients.append([parameter.grad for parameter in network.parameters()])
+    torch.testing.assert_close(losses[1], losses[0])
+    torch.testing.assert_close(gradients[1], gradients[0])
+    assert hits[1] == hits[0]
+
+
+def test_clipping_scales_the_gradient_to_the_norm_and_keeps_what_it_was(batch):
+    network, reference = small_network(), small_network()
+    F.cross_entropy(reference(batch[0]), batch[1]).backward()
+    norm = torch.linalg.vector_norm(torch.cat([p.grad.flatten() for p in reference.parameters()]))
+    optimizer = torch.optim.SGD(network.parameters(), lr=1.0)
+    before = [p.detach().clone() for p in network.parameters()]
+    step = TrainStep(network, optimizer, device_type="cpu", grad_clip_val=norm.item() / 4)
+    step.accumulate(*batch)
+    step.update(1.0, step=0)
+    torch.testing.assert_close(step.grad_norm, norm)
+    for old, new, plain in zip(before, network.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(old - new, plain.grad / 4, rtol=1e-4, atol=1e-6)
+
+
+def test_the_norm_is_measured_only_when_asked(batch):
+    network = small_network()
+    step = TrainStep(network, sgd(network), device_type="cpu")
+    step.accumulate(*batch)
+    step.update(0.1, step=0)
+    assert step.grad_norm is None
+    step.accumulate(*batch)
+    step.update(0.1, step=1, measure_grad_norm=True)
+    assert step.grad_norm > 0
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_fp16_unscales_before_clipping_and_stepping(batch, fused):
+    """The scaled run must move the weights as the unscaled one does, within fp16's rounding."""
+    scaled, plain = small_network(), small_network()
+    half = TrainStep(
+        scaled, sgd(scaled, fused=fused), device_type="cpu", precision="16-mixed", grad_clip_val=0.5
+    )
+    full = TrainStep(plain, sgd(plain, fused=fused), device_type="cpu", grad_clip_val=0.5)
+    for number in range(3):
+        for step in (half, full):
+            step.accumulate(*batch)
+            step.update(0.1, step=number)
+        torch.testing.assert_close(half.grad_norm, full.grad_norm, rtol=2e-2, atol=0)
+    for a, b in zip(scaled.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=5e-3)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_fp16_overflow_skips_the_step_and_lowers_the_scale(batch, fused):
+    network = small_network()
+    step = TrainStep(network, sgd(network, fused=fused), device_type="cpu", precision="16-mixed")
+    step.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
+    before = [p.detach().clone() for p in network.parameters()]
+    step.accumulate(*batch)
+    step.update(0.1, step=0, measure_grad_norm=True)
+    for old, new in zip(before, network.parameters(), strict=True):
+        torch.testing.assert_close(old, new.detach())
+    assert step.scaler.get_scale() == 2.0**39
+
+
+def test_mixed_labels_equal_soft_targets(batch):
+    images, labels = batch
+    other, lam = labels.roll(1), torch.tensor(0.3)
+    ours, plain = small_network(), small_network()
+    step = TrainStep(ours, sgd(ours), device_type="cpu", label_smoothing=0.1)
+    step.accumulate(images, labels, (other, lam))
+    targets = 0.3 * F.one_hot(labels, 10) + 0.7 * F.one_hot(other, 10)
+    F.cross_entropy(plain(images), targets, label_smoothing=0.1).backward()
+    for a, b in zip(ours.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
+
+
+def test_the_average_follows_every_update(batch):
+    network = small_network()
+    average = WeightAverage(network, decay=0.5)
+    start = network[0].weight.detach().clone()
+    step = TrainStep(network, sgd(network), device_type="cpu", average=average)
+    step.accumulate(*batch)
+    step.update(0.1, step=0)
+    expected = 0.1 * start + 0.9 * network[0].weight.detach()  # decay (1 + 0) / (10 + 0)
+    torch.testing.assert_close(average.model[0].weight, expected)
+
+
+def test_bf16_computes_the_forward_pass_and_keeps_weights_in_fp32(batch):
+    network = small_network()
+    seen = []
+    network[0].register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    step = TrainStep(network, sgd(network), device_type="cpu", precision="bf16-mixed")
+    step.accumulate(*batch)
+    assert seen == [torch.bfloat16]
+    assert {p.dtype for p in network.parameters()} == {torch.float32}
+    assert {p.grad.dtype for p in network.parameters()} == {torch.float32}

@@ -1,0 +1,69 @@
+"""The `report` command: its flags, and what it writes."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from training_framework.errors import UserError
+
+__all__ = ["add_report"]
+
+DEFAULT_OUTPUT = Path("report.html")
+
+
+def add_report(commands: Any) -> None:
+    """Add the command to a parser's subcommands, as `add_subparsers` gives them."""
+    summary = "show result files as one HTML page, or as Markdown"
+    parser = commands.add_parser("report", help=summary, description=summary, allow_abbrev=False)
+    parser.set_defaults(run=_report, parser=parser)
+    parser.add_argument(
+        "results",
+        metavar="RESULT.json",
+        type=Path,
+        nargs="+",
+        help="what compare, tune, profile or benchmarks/record_run.py wrote",
+    )
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE", help=f"the page ({DEFAULT_OUTPUT}); is replaced"
+    )
+    parser.add_argument(
+        "--markdown", action="store_true", help="print Markdown; a page only with --output"
+    )
+
+
+def _report(options: argparse.Namespace) -> None:
+    from training_framework.measure.report.report import html_report, markdown_report
+    from training_framework.measure.report.sources import read_source
+
+    sources = [read_source(path) for path in options.results]
+    try:
+        page = html_report(sources)
+        markdown = markdown_report(sources) if options.markdown else ""
+    except (ArithmeticError, LookupError, RecursionError, TypeError, ValueError) as error:
+        # Each value is of its right type, but together they may still be nonsense.
+        raise UserError(
+            f"{', '.join(map(str, options.results))}: holds numbers that cannot be shown ({error})",
+            "name files as they were written",
+        ) from error
+    print(markdown, end="")
+    if options.output is not None or not options.markdown:
+        output = options.output or DEFAULT_OUTPUT
+        _write(output, page, options.results)
+        if not options.markdown:
+            print(f"report: {output}")
+
+
+def _write(output: Path, text: str, results: list[Path]) -> None:
+    from training_framework.runs.directory import write_text_atomically
+
+    if output.resolve() in [path.resolve() for path in results]:
+        raise UserError(
+            f"--output {output}: is one of the results themselves", "name an .html file"
+        )
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        write_text_atomically(output, text)
+    except OSError as error:
+        raise UserError(
+            f"--output {output}: cannot be written to ({error.strerror})", "name another file"
+        ) from None

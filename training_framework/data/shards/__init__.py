@@ -1,0 +1,1 @@
+"""Packed data sets: many images in few files."""

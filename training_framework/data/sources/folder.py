@@ -1,0 +1,192 @@
+"""Pictures in folders, as ImageNet is laid out: train/<class>/*, val/<class>/*."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from training_framework.data.decoding import IMAGE_SUFFIXES
+from training_framework.data.facts import DatasetFacts
+from training_framework.data.splits import Dataset, FileSplit
+from training_framework.errors import UserError
+
+__all__ = [
+    "IMAGENET_MEAN",
+    "IMAGENET_STD",
+    "class_files",
+    "class_names",
+    "open_folder",
+    "refuse_empty_files",
+    "split_folder",
+    "val_folder",
+]
+
+_DEFAULT_IMAGE_SIZE = 224
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+_IGNORED = frozenset({"thumbs.db", "desktop.ini"})
+
+
+def open_folder(*, root: Path | None, image_size: int | None = None) -> Dataset:
+    """List an image folder; nothing is decoded yet.
+
+    Classes are the folders of `root/train` in sorted order; `root/val` (or `root/test`) may lack
+    some of them. Pictures may lie in subfolders of their class. Hidden files are ignored.
+
+    Args:
+        root: Holds `train` and `val`.
+        image_size: Side in pixels that pictures are cropped and resized to, 224 unless given.
+
+    Raises:
+        UserError: A folder is missing, a class is empty or unknown, a file is no picture.
+    """
+    if root is None:
+        raise UserError("data is folder, but data_root is not set", "say where the pictures are")
+    train_folder, val = split_folder(root, "train"), val_folder(root)
+    names = class_names(train_folder)
+    labels_by_name = {name: label for label, name in enumerate(names)}
+    for name in class_names(val):
+        if name not in labels_by_name:
+            raise UserError(
+                f"{val / name}: a class that {train_folder} lacks",
+                "add training pictures of it or remove it",
+            )
+    train_split = _list_split(train_folder, labels_by_name)
+    val_split = _list_split(val, labels_by_name)
+    facts = DatasetFacts(
+        name=root.resolve().name,
+        train_images=len(train_split),
+        val_images=len(val_split),
+        class_names=names,
+        image_size=image_size or _DEFAULT_IMAGE_SIZE,
+        storage="files",
+        array_bytes=0,
+        mean=IMAGENET_MEAN,
+        std=IMAGENET_STD,
+    )
+    return Dataset(facts, train_split, val_split)
+
+
+def refuse_empty_files(split: FileSplit) -> None:
+    """Refuse files of no bytes, as interrupted copies leave them.
+
+    It costs a microsecond or two a file on a local disk, so it is for validation sets: a training
+    picture is met in the first epoch, a validation picture only after it.
+
+    Raises:
+        UserError: A file is empty or cannot be reached.
+    """
+    for name in split.paths:
+        path = split.root / name
+        try:
+            size = path.stat().st_size
+        except OSError as error:
+            raise UserError(f"{path}: {error.strerror}", "restore the file") from None
+        if size == 0:
+            raise UserError(f"{path}: is empty", "replace or delete the file")
+
+
+def split_folder(root: Path, name: str) -> Path:
+    """`root/name`, which must be a folder."""
+    folder = root / name
+    if not folder.is_dir():
+        raise UserError(
+            f"{folder}: no such folder", f"{root} must hold train/<class>/* and val/<class>/*"
+        )
+    return folder
+
+
+def val_folder(root: Path) -> Path:
+    """`root/val`, or `root/test` where only that is there."""
+    has_only_test = (root / "test").is_dir() and not (root / "val").is_dir()
+    return split_folder(root, "test" if has_only_test else "val")
+
+
+def class_names(folder: Path) -> tuple[str, ...]:
+    """The class folders of a split's folder, sorted.
+
+    Raises:
+        UserError: There is none, or a file lies beside them.
+    """
+    names = []
+    for entry in _visible(folder):
+        if not _is_folder(entry):
+            raise UserError(
+                f"{entry.path}: lies outside the class folders", "move it into one or away"
+            )
+        names.append(entry.name)
+    if not names:
+        raise UserError(f"{folder}: holds no class folder", f"expected {folder}/<class>/<picture>")
+    return tuple(sorted(names))
+
+
+def class_files(folder: Path) -> list[str]:
+    """The pictures of a class's folder and its subfolders, sorted, as paths.
+
+    Raises:
+        UserError: There is none, or a file is no picture by its suffix.
+    """
+    paths = sorted(_files_below(folder))
+    if not paths:
+        raise UserError(f"{folder}: the class is empty", "add pictures or remove the folder")
+    return paths
+
+
+def _files_below(folder: Path | str) -> Iterator[str]:
+    ahead, seen = [os.fspath(folder)], set[tuple[int, int]]()
+    while ahead:
+        current = ahead.pop()
+        _refuse_second_visit(current, seen)
+        for entry in _visible(current):
+            if _is_folder(entry):
+                ahead.append(entry.path)
+            elif os.path.splitext(entry.name)[1].lower() not in IMAGE_SUFFIXES:  # noqa: PTH122
+                raise UserError(
+                    f"{entry.path}: no picture by its name ({', '.join(sorted(IMAGE_SUFFIXES))})",
+                    "move it away",
+                )
+            elif entry.is_file():
+                yield entry.path
+            else:  # a link that leads nowhere; a pipe or device, which would be waited for
+                raise UserError(f"{entry.path}: is no file", "remove it, or mend the link")
+
+
+def _refuse_second_visit(folder: str, seen: set[tuple[int, int]]) -> None:
+    """Links may lead back to where they are, or to one folder over and over."""
+    try:
+        status = os.stat(folder)  # noqa: PTH116
+    except OSError as error:
+        raise UserError(f"{folder}: {error.strerror}", "make the folder readable") from None
+    place = (status.st_dev, status.st_ino)
+    if place in seen:
+        raise UserError(f"{folder}: is in its class twice, by a link", "remove the link")
+    seen.add(place)
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError as error:  # a link to itself
+        raise UserError(f"{entry.path}: {error.strerror}", "remove it") from None
+
+
+def _visible(folder: Path | str) -> Iterator[os.DirEntry[str]]:
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if not entry.name.startswith(".") and entry.name.lower() not in _IGNORED:
+                    yield entry
+    except OSError as error:
+        raise UserError(f"{folder}: {error.strerror}", "make the folder readable") from None
+
+
+def _list_split(folder: Path, labels_by_name: dict[str, int]) -> FileSplit:
+    paths: list[str] = []
+    labels: list[int] = []
+    prefix = len(os.path.join(folder, ""))  # noqa: PTH118
+    for name in class_names(folder):
+        files = class_files(folder / name)
+        paths.extend(path[prefix:] for path in files)
+        labels.extend([labels_by_name[name]] * len(files))
+    return FileSplit(folder, tuple(paths), torch.tensor(labels))

@@ -1,0 +1,100 @@
+"""Batch norm, the shortcut's addition and ReLU: apart, or on CPUs in one pass over memory."""
+
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+from training_framework.kernels.norm import (
+    CHANNEL_MULTIPLE,
+    MEAN,
+    UNBIASED_VARIANCE,
+    rectified_norm,
+)
+
+__all__ = ["FusedBatchNorm2d", "can_fuse_norm", "rectified"]
+
+
+class FusedBatchNorm2d(nn.BatchNorm2d):
+    """BatchNorm2d that also adds a shortcut and applies ReLU, while it trains on a CPU in fp32.
+
+    In evaluation, in other precisions and on other devices it is `nn.BatchNorm2d`. Parameters and
+    buffers are the same in name, shape and value. It can be differentiated once, not twice.
+    """
+
+    @classmethod
+    def from_batch_norm(cls, norm: nn.BatchNorm2d) -> Self:
+        """Take over a norm's settings, and its parameters and buffers themselves."""
+        with torch.device("meta"):
+            fused = cls(norm.num_features, norm.eps, norm.momentum)
+        fused.weight, fused.bias = norm.weight, norm.bias
+        for name, buffer in norm.named_buffers():
+            setattr(fused, name, buffer)
+        return fused.train(norm.training)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """The norm of (N, C, H, W)."""
+        if not self._applies_to(input):
+            return super().forward(input)
+        return self._normalized(input, None, relu=False)
+
+    def rectified(self, input: Tensor, shortcut: Tensor | None) -> Tensor:
+        """ReLU of the norm of (N, C, H, W), plus the shortcut where there is one."""
+        if not self._applies_to(input) or (
+            shortcut is not None
+            and (shortcut.shape != input.shape or shortcut.dtype != input.dtype)
+        ):
+            return _apart(self, input, shortcut)
+        return self._normalized(input, shortcut, relu=True)
+
+    def _applies_to(self, input: Tensor) -> bool:
+        return (
+            self.training
+            and input.device.type == "cpu"
+            and input.dtype == torch.float32
+            and input.dim() == 4
+            and input.shape[1] == self.num_features
+            and input.numel() > self.num_features  # torch says what is wrong with one value
+        )
+
+    def _normalized(self, input: Tensor, shortcut: Tensor | None, *, relu: bool) -> Tensor:
+        assert self.running_mean is not None and self.running_var is not None
+        assert self.num_batches_tracked is not None and self.momentum is not None
+        output, statistics = rectified_norm(input, self.weight, self.bias, shortcut, self.eps, relu)
+        with torch.no_grad():
+            self.num_batches_tracked.add_(1)
+            self.running_mean.lerp_(statistics[MEAN], self.momentum)
+            self.running_var.lerp_(statistics[UNBIASED_VARIANCE], self.momentum)
+        return output
+
+
+def can_fuse_norm(norm: nn.Module) -> bool:
+    """Whether a norm is one that FusedBatchNorm2d can stand in for."""
+    return (
+        type(norm) is nn.BatchNorm2d
+        and norm.affine
+        and norm.track_running_stats
+        and norm.momentum is not None
+        and norm.num_features % CHANNEL_MULTIPLE == 0
+        and norm.weight.dtype == torch.float32
+    )
+
+
+def rectified(norm: nn.Module, input: Tensor, shortcut: Tensor | None = None) -> Tensor:
+    """ReLU of a norm's output, plus a shortcut where there is one.
+
+    Args:
+        norm: Any module from (N, C, H, W) to the same.
+        input: (N, C, H, W).
+        shortcut: (N, C, H, W).
+    """
+    if isinstance(norm, FusedBatchNorm2d):
+        return norm.rectified(input, shortcut)
+    return _apart(norm, input, shortcut)
+
+
+def _apart(norm: nn.Module, input: Tensor, shortcut: Tensor | None) -> Tensor:
+    output: Tensor = norm(input)
+    if shortcut is not None:
+        output += shortcut
+    return torch.relu_(output)

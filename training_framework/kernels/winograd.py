@@ -1,0 +1,224 @@
+"""3x3 convolutions by winograd.cpp as operators of PyTorch, with their gradients."""
+
+import ctypes
+import functools
+import mmap
+import threading
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from training_framework.kernels.compiler import load_library
+
+__all__ = [
+    "CHANNEL_MULTIPLE",
+    "load_winograd_kernels",
+    "winograd_convolution",
+    "winograd_convolution_backward",
+]
+
+CHANNEL_MULTIPLE = 16
+HUGE_PAGE_BYTES = 2**21
+
+
+@functools.cache
+def load_winograd_kernels() -> ctypes.CDLL:
+    """Compile the kernels, unless that was done before, and load them.
+
+    Raises:
+        NativeKernelsError: That is not possible here.
+    """
+    library = load_library(Path(__file__).with_name("winograd.cpp"))
+    pointer, number, count = ctypes.c_void_p, ctypes.c_int, ctypes.c_long
+    library.winograd_tile.argtypes = [number, number, *[count] * 3]
+    library.winograd_tile.restype = number
+    library.winograd_scratch.argtypes = [*[number] * 3, *[count] * 5, number, number]
+    library.winograd_scratch.restype = count
+    library.winograd_forward.argtypes = [
+        *[pointer] * 4, number, number, *[count] * 5, number, number,
+    ]  # fmt: skip
+    library.winograd_forward.restype = None
+    library.winograd_weight.argtypes = [*[pointer] * 4, number, number, *[count] * 5, number]
+    library.winograd_weight.restype = None
+    return library
+
+
+def tile_side(stride: int, batch: int, height: int, width: int, *, weight_gradient: bool) -> int:
+    """Side of the tiles of outputs, 2 or 4, that is faster for images of that shape."""
+    library = load_winograd_kernels()
+    side: int = library.winograd_tile(int(weight_gradient), stride, batch, height, width)
+    return side
+
+
+class _Scratch(threading.local):
+    """Memory of a thread for the kernels, kept: fresh pages would cost more than the work on them.
+
+    It is mapped, not allocated, so that the system may back it with huge pages.
+    """
+
+    size = 0
+    address = 0
+
+    def of(self, floats: int) -> int:
+        """Address of room for so many fp32 numbers."""
+        needed = 4 * floats + HUGE_PAGE_BYTES
+        if needed > self.size:
+            self.memory = mmap.mmap(-1, needed)
+            if hasattr(mmap, "MADV_HUGEPAGE"):
+                self.memory.madvise(mmap.MADV_HUGEPAGE)
+            start = ctypes.addressof(ctypes.c_char.from_buffer(self.memory))
+            self.size, self.address = needed, -(-start // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES
+        return self.address
+
+
+_scratch = _Scratch()
+
+
+def _channels_last(tensor: Tensor) -> Tensor:
+    return tensor.contiguous(memory_format=torch.channels_last)
+
+
+def _empty_channels_last(like: Tensor, *shape: int) -> Tensor:
+    return like.new_empty(shape).contiguous(memory_format=torch.channels_last)
+
+
+def _output_size(side: int, stride: int) -> int:
+    return (side - 1) // stride + 1
+
+
+def _convolve(images: Tensor, weight: Tensor, stride: int) -> Tensor:
+    batch, channels, height, width = images.shape
+    size = [_output_size(side, stride) for side in (height, width)]
+    output = torch.empty((batch, len(weight), *size), memory_format=torch.channels_last)
+    shape = (batch, height, width, channels, len(weight))
+    return _run(images, weight, output, stride, shape, back=False)
+
+
+def _image_gradient(grad_output: Tensor, images: Tensor, weight: Tensor, stride: int) -> Tensor:
+    batch, channels, height, width = images.shape
+    gradient = torch.empty(images.shape, memory_format=torch.channels_last)
+    shape = (batch, height, width, len(weight), channels)
+    return _run(grad_output, weight, gradient, stride, shape, back=True)
+
+
+def _run(
+    source: Tensor,
+    weight: Tensor,
+    result: Tensor,
+    stride: int,
+    shape: tuple[int, ...],
+    *,
+    back: bool,
+) -> Tensor:
+    """The convolution, or with `back` the one by which gradients go back to its images.
+
+    Args:
+        source: (N, C, H, W), what is read.
+        weight: Of the convolution.
+        result: (N, K, H, W) in channels_last, what is written.
+        stride: Of the convolution.
+        shape: N, height and width of the convolution's images, C and K.
+        back: See above.
+    """
+    if not result.numel():
+        return result
+    library, threads = load_winograd_kernels(), torch.get_num_threads()
+    tile = tile_side(stride, *shape[:3], weight_gradient=False)
+    sizes = (stride, tile, *shape)
+    scratch = _scratch.of(library.winograd_scratch(0, *sizes, int(back), threads))
+    source, weight = _channels_last(source), _channels_last(weight)
+    library.winograd_forward(
+        source.data_ptr(), weight.data_ptr(), result.data_ptr(), scratch, *sizes, int(back), threads
+    )
+    return result
+
+
+def _weight_gradient(grad_output: Tensor, images: Tensor, weight: Tensor, stride: int) -> Tensor:
+    gradient = torch.empty_like(weight, memory_format=torch.channels_last)
+    if not grad_output.numel():
+        return gradient.zero_()
+    library, threads = load_winograd_kernels(), torch.get_num_threads()
+    batch, channels, height, width = images.shape
+    tile = tile_side(stride, batch, height, width, weight_gradient=True)
+    sizes = (stride, tile, batch, height, width, channels, len(weight))
+    scratch = _scratch.of(library.winograd_scratch(1, *sizes, 0, threads))
+    images, grad_output = _channels_last(images), _channels_last(grad_output)
+    library.winograd_weight(
+        images.data_ptr(), grad_output.data_ptr(), gradient.data_ptr(), scratch, *sizes, threads
+    )
+    return gradient
+
+
+@torch.library.custom_op("efficient_resnet::winograd_convolution", mutates_args=())
+def winograd_convolution(images: Tensor, weight: Tensor, stride: int) -> Tensor:
+    """3x3 convolution with a padding of 1, in fp32 on the CPU.
+
+    Args:
+        images: (N, C, H, W), C a multiple of CHANNEL_MULTIPLE.
+        weight: (K, C, 3, 3), K likewise.
+        stride: 1 or 2.
+
+    Returns:
+        (N, K, (H - 1) // stride + 1, (W - 1) // stride + 1) in channels_last.
+    """
+    return _convolve(images, weight, stride)
+
+
+@winograd_convolution.register_fake
+def _(images: Tensor, weight: Tensor, stride: int) -> Tensor:
+    size = [_output_size(side, stride) for side in images.shape[2:]]
+    return _empty_channels_last(images, images.shape[0], weight.shape[0], *size)
+
+
+@torch.library.custom_op("efficient_resnet::winograd_convolution_backward", mutates_args=())
+def winograd_convolution_backward(
+    grad_output: Tensor, images: Tensor, weight: Tensor, stride: int, wanted: list[bool]
+) -> tuple[Tensor, Tensor]:
+    """Gradients of `winograd_convolution` by images and by weight.
+
+    Args:
+        grad_output: As the output.
+        images: (N, C, H, W).
+        weight: (K, C, 3, 3).
+        stride: 1 or 2.
+        wanted: Which of the two are wanted; the other one is an empty tensor.
+
+    Returns:
+        (N, C, H, W) in channels_last, and (K, C, 3, 3) with the strides of the weight.
+    """
+    grad_images, grad_weight = grad_output.new_empty(0), grad_output.new_empty(0)
+    if wanted[0]:
+        grad_images = _image_gradient(grad_output, images, weight, stride)
+    if wanted[1]:
+        grad_weight = _weight_gradient(grad_output, images, weight, stride)
+        if weight.is_contiguous():  # DDP wants the strides of the parameter
+            grad_weight = grad_weight.contiguous()
+    return grad_images, grad_weight
+
+
+@winograd_convolution_backward.register_fake
+def _(
+    grad_output: Tensor, images: Tensor, weight: Tensor, stride: int, wanted: list[bool]
+) -> tuple[Tensor, Tensor]:
+    nothing = grad_output.new_empty(0)
+    return (
+        _empty_channels_last(grad_output, *images.shape) if wanted[0] else nothing,
+        torch.empty_like(weight) if wanted[1] else nothing.clone(),
+    )
+
+
+def _keep_for_backward(ctx: Any, inputs: tuple[Tensor, Tensor, int], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:2])
+    ctx.stride = inputs[2]
+
+
+def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    images, weight = ctx.saved_tensors
+    wanted = list(ctx.needs_input_grad[:2])
+    gradients = winograd_convolution_backward(grad_output, images, weight, ctx.stride, wanted)
+    return gradients[0] if wanted[0] else None, gradients[1] if wanted[1] else None, None
+
+
+winograd_convolution.register_autograd(_backward, setup_context=_keep_for_backward)

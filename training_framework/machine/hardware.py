@@ -1,0 +1,292 @@
+"""What this machine is and can do: measured or asked, never assumed."""
+
+import functools
+import importlib.metadata
+import os
+import platform
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+
+from training_framework.kernels.compiler import find_compiler
+from training_framework.machine.memory import can_keep_freed_memory
+from training_framework.machine.peak_flops import measure_bf16_speed
+
+__all__ = [
+    "Accelerator",
+    "Hardware",
+    "detect_hardware",
+    "gpu_support_fault",
+    "library_versions",
+    "memory_in_use",
+    "usable_cores",
+]
+
+CPU_QUOTA_FILE = Path("/sys/fs/cgroup/cpu.max")
+MEMORY_LIMIT_FILE = Path("/sys/fs/cgroup/memory.max")
+BF16_INSTRUCTIONS = frozenset({"avx512_bf16", "amx", "arm_bf16"})
+# Less would not repay the casts of the weights.
+BF16_PAYS_FROM = 1.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Accelerator:
+    """One accelerator, usable or not.
+
+    Attributes:
+        kind: PyTorch's device type (`cuda` also for ROCm, `mps`, `xpu`).
+        name: As its driver calls it.
+        index: Its number among the devices of its kind.
+        memory_bytes: Its own memory; 0 where it shares the host's or is unknown.
+        bf16: Whether it computes bfloat16 itself.
+        fault: Why this PyTorch cannot use it, with the cure; empty where it can.
+    """
+
+    kind: str
+    name: str
+    index: int = 0
+    memory_bytes: int = 0
+    bf16: bool = False
+    fault: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hardware:
+    """Facts of the machine that a plan rests on.
+
+    Attributes:
+        cpu_name: Model of the processor.
+        cores: Cores this process may run on (affinity and container quota counted in).
+        instruction_sets: Those of the CPU that matter here: avx2, avx512, avx512_bf16, amx.
+        memory_bytes: Host memory this process may use (container limit counted in).
+        accelerators: All that were found, usable or not.
+        bf16_speed: How many times as fast as in fp32 a convolution in bf16 is on this CPU,
+            measured; None where that was not asked, or the CPU has no instructions for it.
+        cpp_compiler: Name of the C++ compiler, which kernels for this CPU need; None without one.
+        glibc: Whether memory is allocated by glibc, which can be told to keep it.
+    """
+
+    cpu_name: str
+    cores: int
+    instruction_sets: tuple[str, ...]
+    memory_bytes: int
+    accelerators: tuple[Accelerator, ...]
+    bf16_speed: float | None = None
+    cpp_compiler: str | None = None
+    glibc: bool = False
+
+    @property
+    def usable(self) -> tuple[Accelerator, ...]:
+        """Accelerators that this PyTorch can compute on."""
+        return tuple(gpu for gpu in self.accelerators if not gpu.fault)
+
+    @property
+    def cpu_bf16(self) -> bool:
+        """Whether the CPU computes bfloat16 itself; elsewhere it is emulated, and slower."""
+        return bool(self.bf16_instructions)
+
+    @property
+    def cpu_bf16_pays(self) -> bool:
+        """Whether it does so faster than fp32; not every CPU with the instructions does."""
+        measured = self.bf16_speed is None or self.bf16_speed >= BF16_PAYS_FROM
+        return self.cpu_bf16 and measured
+
+    @property
+    def bf16_instructions(self) -> tuple[str, ...]:
+        """The instruction sets for bfloat16 that the CPU has."""
+        return tuple(name for name in self.instruction_sets if name in BF16_INSTRUCTIONS)
+
+
+def detect_hardware() -> Hardware:
+    """Look at this machine.
+
+    Where the CPU has instructions for bfloat16, their worth is measured, once a process, in about
+    a tenth of a second.
+    """
+    compiler = find_compiler()
+    flags, cpu_name = _cpu_flags()
+    sets = [
+        name
+        for name, flag in {
+            "avx2": "avx2",
+            "avx512": "avx512f",
+            "avx512_bf16": "avx512_bf16",
+            "amx": "amx_bf16",
+            "arm_bf16": "bf16",
+        }.items()
+        if flag in flags
+    ]
+    return Hardware(
+        cpu_name=cpu_name,
+        cores=usable_cores(),
+        instruction_sets=tuple(sets),
+        memory_bytes=_usable_memory(),
+        accelerators=_accelerators(),
+        bf16_speed=measure_bf16_speed() if BF16_INSTRUCTIONS & set(sets) else None,
+        cpp_compiler=None if compiler is None else Path(compiler).name,
+        glibc=can_keep_freed_memory(),
+    )
+
+
+def _cpu_flags() -> tuple[set[str], str]:
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return set(), platform.processor() or platform.machine()
+    fields: dict[str, str] = {}
+    for line in text.splitlines():
+        key, _, value = line.partition(":")
+        fields.setdefault(key.strip(), value.strip())
+    flags = fields.get("flags", fields.get("Features", ""))
+    return set(flags.split()), fields.get("model name", platform.machine())
+
+
+def usable_cores() -> int:
+    """Cores this process may run on, affinity and a container's quota counted in."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    try:  # a container's quota: "max 100000" or "150000 100000" (microseconds of CPU per period)
+        quota, period = CPU_QUOTA_FILE.read_text(encoding="ascii").split()
+    except (OSError, ValueError):
+        return cores or 1
+    limit = cores if quota == "max" else max(1, int(quota) // int(period))
+    return min(cores or 1, limit or 1)
+
+
+def _usable_memory() -> int:
+    total = psutil.virtual_memory().total
+    try:
+        return min(total, int(MEMORY_LIMIT_FILE.read_text(encoding="ascii")))
+    except (OSError, ValueError):  # no container, or one without a limit ("max")
+        return total
+
+
+def _accelerators() -> tuple[Accelerator, ...]:
+    if torch.cuda.is_available():
+        with warnings.catch_warnings():
+            # PyTorch warns of a GPU that it has no kernels for in several lines; ours is one line.
+            warnings.simplefilter("ignore")
+            return tuple(_cuda_device(index) for index in range(torch.cuda.device_count()))
+    current = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if current is not None:
+        count = torch.accelerator.device_count()
+        name = f"{platform.processor() or platform.machine()} {current.type}"
+        return tuple(
+            Accelerator(kind=current.type, name=name, index=index, bf16=current.type == "xpu")
+            for index in range(count)
+        )
+    return _nvidia_devices_without_cuda()
+
+
+def _cuda_device(index: int) -> Accelerator:
+    properties = torch.cuda.get_device_properties(index)
+    capability = (properties.major, properties.minor)
+    # ROCm lists gfx names; there, PyTorch's own check at start-up is the one to trust.
+    fault = "" if torch.version.hip else gpu_support_fault(capability, torch.cuda.get_arch_list())
+    return Accelerator(
+        kind="cuda",
+        name=properties.name,
+        index=index,
+        memory_bytes=properties.total_memory,
+        bf16=not fault and torch.cuda.is_bf16_supported(including_emulation=False),
+        fault=fault,
+    )
+
+
+def gpu_support_fault(capability: tuple[int, int], built_for: list[str]) -> str:
+    """Why a build of PyTorch has no kernels for a GPU, with the cure; empty if it has.
+
+    Machine code (`sm_80`) runs on the same major version from its minor version on; PTX
+    (`compute_90`) is compiled by the driver for anything newer. Source: CUDA C++ Programming
+    Guide, "Binary compatibility" and "PTX compatibility".
+
+    Args:
+        capability: The GPU's compute capability, (6, 1) for 6.1.
+        built_for: As `torch.cuda.get_arch_list()` gives it.
+    """
+    if not built_for:
+        return ""
+    versions = []
+    for name in built_for:
+        kind, _, digits = name.partition("_")
+        digits = digits.rstrip("af")  # sm_90a, sm_100f: special features of one architecture
+        if not digits.isdigit():
+            continue
+        version = (int(digits[:-1]), int(digits[-1]))
+        versions.append(version)
+        if kind == "sm" and version[0] == capability[0] and version[1] <= capability[1]:
+            return ""
+        if kind == "compute" and version <= capability:
+            return ""
+    if not versions:
+        return ""
+    lowest = ".".join(map(str, min(versions)))
+    mine = ".".join(map(str, capability))
+    return (
+        f"has compute capability {mine}, but PyTorch {torch.__version__} is built for {lowest} "
+        f"and newer; install a PyTorch build with kernels for {mine}"
+        if capability < min(versions)
+        else f"has compute capability {mine}, which PyTorch {torch.__version__} has no kernels "
+        "for; install a newer PyTorch"
+    )
+
+
+def _nvidia_devices_without_cuda() -> tuple[Accelerator, ...]:
+    """NVIDIA GPUs that the driver knows but this PyTorch does not see."""
+    try:
+        import pynvml
+    except ImportError:
+        return ()
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:  # no NVIDIA driver: the ordinary machine without a GPU
+        return ()
+    try:
+        if torch.version.cuda is None:
+            fault = (
+                f"cannot be used: PyTorch {torch.__version__} is built without CUDA; "
+                "install a CUDA build (pytorch.org/get-started)"
+            )
+        else:
+            fault = (
+                f"cannot be used by PyTorch {torch.__version__} (CUDA {torch.version.cuda}); "
+                "update the NVIDIA driver, or check CUDA_VISIBLE_DEVICES"
+            )
+        return tuple(
+            Accelerator(
+                kind="cuda",
+                name=pynvml.nvmlDeviceGetName(handle),
+                index=index,
+                memory_bytes=int(pynvml.nvmlDeviceGetMemoryInfo(handle).total),
+                fault=fault,
+            )
+            for index in range(pynvml.nvmlDeviceGetCount())
+            for handle in (pynvml.nvmlDeviceGetHandleByIndex(index),)
+        )
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of what a result depends on, by distribution name."""
+    names = ("torch", "numpy", "pillow", "simplejpeg")
+    versions = {name: importlib.metadata.version(name) for name in names}
+    return {"python": platform.python_version(), **versions}
+
+
+def memory_in_use(device: torch.device) -> int:
+    """Bytes: the peak of PyTorch's allocations on a CUDA device, else this process's resident set.
+
+    The peak is that since the start of the process.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return _this_process(os.getpid()).memory_info().rss
+
+
+@functools.cache
+def _this_process(pid: int) -> psutil.Process:
+    """Kept, since finding a process takes longer than asking it; by its number, for forks."""
+    return psutil.Process(pid)

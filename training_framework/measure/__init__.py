@@ -1,0 +1,1 @@
+"""Measuring: comparisons, tuning, profiles, reports, and the proof of exact resumption."""

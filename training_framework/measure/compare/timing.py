@@ -1,0 +1,208 @@
+"""One variant's optimizer steps on the clock, with the loader, transform and step of a real run."""
+
+import itertools
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from training_framework.config import TrainConfig
+from training_framework.data import Batch
+from training_framework.machine.peak_flops import measure_peak_flops
+from training_framework.machine.precision import compute_dtype
+from training_framework.machine.randomness import seed_everything
+from training_framework.measure.compare.machine_load import MachineWatch, peak_memory
+from training_framework.measure.compare.result import Measurement, VariantFacts
+from training_framework.models.flops import training_flops_per_image
+from training_framework.training.assembly import (
+    Loaders,
+    assemble_schedule,
+    assemble_step,
+)
+from training_framework.training.network_assembly import assemble_network
+from training_framework.training.run import TrainingRun
+
+__all__ = ["CLOCK", "StepSampler"]
+
+CLOCK = (
+    "optimizer steps: waiting for data, its copy and augmentation, forward, backward, update; "
+    "without compilation, evaluation, logging and checkpoints"
+)
+# After the others' turns, caches are cold and a compiler's or allocator's first step is slow.
+STEPS_TO_WARM_UP_AGAIN = 2
+FEWEST_STEPS = 3
+
+
+class StepSampler:
+    """A variant that is built and ready to be timed; it trains on from sample to sample.
+
+    Args:
+        config: What to build.
+        steps: Timed steps of a sample; None: as many as last for `seconds`, at least 3, decided
+            once, after the warm-up.
+        seconds: See `steps`.
+        warmup_steps: Steps before the first sample.
+        peak: The device's peak FLOP/s in the precision used, and where that is from; None measures
+            it or looks it up.
+
+    Attributes:
+        facts: What was built, and how it warmed up.
+
+    Raises:
+        UserError: Something that is asked for is wrong or cannot be done here.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        *,
+        steps: int | None,
+        seconds: float,
+        warmup_steps: int,
+        peak: tuple[float, str] | None = None,
+    ) -> None:
+        started = time.perf_counter()
+        run = TrainingRun(config)
+        self.plan, self.device = run.plan, run.device
+        run.set_up_torch()
+        seed_everything(config.seed)
+        model, _ = assemble_network(config, run.plan, run.device)
+        self.step = assemble_step(config, run.plan, model, run.device)
+        self.loaders = Loaders.assemble(
+            config,
+            run.plan,
+            run.facts,
+            source=run.source,
+            processes=run.processes,
+            device=run.device,
+        )
+        self.step.model.train()
+        self._schedule = assemble_schedule(config, run.plan)
+        self._epoch = self._batch = self._steps_made = 0
+        self._batches: Iterator[Batch] = iter(())
+        self._watch = MachineWatch()
+        self._steps_to_drop = STEPS_TO_WARM_UP_AGAIN
+        if not run.plan.resident_data:
+            # Loader processes work ahead while others have their turn; that head start is no speed.
+            ahead = run.plan.num_workers * config.prefetch_factor
+            self._steps_to_drop += -(-ahead // run.plan.accumulate_grad_batches)
+        build_seconds = time.perf_counter() - started
+        warmup, _ = self._timed(warmup_steps)
+        self._steps = steps or max(FEWEST_STEPS, round(seconds / min(warmup)))
+        peak_flops, peak_source = peak or measure_peak_flops(
+            run.plan.device, run.plan.device_name, compute_dtype(run.plan.precision)
+        )
+        self.facts = VariantFacts(
+            device=run.plan.device,
+            device_name=run.plan.device_name,
+            dataset=run.facts.name,
+            train_images=run.facts.train_images,
+            image_size=run.plan.image_size,
+            images_per_step=run.plan.images_per_step,
+            flops_per_image=training_flops_per_image(model, run.plan.image_size),
+            peak_flops=peak_flops,
+            peak_flops_source=peak_source,
+            plan=run.plan.as_dict(),
+            build_seconds=build_seconds,
+            warmup_step_seconds=warmup,
+        )
+
+    def sample(self, round_number: int) -> Measurement:
+        """Take a sample: warm up again, then time."""
+        torch.set_num_threads(self.plan.threads)  # variants may share a process
+        dropped, _ = self._timed(self._steps_to_drop)
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        graphs = _compiled_graphs()
+        self._watch.start()
+        started = time.perf_counter()
+        step_seconds, images = self._timed(self._steps)
+        seconds = time.perf_counter() - started
+        load = self._watch.stop()
+        memory = peak_memory(self.device)
+        if self.device.type == "cuda":
+            # Variants in other processes need the memory during their turns.
+            torch.cuda.empty_cache()
+        return Measurement(
+            round=round_number,
+            seconds=seconds,
+            steps=self._steps,
+            images=images,
+            step_seconds=step_seconds,
+            dropped_step_seconds=dropped,
+            cpu_seconds=load.cpu_seconds,
+            other_cpu_share=load.other_cpu_share,
+            peak_memory_bytes=memory,
+            new_graphs=_compiled_graphs() - graphs,
+        )
+
+    def close(self) -> None:
+        """End the loaders' processes."""
+        self.loaders.close()
+
+    def optimizer_step(self) -> int:
+        """Make one step, as the trainer does. Returns the number of its images."""
+        plan = self.plan
+        if self._batch == plan.batches_per_epoch:
+            self._epoch, self._batch = self._epoch + 1, 0
+        if self._batch == 0:
+            self._batches = self.loaders.train.epoch(self._epoch)
+        group = min(plan.accumulate_grad_batches, plan.batches_per_epoch - self._batch)
+        image_count = 0
+        for position in range(group):
+            images, labels, mixed = self.loaders.train_transform(
+                next(self._batches),
+                step=self._epoch * plan.batches_per_epoch + self._batch,
+                epoch=self._epoch,
+            )
+            self.step.accumulate(
+                images,
+                labels,
+                None if mixed is None else (mixed.other_labels, mixed.lam),
+                group_size=group,
+                last_of_group=position == group - 1,
+            )
+            image_count += len(labels)
+            self._batch += 1
+        # Sampling goes on past the planned end, where a schedule may stand at zero.
+        planned_step = self._steps_made % plan.total_steps
+        self.step.update(plan.lr * self._schedule(planned_step), step=self._steps_made)
+        self._steps_made += 1
+        return image_count
+
+    def _timed(self, steps: int) -> tuple[list[float], int]:
+        """Make steps; returns the seconds of each and the images of all of them."""
+        images = 0
+        _synchronize(self.device)
+        readings = [self._reading()]
+        for _ in range(steps):
+            images += self.optimizer_step()
+            readings.append(self._reading())
+        _synchronize(self.device)
+        if self.device.type == "cuda":
+            ends = [readings[0].elapsed_time(reading) / 1000 for reading in readings]
+        else:
+            readings[-1] = self._reading()
+            ends = [reading - readings[0] for reading in readings]
+        return [after - before for before, after in itertools.pairwise(ends)], images
+
+    def _reading(self) -> Any:
+        """A clock reading that the device passes in its own time, so that no step waits for it."""
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def _compiled_graphs() -> int:
+    """Graphs that torch.compile has made in this process; its module is loaded on first use."""
+    module = sys.modules.get("torch._dynamo.utils")
+    return 0 if module is None else int(module.counters["stats"]["unique_graphs"])

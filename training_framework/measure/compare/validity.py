@@ -1,0 +1,154 @@
+"""The validity gate: what forbids taking a comparison at its word. Each finding is a mark."""
+
+import statistics
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from training_framework.measure.compare.quiet import QUIET
+from training_framework.measure.compare.result import Measurement, Ratio, VariantFacts
+from training_framework.measure.compare.statistics import (
+    FEWEST_PAIRS,
+    Interval,
+    control_holds,
+    has_settled,
+    relative_spread,
+)
+
+__all__ = ["MARKS", "Mark", "control_marks", "pair_marks", "variant_marks", "work_marks"]
+
+# Each mark by the letter that stands for it in tables.
+MARKS = {
+    "recompiled": "R",
+    "busy machine": "B",
+    "wide spread": "S",
+    "warm-up": "W",
+    "different work": "D",
+    "few pairs": "F",
+    "target missed": "T",
+    "control": "C",
+}
+WIDE_SPREAD = 0.05
+BUSY_SHARE = 0.05
+CONTROL_TOLERANCE = 0.05
+
+
+class Mark(NamedTuple):
+    """A mark of `MARKS`, and in words what it rests on."""
+
+    name: str
+    detail: str
+
+
+def variant_marks(
+    measurements: Sequence[Measurement],
+    samples: Sequence[float | None],
+    *,
+    fastest_probe: float | None = None,
+) -> list[Mark]:
+    """What one variant's own samples give away.
+
+    Args:
+        measurements: Of the finished rounds.
+        samples: The values made of them.
+        fastest_probe: Seconds of the fastest probe of the whole comparison.
+    """
+    marks = []
+    recompiled = [m.round + 1 for m in measurements if m.new_graphs]
+    if recompiled:
+        rounds = ", ".join(map(str, recompiled))
+        graphs = sum(m.new_graphs for m in measurements)
+        marks.append(
+            Mark("recompiled", f"{graphs} graph(s) compiled in the timed window of round {rounds}")
+        )
+    busy = [m.other_cpu_share for m in measurements]
+    if busy and (share := sum(busy) / len(busy)) > BUSY_SHARE:
+        marks.append(Mark("busy machine", f"others took {share:.0%} of the cores, {max(busy):.0%} "
+                          "in the worst round"))  # fmt: skip
+    elif fastest_probe is not None and (slowed := _slowdown(measurements, fastest_probe)) > QUIET:
+        marks.append(
+            Mark("busy machine", f"around the samples a fixed piece of work took {slowed:.2f} "
+                 "times as long as at its fastest: others outside this system share its cores")
+        )  # fmt: skip
+    values = [sample for sample in samples if sample is not None]
+    if len(values) > 1 and (spread := relative_spread(values)) > WIDE_SPREAD:
+        marks.append(
+            Mark("wide spread", f"the middle half of the samples spans {spread:.1%} of the median")
+        )
+    if not has_settled([m.step_seconds for m in measurements if m.step_seconds]):
+        marks.append(
+            Mark("warm-up", "the first third of the timed steps is slower than the rest; "
+                 "raise warmup_steps")
+        )  # fmt: skip
+    missed = len(samples) - len(values)
+    if missed:
+        marks.append(Mark("target missed", f"{missed} of {len(samples)} runs missed the target"))
+    return marks
+
+
+def _slowdown(measurements: Sequence[Measurement], fastest_probe: float) -> float:
+    """The median over the samples of the slower probe of each, over the fastest of all."""
+    slower = [max(m.probe_seconds) for m in measurements if m.probe_seconds]
+    return statistics.median(slower) / fastest_probe if slower else 1.0
+
+
+def work_marks(
+    facts: VariantFacts,
+    measurements: Sequence[Measurement],
+    other_facts: VariantFacts,
+    other_measurements: Sequence[Measurement],
+    may_differ: Sequence[str],
+) -> list[Mark]:
+    """Whether a variant did other work than what it is compared with.
+
+    Images are those that were counted, whatever was planned.
+
+    Args:
+        may_differ: Kinds of work that differ by intent: see `Experiment.may_differ`.
+    """
+    kinds: dict[str, tuple[float | str, float | str]] = {
+        "images_per_step": (_images_per_step(measurements), _images_per_step(other_measurements)),
+        "flops": (facts.flops_per_image, other_facts.flops_per_image),
+        "image_size": (facts.image_size, other_facts.image_size),
+        "dataset": (facts.dataset, other_facts.dataset),
+    }
+    return [
+        Mark("different work", f"{kind.replace('_', ' ')}: {_shown(ours)} against {_shown(theirs)}")
+        for kind, (ours, theirs) in kinds.items()
+        if kind not in may_differ and ours != theirs
+    ]
+
+
+def _images_per_step(measurements: Sequence[Measurement]) -> float:
+    steps = sum(measurement.steps for measurement in measurements)
+    return round(sum(measurement.images for measurement in measurements) / max(1, steps), 3)
+
+
+def _shown(value: float | str) -> str:
+    return value if isinstance(value, str) else f"{value:,.6g}"
+
+
+def pair_marks(ratios: Sequence[Ratio]) -> list[Mark]:
+    """What the number of pairs says of a comparison that has no control to say it."""
+    fewest = min((ratio.pairs for ratio in ratios), default=FEWEST_PAIRS)
+    if fewest >= FEWEST_PAIRS:
+        return []
+    return [Mark("few pairs", f"{fewest} pair(s); a 95% interval needs {FEWEST_PAIRS}")]
+
+
+def control_marks(ratio: Ratio | None) -> list[Mark]:
+    """What the A/A control says of the comparison as a whole; None: there is no control."""
+    if ratio is None:
+        return [Mark("control", "no A/A control ran beside the variants")]
+    if ratio.pairs < FEWEST_PAIRS:
+        return pair_marks([ratio])
+    interval = Interval(median=ratio.median, low=ratio.low, high=ratio.high, pairs=ratio.pairs)
+    if control_holds(interval, tolerance=CONTROL_TOLERANCE):
+        return []
+    return [
+        Mark(
+            "control",
+            f"the same variant twice differs: {ratio.median:.3f} [{ratio.low:.3f}, "
+            f"{ratio.high:.3f}], which should contain 1 and stay within "
+            f"{CONTROL_TOLERANCE:.0%} of it",
+        )
+    ]

@@ -1,0 +1,298 @@
+"""A whole profile: phases, ceilings, verdict, operators, roofline, and the files that hold them."""
+
+import dataclasses
+import time
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from training_framework.config import TrainConfig
+from training_framework.config.loading import config_to_dict
+from training_framework.errors import UserError
+from training_framework.machine.hardware import library_versions
+from training_framework.machine.precision import compute_dtype
+from training_framework.measure.profile.advice import Verdict, give_verdict
+from training_framework.measure.profile.ceilings import (
+    Ceilings,
+    measure_loader_alone,
+    measure_model_alone,
+)
+from training_framework.measure.profile.phases import StepPhases, measure_steps
+from training_framework.measure.profile.roofline import (
+    LayerPoint,
+    MachineLimits,
+    layer_names,
+    layer_points,
+    measure_limits,
+    plot_roofline,
+)
+from training_framework.measure.profile.run_parts import RunParts
+from training_framework.measure.profile.trace import (
+    KernelWindow,
+    OperatorCall,
+    OperatorTime,
+    busy_seconds,
+    group_calls,
+)
+from training_framework.runs.directory import write_json
+
+__all__ = ["SCHEMA_VERSION", "Profile", "create_profile_directory", "profile_run"]
+
+SCHEMA_VERSION = 1
+# Every step leaves thousands of events; a few tell what more would.
+MOST_PROFILED_STEPS = 5
+ROWS_IN_FILE = 60
+
+
+@dataclass(frozen=True, kw_only=True)
+class Profile:
+    """What a profile found; `profile.json` holds the same.
+
+    Attributes:
+        device: PyTorch's device type.
+        operators: By name, longest first. On a device these are the times of its kernels by the
+            operator that launched them; empty where a CUDA graph replays them.
+        kernels: Of a device, by name; empty on a CPU.
+        layer_types: Operators by kind of layer, or kernels where a CUDA graph replays them.
+        shapes: Operators by name and the shapes of their arguments.
+        roofline: A point for each shape of convolution and matrix product.
+        files: What was written.
+    """
+
+    device: str
+    phases: StepPhases
+    ceilings: Ceilings
+    verdict: Verdict
+    operators: list[OperatorTime]
+    kernels: list[OperatorTime]
+    layer_types: list[OperatorTime]
+    shapes: list[OperatorTime]
+    profiled_steps: int
+    limits: MachineLimits
+    roofline: list[LayerPoint]
+    directory: Path
+    files: list[Path]
+
+    @property
+    def bottleneck(self) -> OperatorTime | None:
+        """What takes most of the time; None where nothing was recorded."""
+        return next(iter([*self.operators, *self.kernels]), None)
+
+
+def create_profile_directory(output_dir: Path, name: str) -> Path:
+    """Make the next free `<output_dir>/<name>/N`.
+
+    The folder is made by one system call that fails where it exists, so nothing is overwritten.
+
+    Raises:
+        UserError: The place cannot be written to.
+    """
+    parent = output_dir / name
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        taken = [int(path.name) for path in parent.iterdir() if path.name.isdecimal()]
+        number = max(taken, default=-1) + 1
+        while True:
+            directory = parent / str(number)
+            try:
+                directory.mkdir()
+                return directory
+            except FileExistsError:
+                number += 1
+    except OSError as error:
+        raise UserError(
+            f"{error.filename or parent}: cannot be written to ({error.strerror})",
+            "give another --output-dir",
+        ) from None
+
+
+def profile_run(
+    config: TrainConfig,
+    *,
+    steps: int = 20,
+    warmup: int = 5,
+    output_dir: Path = Path("profiles"),
+    command: str = "",
+    say: Callable[[str], None] = lambda text: None,
+    parts: RunParts | None = None,
+) -> Profile:
+    """Measure where the time of a configured run goes, and write it down.
+
+    Args:
+        config: Of the run. It is trained for some steps, from its beginning, and not saved.
+        steps: Optimizer steps of each measurement.
+        warmup: Steps before the first.
+        output_dir: The files go to `<output_dir>/<name>/N`.
+        command: What to run to repeat this, for the record.
+        say: Told what is going on.
+        parts: The run's parts, where they differ from what `config` builds. They are closed.
+
+    Raises:
+        UserError: Something that is asked for is wrong or cannot be done here.
+    """
+    for name, value in (("steps", steps), ("warmup", warmup)):
+        if value < 1:
+            raise UserError(f"profile: {name} is {value}", "give 1 or more")
+    say("building the run")
+    parts = RunParts.assemble(config) if parts is None else parts
+    with ExitStack() as stack:
+        stack.callback(parts.close)
+        name = config.name or f"{config.model}-{parts.facts.name}"
+        directory = create_profile_directory(output_dir, name)
+        stack.callback(_remove_if_empty, directory)
+        return _profile(
+            parts, steps=steps, warmup=warmup, directory=directory, command=command, say=say
+        )
+
+
+def _remove_if_empty(directory: Path) -> None:
+    with suppress(OSError):  # it holds what was written so far
+        directory.rmdir()
+
+
+def _profile(
+    parts: RunParts,
+    *,
+    steps: int,
+    warmup: int,
+    directory: Path,
+    command: str,
+    say: Callable[[str], None],
+) -> Profile:
+    plan = parts.plan
+    profiled_steps = min(steps, MOST_PROFILED_STEPS)
+    window = KernelWindow(
+        device=parts.device,
+        trace=directory / "trace.json.gz",
+        memory_snapshot=directory / "memory_snapshot.pickle",
+    )
+    say(f"training {2 * steps} steps and {profiled_steps} under the profiler, after a warm-up")
+    times = measure_steps(parts, steps=steps, warmup=warmup, last=(window, profiled_steps))
+    say("measuring the model alone, then the loader alone")
+    busy = _device_busy(window, profiled_steps, times.seconds_per_step)
+    ceilings = _ceilings(parts, steps, times.seconds_per_step, busy)
+    say("measuring the machine's limits")
+    limits = measure_limits(parts.device, plan.device_name, compute_dtype(plan.precision))
+    plot = directory / "roofline.png"
+    points = _roofline(parts, window, profiled_steps, limits, plot)
+    tables = _tables(window, profiled_steps)
+    profile = Profile(
+        device=plan.device,
+        phases=times.phases,
+        ceilings=ceilings,
+        verdict=give_verdict(
+            ceilings,
+            times.phases.shares,
+            plan=plan,
+            facts=parts.facts,
+            hardware=parts.hardware,
+            activation_checkpointing=parts.config.activation_checkpointing,
+            bottleneck=_named([*tables["operators"], *tables["kernels"]], limits),
+        ),
+        **tables,
+        profiled_steps=profiled_steps,
+        limits=limits,
+        roofline=points,
+        directory=directory,
+        files=[directory / "profile.json", plot, *window.files],
+    )
+    write_json(directory / "profile.json", _record(profile, parts, warmup, command))
+    return profile
+
+
+def _ceilings(
+    parts: RunParts, steps: int, seconds_per_step: float, device_busy: float | None
+) -> Ceilings:
+    return Ceilings(
+        model=measure_model_alone(parts, steps=steps, warmup=2),
+        loader=measure_loader_alone(parts, steps=steps, warmup=1),
+        both=parts.plan.images_per_step / seconds_per_step,
+        device_busy=device_busy,
+    )
+
+
+def _roofline(
+    parts: RunParts, window: KernelWindow, steps: int, limits: MachineLimits, plot: Path
+) -> list[LayerPoint]:
+    plan = parts.plan
+    points = layer_points(
+        window.calls,
+        steps=steps,
+        element_bytes=compute_dtype(plan.precision).itemsize,
+        limits=limits,
+        names=layer_names(parts.step.model, plan.image_size),
+    )
+    title = (
+        f"{parts.config.model}, {plan.image_size} px, batch {plan.device_batch_size}, "
+        f"precision {plan.precision}, {plan.device_name}"
+    )
+    plot_roofline(points, limits, title=title, path=plot)
+    return points
+
+
+def _device_busy(window: KernelWindow, steps: int, seconds_per_step: float) -> float | None:
+    if window.device.type == "cpu" or not window.kernels:
+        return None
+    return min(1.0, busy_seconds(window.kernels) / steps / seconds_per_step)
+
+
+def _tables(window: KernelWindow, steps: int) -> dict[str, list[OperatorTime]]:
+    kernel_calls = [
+        OperatorCall(
+            name=kernel.name,
+            shapes=(),
+            values=(),
+            seconds=kernel.end - kernel.start,
+            in_backward=False,
+        )
+        for kernel in window.kernels
+    ]
+    return {
+        "operators": group_calls(window.calls, by="operator", steps=steps, limit=ROWS_IN_FILE),
+        "kernels": group_calls(kernel_calls, by="operator", steps=steps, limit=ROWS_IN_FILE),
+        # A replayed CUDA graph launches its kernels without the operators that they belong to.
+        "layer_types": group_calls(
+            kernel_calls if _mostly_replayed(window) else window.calls, by="layer_type", steps=steps
+        ),
+        "shapes": group_calls(window.calls, by="shape", steps=steps, limit=ROWS_IN_FILE),
+    }
+
+
+def _mostly_replayed(window: KernelWindow) -> bool:
+    launched = sum(call.seconds for call in window.calls)
+    ran = sum(kernel.end - kernel.start for kernel in window.kernels)
+    return launched < ran / 2
+
+
+def _named(rows: list[OperatorTime], limits: MachineLimits) -> str:
+    if not rows:
+        return ""
+    row = rows[0]
+    text = f"{row.name} takes {100 * row.share:.0f}%"
+    if row.flops_per_second:
+        text += f" at {100 * row.flops_per_second / limits.flops_per_second:.0f}% of the peak"
+    return text
+
+
+def _record(profile: Profile, parts: RunParts, warmup: int, command: str) -> dict[str, Any]:
+    """What profile.json holds."""
+    found = dataclasses.asdict(profile)
+    directory = found.pop("directory")
+    found["files"] = [str(path.relative_to(directory)) for path in profile.files]
+    found["phases"]["sum_over_wall"] = profile.phases.sum_over_wall
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "command": command,
+        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "units": {"ceilings": "images/s", "device_busy": "share", "seconds": "s a step"},
+        "warmup_steps": warmup,
+        "dropped_steps": max(warmup, 1) + parts.steps_ahead,
+        **found,
+        "versions": library_versions(),
+        "hardware": dataclasses.asdict(parts.hardware),
+        "data": dataclasses.asdict(parts.facts),
+        "config": config_to_dict(parts.config),
+        "plan": parts.plan.as_dict(),
+    }

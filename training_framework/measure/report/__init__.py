@@ -1,0 +1,1 @@
+"""Result files as a page for people."""

@@ -1,0 +1,1 @@
+"""The fastest measured settings for a configuration on this machine."""

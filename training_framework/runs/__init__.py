@@ -1,0 +1,1 @@
+"""What a run leaves and starts from: its directory, record and network card."""

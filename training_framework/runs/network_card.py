@@ -1,0 +1,169 @@
+"""A network with what it takes to use it: how it is built, how its input is prepared."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from training_framework.checkpoint import load_checkpoint
+from training_framework.data.facts import DatasetFacts
+from training_framework.errors import UserError
+from training_framework.models import ResNet, build_model, load_weights, read_metadata
+from training_framework.plan import TrainPlan
+
+__all__ = ["NetworkCard", "load_network"]
+
+MOST_CLASSES = 100_000
+LARGEST_IMAGE_SIZE = 4096
+_METADATA_KEY = "network"
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkCard:
+    """What must be known to build a network again and to feed it.
+
+    Attributes:
+        model: A key of MODELS.
+        stem: `cifar` or `imagenet`.
+        share_early_weights: As in `build_model`.
+        class_names: One a class, in label order.
+        image_size: Side in pixels of the images it was trained on.
+        mean: Per-channel mean of its input, in units where 255 is 1.
+        std: Per-channel standard deviation, same units.
+        center_crop: Whether evaluation images are the middle of a picture resized to 256/224 of
+            `image_size`, as for image folders, or else the whole of it.
+    """
+
+    model: str
+    stem: str
+    share_early_weights: bool
+    class_names: tuple[str, ...]
+    image_size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    center_crop: bool
+
+    @classmethod
+    def of(
+        cls, model: str, plan: TrainPlan, facts: DatasetFacts, *, share_early_weights: bool
+    ) -> "NetworkCard":
+        """The card of a network that is trained as planned on a data set."""
+        return cls(
+            model=model,
+            stem=plan.stem,
+            share_early_weights=share_early_weights,
+            class_names=facts.class_names or tuple(map(str, range(plan.num_classes))),
+            image_size=plan.image_size,
+            mean=facts.mean,
+            std=facts.std,
+            center_crop=facts.storage == "files",
+        )
+
+    def build(self) -> ResNet:
+        """The network, with initial weights.
+
+        Raises:
+            UserError: There is no such network.
+        """
+        return build_model(
+            self.model,
+            num_classes=len(self.class_names),
+            stem=self.stem,  # type: ignore[arg-type]
+            share_early_weights=self.share_early_weights,
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for a checkpoint."""
+        return {
+            key: list(value) if isinstance(value, tuple) else value
+            for key, value in asdict(self).items()
+        }
+
+    def as_metadata(self) -> dict[str, str]:
+        """Text for the header of a safetensors file."""
+        return {_METADATA_KEY: json.dumps(self.as_dict())}
+
+    @classmethod
+    def from_dict(cls, values: Any, path: Path) -> "NetworkCard":
+        """The card in a file.
+
+        Raises:
+            UserError: It is missing, incomplete, or asks for a network out of all proportion.
+        """
+        card: NetworkCard | None = None
+        try:
+            plain = dict(values)
+            for key in ("class_names", "mean", "std"):
+                plain[key] = tuple(plain[key])
+            card = cls(**plain)
+        except (TypeError, KeyError, ValueError):
+            pass
+        if card is None or not card._makes_sense():
+            raise UserError(
+                f"{path}: does not say which network it belongs to",
+                "use a checkpoint or weights.safetensors that this framework wrote",
+            ) from None
+        return card
+
+    def _makes_sense(self) -> bool:
+        """Whether all values are of their types and sizes; a file may say anything."""
+        numbers = (*self.mean, *self.std)
+        return (
+            isinstance(self.model, str)
+            and isinstance(self.stem, str)
+            and isinstance(self.share_early_weights, bool)
+            and isinstance(self.center_crop, bool)
+            and 1 <= len(self.class_names) <= MOST_CLASSES
+            and all(isinstance(name, str) for name in self.class_names)
+            and type(self.image_size) is int
+            and 1 <= self.image_size <= LARGEST_IMAGE_SIZE
+            and len(self.mean) == len(self.std) == 3
+            and all(type(number) in (int, float) for number in numbers)
+            and all(-1e6 < number < 1e6 for number in numbers)  # NaN is in no interval
+            and min(self.std) > 0
+        )
+
+    @classmethod
+    def from_json(cls, text: str, path: Path) -> "NetworkCard":
+        """As `from_dict`, from the header of a safetensors file."""
+        try:
+            values = json.loads(text)
+        except (ValueError, RecursionError):
+            values = None
+        return cls.from_dict(values, path)
+
+
+def load_network(path: Path) -> tuple[nn.Module, NetworkCard]:
+    """The network in a checkpoint or in a `weights.safetensors` of this framework, on the CPU.
+
+    Of a checkpoint with a weight average it is the average, which is what was evaluated.
+
+    Raises:
+        UserError: The file is missing, damaged or of another kind.
+    """
+    if path.suffix == ".safetensors":
+        text = read_metadata(path).get(_METADATA_KEY, "null")
+        card = NetworkCard.from_json(text, path)
+        network = _built(card, path)
+        load_weights(network, path)
+        return network.eval(), card
+    state = load_checkpoint(path)
+    card = NetworkCard.from_dict(state["network"], path)
+    network = _built(card, path)
+    try:
+        network.load_state_dict(state["average"] or state["model"])
+    except RuntimeError as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise UserError(
+            f"{path}: its weights do not fit its {card.model} ({reason})", "take another checkpoint"
+        ) from None
+    return network.eval(), card
+
+
+def _built(card: NetworkCard, path: Path) -> ResNet:
+    try:
+        return card.build()
+    except UserError as error:
+        raise UserError(f"{path}: {error.fault}", "take another checkpoint") from None

@@ -1,0 +1,113 @@
+"""What a run says of itself: its opening lines, and run.json."""
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import Any
+
+from training_framework.config import TrainConfig
+from training_framework.config.loading import config_to_dict
+from training_framework.data.facts import DatasetFacts
+from training_framework.machine.hardware import Hardware, library_versions
+from training_framework.machine.peak_flops import measure_peak_flops
+from training_framework.machine.precision import compute_dtype
+from training_framework.plan import TrainPlan
+from training_framework.runs.directory import write_json
+from training_framework.runs.progress import Progress, TrainResult
+
+__all__ = ["Costs", "opening_lines", "write_record"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Costs:
+    """What MFU is made of.
+
+    Attributes:
+        flops_per_image: Training FLOPs of an image.
+        peak_flops: Peak FLOP/s of all devices together; 0 if unknown.
+        peak_source: How the peak is known.
+    """
+
+    flops_per_image: float
+    peak_flops: float
+    peak_source: str
+
+    @classmethod
+    def measure(cls, plan: TrainPlan, *, flops_per_image: float) -> "Costs":
+        """With the peak of the plan's device, measured where no table has it."""
+        peak, source = measure_peak_flops(
+            plan.device, plan.device_name, compute_dtype(plan.precision)
+        )
+        return cls(
+            flops_per_image=flops_per_image,
+            peak_flops=peak * plan.world_size,
+            peak_source=source,
+        )
+
+    def line(self, device_name: str) -> str:
+        """For people."""
+        work = f"training takes {self.flops_per_image / 1e9:.3g} GFLOP an image"
+        if not self.peak_flops:
+            return f"{work}; MFU n/a: the peak of {device_name} is unknown"
+        return f"{work}; MFU is of {self.peak_flops / 1e9:.4g} GFLOP/s ({self.peak_source})"
+
+
+def opening_lines(
+    plan: TrainPlan, facts: DatasetFacts, hardware: Hardware, costs: Costs
+) -> list[str]:
+    """What is trained, on what."""
+    lines = [f"note: {gpu.name} {gpu.fault}" for gpu in hardware.accelerators if gpu.fault]
+    layout = "channels_last" if plan.channels_last else "contiguous"
+    compiled = f", compiled ({plan.compile_mode})" if plan.compile else ""
+    lines.append(
+        f"{facts.name}: {facts.train_images:,} training and {facts.val_images:,} validation "
+        f"images, {plan.num_classes} classes, {plan.image_size} px"
+    )
+    lines.append(
+        f"{plan.device} ({plan.device_name}), precision {plan.precision}, {layout}{compiled}; "
+        f"{plan.total_steps:,} steps"
+    )
+    return [*lines, costs.line(plan.device_name)]
+
+
+def write_record(
+    directory: Path,
+    *,
+    config: TrainConfig,
+    plan: TrainPlan,
+    facts: DatasetFacts,
+    hardware: Hardware,
+    costs: Costs,
+    resumed_from: Path | None,
+    started: float,
+    seconds: float,
+    progress: Progress,
+    result: TrainResult,
+) -> None:
+    """Write run.json: what ran, on what, and what came of it.
+
+    Args:
+        directory: The run's.
+        config, plan, facts, hardware, costs: Of the run.
+        resumed_from: The checkpoint that this part of it went on from.
+        started: When it began, in seconds since 1970.
+        seconds: How long it took.
+        progress: Where the run stands.
+        result: What it reached.
+    """
+    record: dict[str, Any] = {
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
+        "seconds": seconds,
+        "resumed_from": resumed_from,
+        "versions": library_versions(),
+        "hardware": dataclasses.asdict(hardware),
+        "data": dataclasses.asdict(facts),
+        "config": config_to_dict(config),
+        "plan": plan.as_dict(),
+        "training_flops_per_image": costs.flops_per_image,
+        "peak_flops": costs.peak_flops,
+        "peak_flops_source": costs.peak_source,
+        "epochs": progress.epochs,
+        "results": dataclasses.asdict(result),
+    }
+    write_json(directory / "run.json", record)

@@ -1,0 +1,1 @@
+"""One training run: its parts, the loop, evaluation, and how it stops."""

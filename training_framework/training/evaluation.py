@@ -1,0 +1,84 @@
+"""Evaluate a model: every sample once, whatever the number of processes."""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from training_framework.data import Batch, Loader
+from training_framework.faults import fault_point
+from training_framework.machine.distributed import largest
+from training_framework.machine.precision import Precision, autocast
+from training_framework.training.loss import per_sample_losses
+from training_framework.training.metrics import ClassificationMetrics, ClassificationSums
+from training_framework.training.signals import StopRequested
+
+__all__ = ["Evaluation", "evaluate"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What an evaluation found, and how long it took (all ranks, loading included)."""
+
+    metrics: ClassificationMetrics
+    seconds: float
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether the loss is a number; otherwise the accuracy says little of the weights."""
+        return math.isfinite(self.metrics.loss)
+
+
+@torch.inference_mode()
+def evaluate(
+    model: nn.Module,
+    loader: Loader,
+    transform: Callable[[Batch], tuple[Tensor, Tensor]],
+    *,
+    device: torch.device,
+    num_classes: int,
+    precision: Precision,
+    should_stop: Callable[[], bool] | None = None,
+) -> Evaluation:
+    """Loss (without label smoothing), top-1 and top-5 over a split.
+
+    Each rank counts its own share of the samples and the sums are added up: nothing is padded,
+    and no rank waits for another within the pass. The device is waited for once, at the end.
+
+    Args:
+        model: The network itself, not wrapped in DDP: ranks may have different numbers of batches.
+        loader: Yields this rank's share once.
+        transform: From a batch to normalized images and labels.
+        device: Where the model is.
+        num_classes: Classes of the logits.
+        precision: What the forward pass computes in.
+        should_stop: Asked after every batch. Where any rank is told to stop, the evaluation has no
+            result on any of them.
+
+    Raises:
+        StopRequested: It was stopped.
+    """
+    start = time.perf_counter()
+    was_training = model.training
+    model.eval()
+    sums = ClassificationSums(device, num_classes=num_classes)
+    stopped = False
+    try:
+        for batch in loader.epoch(0):
+            fault_point("evaluation.batch")
+            images, labels = transform(batch)
+            with autocast(device.type, precision):
+                logits = model(images)
+            sums.update(logits, labels, per_sample_losses(logits, labels), valid=batch.valid)
+            stopped = should_stop is not None and should_stop()
+            if stopped:
+                break
+    finally:
+        model.train(was_training)
+    if should_stop is not None and any(largest([stopped], device)):
+        raise StopRequested
+    sums.all_reduce()
+    return Evaluation(metrics=sums.read(), seconds=time.perf_counter() - start)
