@@ -23,7 +23,7 @@ from training_framework.data.splits import (
     SyntheticSplit,
 )
 from training_framework.data.transforms import EvalTransform, MixedLabels, TrainTransform
-from training_framework.data.user_loader import ForeignLoader
+from training_framework.data.user_loader import UserLoader
 from training_framework.data.worker_loading import WorkerLoader
 from training_framework.errors import UserError
 
@@ -36,7 +36,6 @@ __all__ = [
     "DatasetRequest",
     "EvalTransform",
     "FileSplit",
-    "ForeignLoader",
     "Loader",
     "MixedLabels",
     "PackedSplit",
@@ -44,6 +43,7 @@ __all__ = [
     "Split",
     "SyntheticSplit",
     "TrainTransform",
+    "UserLoader",
     "WorkerLoader",
     "build_loader",
     "detect_dataset",

@@ -1,6 +1,6 @@
 """From a configuration and a plan to the parts of a run, each built from plain arguments."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,11 @@ from training_framework.data import (
     Dataset,
     EvalTransform,
     FileSplit,
-    ForeignLoader,
     Loader,
     PackedSplit,
     Split,
     TrainTransform,
+    UserLoader,
     WorkerLoader,
     build_loader,
     detect_dataset,
@@ -26,7 +26,7 @@ from training_framework.data import (
 )
 from training_framework.data.facts import DatasetFacts
 from training_framework.data.sources.folder import refuse_empty_files
-from training_framework.errors import UserError
+from training_framework.data.user_look import LookedAtLoader
 from training_framework.loggers import (
     ConsoleLogger,
     CsvLogger,
@@ -51,7 +51,6 @@ __all__ = [
     "Loaders",
     "assemble_schedule",
     "assemble_step",
-    "foreign_facts",
     "open_configured_dataset",
     "open_loggers",
     "sample_name",
@@ -76,61 +75,7 @@ def open_configured_dataset(config: TrainConfig) -> Dataset:
     )
 
 
-def foreign_facts(
-    train_loader: Iterable[Any], val_loader: Iterable[Any] | None, num_classes: int | None
-) -> DatasetFacts:
-    """Facts of the user's own loaders, as far as they tell.
-
-    Raises:
-        UserError: The number of classes or the size of the images cannot be found out.
-    """
-    dataset = getattr(train_loader, "dataset", None)
-    names = getattr(dataset, "classes", None)
-    if num_classes is None and names is None:
-        num_classes = _count_classes(dataset)
-    if names is None or (num_classes is not None and len(names) != num_classes):
-        names = [str(index) for index in range(num_classes or 0)]
-    try:
-        image = dataset[0][0] if dataset is not None else next(iter(train_loader))[0][0]
-        image_size = int(image.shape[-1])
-    except (TypeError, AttributeError, IndexError, KeyError, StopIteration):
-        raise UserError(
-            "the training loader yields no (images, labels) with image tensors",
-            "yield float images (N, 3, H, W) and integer labels (N,)",
-        ) from None
-    return DatasetFacts(
-        name="loader",
-        train_images=_sample_count(train_loader),
-        val_images=0 if val_loader is None else _sample_count(val_loader),
-        class_names=tuple(map(str, names)),
-        image_size=image_size,
-        storage="loader",
-        array_bytes=0,
-        mean=(0.0, 0.0, 0.0),
-        std=(1.0, 1.0, 1.0),
-    )
-
-
-def _sample_count(loader: Any) -> int:
-    try:
-        return len(loader.dataset)
-    except (AttributeError, TypeError):
-        return len(loader) * (getattr(loader, "batch_size", None) or 1)
-
-
-def _count_classes(dataset: Any) -> int:
-    labels = getattr(dataset, "targets", None)
-    if labels is None and isinstance(dataset, torch.utils.data.TensorDataset):
-        labels = dataset.tensors[1]
-    if labels is None:
-        raise UserError(
-            "the training loader does not say how many classes there are",
-            "set num_classes (Config.NUM_CLASSES)",
-        )
-    return int(torch.as_tensor(labels).max()) + 1
-
-
-def sample_name(source: Dataset | tuple[Iterable[Any], Iterable[Any] | None], index: int) -> str:
+def sample_name(source: Dataset | tuple[LookedAtLoader, LookedAtLoader | None], index: int) -> str:
     """What to call a training sample in messages: its file, or its position where there is none."""
     if isinstance(source, Dataset) and isinstance(source.train, FileSplit | PackedSplit):
         return source.train.name_of(index)
@@ -167,7 +112,7 @@ class Loaders:
         plan: TrainPlan,
         facts: DatasetFacts,
         *,
-        source: Dataset | tuple[Iterable[Any], Iterable[Any] | None],
+        source: Dataset | tuple[LookedAtLoader, LookedAtLoader | None],
         processes: Processes,
         device: torch.device,
     ) -> "Loaders":
@@ -192,10 +137,10 @@ class Loaders:
             val = split_loader(source.val, train=False, **parts) if len(source.val) else None
             train = split_loader(source.train, train=True, **parts)
         else:
-            train = ForeignLoader(source[0], device=device, num_classes=plan.num_classes)
+            train = UserLoader(source[0], device=device, num_classes=plan.num_classes)
             val = None
             if source[1] is not None:
-                val = ForeignLoader(source[1], device=device, num_classes=plan.num_classes)
+                val = UserLoader(source[1], device=device, num_classes=plan.num_classes)
         eval_transform = EvalTransform(
             mean=facts.mean, std=facts.std, device=device, channels_last=plan.channels_last
         )

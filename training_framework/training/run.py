@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,9 @@ from torch import nn
 
 from training_framework.config import TrainConfig, config_to_yaml
 from training_framework.data import Dataset, Loader
+from training_framework.data.user_facts import user_loader_facts
 from training_framework.data.user_loader import batch_count
+from training_framework.data.user_look import LookedAtLoader
 from training_framework.loggers import LoggerGroup
 from training_framework.machine.distributed import (
     Processes,
@@ -36,7 +38,6 @@ from training_framework.training.assembly import (
     Loaders,
     assemble_schedule,
     assemble_step,
-    foreign_facts,
     open_configured_dataset,
     open_loggers,
     sample_name,
@@ -87,14 +88,15 @@ class TrainingRun:
         config: TrainConfig,
         *,
         model: nn.Module | None = None,
-        train_loader: Iterable[Any] | None = None,
-        val_loader: Iterable[Any] | None = None,
+        train_loader: LookedAtLoader | None = None,
+        val_loader: LookedAtLoader | None = None,
     ) -> None:
         self.config = config
         self.model = model
+        self.own_network = None if model is None else type(model).__name__
         self.processes = Processes.from_environment()
         self.hardware = _agreed(detect_hardware())
-        self.source: Dataset | tuple[Iterable[Any], Iterable[Any] | None]
+        self.source: Dataset | tuple[LookedAtLoader, LookedAtLoader | None]
         batches = None
         if train_loader is None:
             self.source = open_configured_dataset(config)
@@ -102,7 +104,7 @@ class TrainingRun:
         else:
             batches = batch_count(train_loader)
             self.source = (train_loader, val_loader)
-            self.facts = foreign_facts(train_loader, val_loader, config.num_classes)
+            self.facts = user_loader_facts(train_loader, val_loader, config.num_classes)
         self.plan = make_plan(
             config,
             self.hardware,
@@ -226,6 +228,7 @@ class TrainingRun:
             config=self.config,
             plan=self.plan,
             facts=self.facts,
+            network=self._card(),
             hardware=self.hardware,
             costs=self.costs,
             resumed_from=start.checkpoint,
@@ -253,7 +256,7 @@ class TrainingRun:
 
     @property
     def _name(self) -> str:
-        return self.config.name or f"{self.config.model}-{self.facts.name}"
+        return self.config.name or f"{self.own_network or self.config.model}-{self.facts.name}"
 
     def set_up_torch(self) -> None:
         """Threads, kernel choice and determinism of this process, as planned."""
@@ -294,6 +297,7 @@ class TrainingRun:
             self.plan,
             self.facts,
             share_early_weights=self.config.share_early_weights,
+            own_network=self.own_network,
         )
 
     def _network(self, start: Start) -> tuple[nn.Module, list[str]]:

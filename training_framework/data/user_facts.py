@@ -1,0 +1,63 @@
+"""What a user's own loaders tell of their data."""
+
+from typing import Any
+
+import torch
+from torch.utils.data import Subset, TensorDataset
+
+from training_framework.data.facts import DatasetFacts
+from training_framework.data.user_look import LookedAtLoader
+from training_framework.errors import UserError
+
+__all__ = ["user_loader_facts"]
+
+
+def user_loader_facts(
+    train_loader: LookedAtLoader, val_loader: LookedAtLoader | None, num_classes: int | None
+) -> DatasetFacts:
+    """Facts of the user's own loaders, as far as they tell.
+
+    Raises:
+        UserError: The number of classes cannot be found out.
+    """
+    dataset = getattr(train_loader.loader, "dataset", None)
+    while isinstance(dataset, Subset):  # it has all the classes of the whole
+        dataset = dataset.dataset
+    names = getattr(dataset, "classes", None)
+    if not isinstance(names, (list, tuple)):
+        names = None
+    if num_classes is None and names is None:
+        num_classes = _count_classes(dataset)
+    if names is None or (num_classes is not None and len(names) != num_classes):
+        names = [str(index) for index in range(num_classes or 0)]
+    return DatasetFacts(
+        name="loader",
+        train_images=_sample_count(train_loader),
+        val_images=0 if val_loader is None else _sample_count(val_loader),
+        class_names=tuple(map(str, names)),
+        image_size=int(train_loader.images.shape[-1]),
+        storage="loader",
+        array_bytes=0,
+        mean=(0.0, 0.0, 0.0),
+        std=(1.0, 1.0, 1.0),
+    )
+
+
+def _sample_count(looked: LookedAtLoader) -> int:
+    try:
+        return len(looked.loader.dataset)  # type: ignore[attr-defined]
+    except (AttributeError, TypeError, NotImplementedError):
+        return looked.batch_count * looked.batch_size
+
+
+def _count_classes(dataset: Any) -> int:
+    labels = getattr(dataset, "targets", None)
+    if labels is None and isinstance(dataset, TensorDataset) and len(dataset.tensors) > 1:
+        labels = dataset.tensors[1]
+    try:
+        return int(torch.as_tensor(labels).max()) + 1
+    except (TypeError, ValueError, RuntimeError):
+        raise UserError(
+            "the training loader does not say how many classes there are",
+            "set num_classes (Config.NUM_CLASSES)",
+        ) from None
