@@ -231,8 +231,9 @@ def _remembered(loader: Any) -> Callable[[], None]:
     owners = [*_with_samplers(loader), getattr(loader, "dataset", None)]
     setters: list[Callable[[], object]] = []
     for value in (value for owner in owners for value in getattr(owner, "__dict__", {}).values()):
-        if isinstance(value, torch.Generator) or isinstance(value, np.random.RandomState):
-            setters.append(functools.partial(value.set_state, value.get_state()))
+        if isinstance(value, (torch.Generator, np.random.RandomState)):
+            generator: Any = value
+            setters.append(functools.partial(generator.set_state, generator.get_state()))
         elif isinstance(value, random.Random):
             setters.append(functools.partial(value.setstate, value.getstate()))
         elif isinstance(value, np.random.Generator):

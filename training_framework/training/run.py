@@ -26,7 +26,7 @@ from training_framework.machine.distributed import (
 from training_framework.machine.hardware import Hardware, detect_hardware
 from training_framework.machine.memory import keep_freed_memory
 from training_framework.machine.randomness import seed_everything, use_deterministic_algorithms
-from training_framework.models import save_weights
+from training_framework.models import plain_network, save_weights
 from training_framework.models.flops import training_flops_per_image
 from training_framework.plan import make_plan
 from training_framework.runs.directory import check_space, check_writable, create_run_directory
@@ -135,6 +135,7 @@ class TrainingRun:
             start = self._start(stack)
             seed_everything(self.config.seed)
             model, lines = self._network(start)
+            stack.callback(plain_network, model)  # a user's own network, whatever happens
             if isinstance(self.source, Dataset):
                 lines = [*self.source.notes, *lines]
             step = assemble_step(self.config, self.plan, model, self.device)
@@ -171,7 +172,7 @@ class TrainingRun:
             clocks = (time.time(), time.perf_counter())
             result = trainer.fit()
             result = dataclasses.replace(result, bad_images=loaders.share_bad_images())
-            self.model = evaluated
+            self.model = plain_network(evaluated)
             if directory is not None:
                 outputs["checkpoints"].wait()  # what it could not write is no end in good order
                 self._leave_results(
