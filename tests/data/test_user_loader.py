@@ -36,10 +36,13 @@ def test_epoch_reaches_the_distributed_sampler() -> None:
 @pytest.mark.parametrize(
     ("item", "message"),
     [
-        ({"image": 1}, "is a dict; yield .images, labels."),
+        (
+            {"image": torch.zeros(2, 3, 4, 4)},
+            "is a dict with the keys .*image.*name them images and labels",
+        ),
         ((torch.zeros(2, 3, 4, 4),), "is a tuple"),
         (([1, 2], torch.zeros(2)), "holds list and Tensor"),
-        ((torch.zeros(2, 3, 4, 4).byte(), torch.zeros(2).long()), "images are torch.uint8"),
+        ((torch.zeros(2, 3, 4, 4).int(), torch.zeros(2).long()), "images are torch.int32"),
         ((torch.zeros(2, 1, 4, 4), torch.zeros(2).long()), r"shape \(2, 1, 4, 4\)"),
         ((torch.zeros(2, 4, 4), torch.zeros(2).long()), r"shape \(2, 4, 4\)"),
         ((torch.zeros(2, 3, 4, 4), torch.zeros(2)), "labels are torch.float32"),

@@ -5,7 +5,6 @@ import functools
 import random
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -129,7 +128,7 @@ def look_at(loader: Iterable[Any], *, role: str, seed: int, several_passes: bool
         after = generator_states(loader, _CPU)
         begun = None
         if is_only or _may_be_stream(loader, role, before, after):
-            begun = Begun(chain([first], items), before, after, is_only)
+            begun = Begun(_going_on(first, items), before, after, is_only)
         else:
             set_back()
     finally:
@@ -142,6 +141,14 @@ def look_at(loader: Iterable[Any], *, role: str, seed: int, several_passes: bool
         images=as_floats(images[:2]),
         begun=begun,
     )
+
+
+def _going_on(first: Any, items: Iterator[Any]) -> Iterator[Any]:
+    yield first
+    # A `for` would call iter(), which sends some iterators back to their start.
+    sentinel = object()
+    while (item := next(items, sentinel)) is not sentinel:
+        yield item
 
 
 def own_generators(loader: Any) -> list[torch.Generator]:
