@@ -156,7 +156,7 @@ class EfficientResNet18Trainer:
                 torch.zeros(2, 3, size, size) if looked is None else looked.images,
                 num_classes=run.plan.num_classes,
                 seed=self.config.seed,
-                will_be_copied=self.config.ema_decay is not None,
+                will_be_copied=bool(self.config.ema_decay),
             )
         result = run.execute()
         self.model, self.plan = run.model, run.plan

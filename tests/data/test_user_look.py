@@ -74,6 +74,11 @@ class Samples(IterableDataset[Any]):
         return iter(zip(IMAGES, LABELS, strict=True))
 
 
+class NoLength(IterableDataset[Any]):
+    def __iter__(self) -> Iterator[Any]:
+        return iter(BATCHES)
+
+
 class Stream(Samples):
     def __init__(self) -> None:
         self.samples = iter(zip(IMAGES, LABELS, strict=True))
@@ -209,10 +214,7 @@ def test_workers_are_started_for_one_batch_and_end() -> None:
     [
         (iter(BATCHES), "list_iterator has no length; pass a loader whose len"),
         ((batch for batch in BATCHES), "generator has no length"),
-        (
-            DataLoader(type("NoLength", (IterableDataset,), {"__iter__": iter})()),
-            "DataLoader has no length",
-        ),
+        (DataLoader(NoLength()), "DataLoader has no length"),
         ([], "training list is empty"),
         (type("Count", (), {"__len__": lambda self: 3})(), "training Count cannot be iterated"),
         (

@@ -54,6 +54,7 @@ from training_framework.training.resuming import (
 from training_framework.training.rows import Evaluate
 from training_framework.training.step import TrainStep
 from training_framework.training.trainer import Trainer
+from training_framework.training.user_network import class_of
 
 __all__ = ["TrainingRun"]
 
@@ -93,7 +94,7 @@ class TrainingRun:
     ) -> None:
         self.config = config
         self.model = model
-        self.own_network = None if model is None else type(model).__name__
+        self.own_network = None if model is None else class_of(model)
         self.processes = Processes.from_environment()
         self.hardware = _agreed(detect_hardware())
         self.source: Dataset | tuple[LookedAtLoader, LookedAtLoader | None]

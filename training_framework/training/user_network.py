@@ -17,7 +17,7 @@ from training_framework.machine.randomness import (
     seed_everything,
 )
 
-__all__ = ["check_is_network", "try_user_network"]
+__all__ = ["check_is_network", "class_of", "try_user_network"]
 
 _SIGNATURE = "let forward take float images (N, 3, H, W) and return scores (N, classes)"
 
@@ -192,8 +192,14 @@ def _parts_of(value: Any) -> tuple[str, str]:
     return kind, "its scores"
 
 
+def class_of(network: nn.Module) -> str:
+    """Name of a network's class; of a scripted one, the class that it was made from."""
+    name = getattr(network, "original_name", None)
+    return name if isinstance(name, str) else type(network).__name__
+
+
 def _named(network: nn.Module) -> str:
-    return f"the network ({type(network).__name__})"
+    return f"the network ({class_of(network)})"
 
 
 def _reason(error: Exception) -> str:
