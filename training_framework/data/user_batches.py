@@ -9,7 +9,7 @@ from torch import Tensor
 
 from training_framework.errors import UserError, shown
 
-__all__ = ["IMAGE_KEYS", "LABEL_KEYS", "as_floats", "checked_batch"]
+__all__ = ["IMAGE_KEYS", "LABEL_KEYS", "as_floats", "check_range", "checked_batch"]
 
 # Where a batch has several of them, the first in this order counts.
 IMAGE_KEYS = ("pixel_values", "images", "image", "imgs", "img", "inputs", "input", "x")
@@ -63,7 +63,7 @@ def checked_batch(
         )
     labels = labels.to(torch.int64, copy=True)
     if num_classes is not None and (may_wait or labels.device.type == "cpu"):
-        _check_range(labels, where, num_classes)
+        check_range(labels, where, num_classes)
     return images, labels
 
 
@@ -130,7 +130,12 @@ def _check_images(images: Tensor, where: str, channels: int) -> None:
         raise UserError(f"{where} is empty", "leave it out of the loader and of its length")
 
 
-def _check_range(labels: Tensor, where: str, num_classes: int) -> None:
+def check_range(labels: Tensor, where: str, num_classes: int) -> None:
+    """Refuse labels that are no class. Waits for their device.
+
+    Raises:
+        UserError: A label, (N,) int64, is not in 0..num_classes - 1.
+    """
     wrong = labels[(labels < 0) | (labels >= num_classes)]
     if len(wrong):
         raise UserError(

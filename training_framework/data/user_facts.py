@@ -6,6 +6,7 @@ import torch
 from torch.utils.data import Subset, TensorDataset
 
 from training_framework.data.facts import DatasetFacts
+from training_framework.data.user_batches import check_range
 from training_framework.data.user_look import LookedAtLoader
 from training_framework.errors import UserError
 
@@ -18,7 +19,7 @@ def user_loader_facts(
     """Facts of the user's own loaders, as far as they tell.
 
     Raises:
-        UserError: The number of classes cannot be found out.
+        UserError: The number of classes cannot be found out, or a first batch has other labels.
     """
     dataset = getattr(train_loader.loader, "dataset", None)
     while isinstance(dataset, Subset):  # it has all the classes of the whole
@@ -30,6 +31,9 @@ def user_loader_facts(
         num_classes = _count_classes(dataset)
     if names is None or (num_classes is not None and len(names) != num_classes):
         names = [str(index) for index in range(num_classes or 0)]
+    for looked in (train_loader, val_loader):
+        if looked is not None:
+            check_range(looked.labels, f"batch 0 of the {looked.name}", len(names))
     return DatasetFacts(
         name="loader",
         train_images=_sample_count(train_loader),

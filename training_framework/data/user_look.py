@@ -60,6 +60,7 @@ class LookedAtLoader:
         batch_count: Its length.
         batch_size: Images of the first batch.
         images: At most two images of it, (N, 3, H, W) fp32.
+        labels: All its labels, (N,) int64.
         begun: The iteration to train on first; None where the loader simply starts again.
     """
 
@@ -68,6 +69,7 @@ class LookedAtLoader:
     batch_count: int
     batch_size: int
     images: Tensor
+    labels: Tensor
     begun: Begun | None
 
     def __len__(self) -> int:
@@ -124,7 +126,7 @@ def look_at(loader: Iterable[Any], *, role: str, seed: int, several_passes: bool
             raise UserError(
                 f"the {name} yields no batch, but its length is {count}", _ITERATED_ONCE
             ) from None
-        images, _ = checked_batch(first, f"batch 0 of the {name}", num_classes=None)
+        images, labels = checked_batch(first, f"batch 0 of the {name}", num_classes=None)
         after = generator_states(loader, _CPU)
         begun = None
         if is_only or _may_be_stream(loader, role, before, after):
@@ -139,6 +141,7 @@ def look_at(loader: Iterable[Any], *, role: str, seed: int, several_passes: bool
         batch_count=count,
         batch_size=len(images),
         images=as_floats(images[:2]),
+        labels=labels,
         begun=begun,
     )
 
