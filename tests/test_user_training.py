@@ -243,12 +243,13 @@ BAD_BATCHES: dict[str, Any] = {
     wrap=st.sampled_from([list, tuple, Once]),
 )
 def test_a_bad_batch_is_one_line_that_names_it(number: int, kind: str, wrap: Any) -> None:
+    before = len(list(Path().rglob("*")))
     loader = wrap(broken(number, BAD_BATCHES[kind]))
     with pytest.raises(UserError, match=f"batch {number} of the training ") as caught:
         trainer(linear()).train(loader)
     assert "\n" not in str(caught.value)
-    if number == 0 and "label" not in str(caught.value):
-        assert not list(Path().iterdir()), "nothing is written"
+    if number == 0:
+        assert len(list(Path().rglob("*"))) == before, "nothing is written"
 
 
 class Wide(nn.Module):
@@ -326,7 +327,7 @@ def test_a_scripted_network_is_trained(ema_decay: float) -> None:
 
 @pytest.mark.parametrize("loader", [[], [(torch.rand(0, 3, SIZE, SIZE), torch.zeros(0).long())]])
 def test_an_empty_validation_loader_is_refused_before_training(loader: Any) -> None:
-    with pytest.raises(UserError, match="validation list.* is empty"):
+    with pytest.raises(UserError, match=r"validation list.* is empty"):
         trainer(linear()).train(some_batches(), loader)
     assert not list(Path().iterdir())
 
@@ -363,12 +364,9 @@ def test_the_card_of_a_users_network_says_so(capsys: pytest.CaptureFixture[str])
     directory = result.run_directory
     assert directory == Path("logs/Sequential-loader/version_0")
     for file in ("checkpoints/last.ckpt", "weights.safetensors"):
-        for command in (
-            ["predict", str(directory / file), "x.png"],
-            ["evaluate", str(directory / file)],
-        ):
+        for command in (["predict", "x.png"], ["evaluate"]):
             Path("x.png").touch()
-            assert main(command) == 2
+            assert main([command[0], str(directory / file), *command[1:]]) == 2
             said = capsys.readouterr().err
             assert "holds the weights of a user's own network (Sequential)" in said
             assert "build Sequential and load" in said
