@@ -10,15 +10,7 @@ from typing import Protocol
 import torch
 
 from training_framework.measure.profile.run_parts import RunParts, synchronize
-from training_framework.measure.profile.step_clock import (
-    PHASES,
-    MarkingLoader,
-    MarkingLoggers,
-    MarkingScaler,
-    MarkingSums,
-    StepClock,
-    marking_transform,
-)
+from training_framework.measure.profile.step_clock import PHASES, StepClock
 from training_framework.runs.progress import Progress
 from training_framework.training.trainer import Trainer
 
@@ -52,17 +44,6 @@ class _WallWindow:
     def end(self) -> None:
         synchronize(self._device)
         self.seconds += time.perf_counter() - self._start
-
-
-class _PhaseWindow:
-    def __init__(self, clock: StepClock) -> None:
-        self._clock = clock
-
-    def begin(self) -> None:
-        self._clock.start()
-
-    def end(self) -> None:
-        self._clock.stop()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,8 +92,7 @@ class StepTimes:
 class _Schedule:
     """Opens and closes windows as the trainer's steps pass."""
 
-    def __init__(self, windows: Sequence[tuple[Window, int]], clock: StepClock) -> None:
-        self._clock = clock
+    def __init__(self, windows: Sequence[tuple[Window, int]]) -> None:
         self._windows = [window for window, _ in windows]
         self._ends = [sum(steps for _, steps in windows[: n + 1]) for n in range(len(windows))]
 
@@ -125,7 +105,6 @@ class _Schedule:
 
     def advance(self, step: int) -> None:
         """The trainer calls this after each update."""
-        self._clock.mark("optimizer")
         if step == self._ends[0]:
             self._windows.pop(0).end()
             self._ends.pop(0)
@@ -141,7 +120,7 @@ def measure_steps(
     The steps are the trainer's own, logging included; there are no evaluations and no checkpoints.
 
     Args:
-        parts: The run. Its step keeps the marks, which from then on do nothing.
+        parts: The run.
         steps: To divide; as many again run undivided.
         warmup: Steps before, at least; the loader's processes lose their head start in any case.
         last: A window of so many steps after all the others.
@@ -151,14 +130,14 @@ def measure_steps(
         UserError: The data cannot be read, or the loss became infinite.
     """
     clock = StepClock(parts.device)
-    divided, undivided = _PhaseWindow(clock), _WallWindow(parts.device)
+    undivided = _WallWindow(parts.device)
     windows: list[tuple[Window, int]] = [
         (_WallWindow(parts.device), max(warmup, 1) + parts.steps_ahead)
     ]
     for turn, size in enumerate(_turn_sizes(steps)):
-        pair = (undivided, divided) if turn % 2 == 0 else (divided, undivided)
+        pair = (undivided, clock) if turn % 2 == 0 else (clock, undivided)
         windows += [(window, size) for window in pair]
-    schedule = _Schedule([*windows, last] if last else windows, clock)
+    schedule = _Schedule([*windows, last] if last else windows)
     with tempfile.TemporaryDirectory(prefix="efficient-resnet-") as folder:
         _train(parts, clock, schedule, Path(folder))
     seconds_per_step = undivided.seconds / steps
