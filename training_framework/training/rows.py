@@ -2,13 +2,16 @@
 
 from training_framework.machine.hardware import memory_in_use
 from training_framework.runs.progress import Progress
+from training_framework.runs.record import Costs
 from training_framework.training.interval import Interval
 from training_framework.training.parts import Parts
 
 __all__ = ["training_row"]
 
 
-def training_row(parts: Parts, progress: Progress, interval: Interval) -> dict[str, float]:
+def training_row(
+    parts: Parts, costs: Costs, progress: Progress, interval: Interval
+) -> dict[str, float]:
     """Values of an interval's steps by their logged names. Waits for the device, and for all ranks.
 
     The sums of loss and hits begin anew; `progress` adds up time and images.
@@ -34,7 +37,6 @@ def training_row(parts: Parts, progress: Progress, interval: Interval) -> dict[s
     }
     if step.grad_norm is not None:
         row["grad_norm"] = step.grad_norm.item()
-    if parts.costs.peak_flops:
-        flops = row["images_per_second"] * parts.costs.flops_per_image
-        row["mfu"] = flops / parts.costs.peak_flops
+    if costs.peak_flops:
+        row["mfu"] = row["images_per_second"] * costs.flops_per_image / costs.peak_flops
     return row

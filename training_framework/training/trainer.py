@@ -42,6 +42,7 @@ class Trainer:
     ) -> None:
         self.progress = progress
         self._plan, self._parts, self._outputs = plan, parts, outputs
+        self._costs = parts.costs  # measured now, and not while steps are timed
         self._last_step = min(plan.total_steps, plan.stop_after_steps or plan.total_steps)
         self._train_loss: float | None = None
         self._stopped_by = ""
@@ -200,7 +201,7 @@ class Trainer:
         if progress.unlogged is None:
             self._guard.check(progress.step, weights=evaluate is not None)
             with step.phase("logging"):
-                progress.unlogged = training_row(self._parts, progress, self._interval)
+                progress.unlogged = training_row(self._parts, self._costs, progress, self._interval)
         row, evaluation = progress.unlogged, None
         try:
             if evaluate is not None:
