@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import itertools
 import tempfile
 import time
 from collections.abc import Sequence
@@ -93,11 +94,8 @@ class _Schedule:
 
     def __init__(self, windows: Sequence[tuple[Window, int]]) -> None:
         self._windows = [window for window, _ in windows]
-        self._ends = [sum(steps for _, steps in windows[: n + 1]) for n in range(len(windows))]
-
-    @property
-    def steps(self) -> int:
-        return self._ends[-1]
+        self._ends = list(itertools.accumulate(steps for _, steps in windows))
+        self.steps = self._ends[-1]
 
     def begin(self) -> None:
         self._windows[0].begin()
