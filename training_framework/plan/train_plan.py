@@ -2,31 +2,15 @@
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 
-__all__ = ["Choice", "Choices", "TrainPlan"]
+from training_framework.switches import SWITCHES, Choice
 
-
-class Choice(NamedTuple):
-    """One decision: its name, its value, and why."""
-
-    name: str
-    value: str
-    reason: str
-
-
-class Choices(list[Choice]):
-    """The choices in the order in which they were made."""
-
-    def note(self, name: str, value: Any, reason: str) -> None:
-        """Keep one; yes and no read as on and off."""
-        readable = (
-            {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
-        )
-        self.append(Choice(name, str(readable), reason))
+__all__ = ["Choice", "TrainPlan"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +28,7 @@ class TrainPlan:
         batches_per_epoch: Forward passes an epoch.
         steps_per_epoch: Optimizer steps an epoch; the last may have fewer batches.
         evaluation_interval_steps: Steps between two evaluations, not necessarily whole.
+        more_switches: Values of the switches that have no field of their own, by key.
         choices: Every decision with its reason, for people.
     """
 
@@ -79,14 +64,25 @@ class TrainPlan:
     winograd_convolutions: bool
     fused_norms: bool
     keep_memory: bool
-    synchronize_norms: bool
+    sync_batchnorm: bool
     resident_data: bool
     num_workers: int
     pin_memory: bool
     threads: int
     flip: Literal["none", "random", "alternating"]
     crop_padding: int
+    more_switches: Mapping[str, Any]
     choices: tuple[Choice, ...]
+
+    def switch_values(self) -> dict[str, Any]:
+        """The value of every switch, by key."""
+        own = {field.name for field in dataclasses.fields(self)}
+        return {
+            switch.key: (
+                getattr(self, switch.key) if switch.key in own else self.more_switches[switch.key]
+            )
+            for switch in SWITCHES
+        }
 
     def evaluates_after(self, step: int) -> bool:
         """Whether an evaluation follows `step` (counted from 1); one follows the last."""

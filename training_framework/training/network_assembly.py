@@ -1,26 +1,12 @@
 """From a configuration and a plan to the network, on its device and changed as planned."""
 
-import functools
-import warnings
-from collections.abc import Callable
-
 import torch
 from torch import nn
 
 from training_framework.config import TrainConfig
-from training_framework.errors import UserError
-from training_framework.kernels import NativeKernelsError
-from training_framework.models import (
-    build_model,
-    checkpoint_activations,
-    fuse_norms,
-    keep_small_maps_from_compiler,
-    load_weights,
-    synchronize_norms,
-    use_small_map_convolutions,
-    use_winograd_convolutions,
-)
+from training_framework.models import build_model, load_weights
 from training_framework.plan import TrainPlan
+from training_framework.switches import change_network
 
 __all__ = ["assemble_network", "prepare_network"]
 
@@ -52,43 +38,12 @@ def prepare_network(
     Raises:
         UserError: Kernels that are asked for cannot be compiled here.
     """
-    lines: list[str] = []
-    if plan.small_map_convolutions:
-        use_small_map_convolutions(model, plan.image_size)
-        if plan.compile:
-            keep_small_maps_from_compiler()
-    if plan.winograd_convolutions:
-        change = functools.partial(use_winograd_convolutions, model, plan.image_size)
-        lines += _with_kernels(config, "winograd_convolutions", change)
-    if plan.synchronize_norms:
-        synchronize_norms(model, device.type)
-    if plan.fused_norms:
-        lines += _with_kernels(config, "fused_norms", functools.partial(fuse_norms, model))
-    if config.activation_checkpointing:
-        checkpoint_activations(model)
     model.to(device)
-    if plan.channels_last:
-        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    lines = change_network(
+        model,
+        plan.switch_values(),
+        image_size=plan.image_size,
+        device_type=device.type,
+        asked={key for key in plan.switch_values() if getattr(config, key) != "auto"},
+    )
     return model, lines
-
-
-def _with_kernels(config: TrainConfig, key: str, change: Callable[[], object]) -> list[str]:
-    """Make a change that needs compiled kernels; where nobody asked for it, go on without them.
-
-    Where nobody asked for it, it may also find nothing to change, as in a very narrow network.
-
-    Returns:
-        Lines to show the user.
-    """
-    asked_for = getattr(config, key) != "auto"
-    try:
-        with warnings.catch_warnings():
-            if not asked_for:
-                warnings.filterwarnings("ignore", message=".*nothing changed")
-            change()
-    except NativeKernelsError as error:
-        if asked_for:
-            cure = f"install a C++ compiler (g++), or set {key} to auto"
-            raise UserError(f"{key}: {error}", cure) from None
-        return [f"note: goes on without {key}: {error}"]
-    return []
