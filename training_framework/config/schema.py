@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeAlias, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
@@ -32,7 +32,8 @@ Precision = Annotated[
 ]
 OptimizerName = Literal["sgd", "adam", "adamw"]
 if TYPE_CHECKING:
-    ModelName = ScheduleName = str
+    ModelName: TypeAlias = str
+    ScheduleName: TypeAlias = str
 else:
     ModelName, ScheduleName = Literal[tuple(MODELS)], Literal[tuple(SCHEDULES)]
 # A file name or path arrives as text from YAML and from flags.

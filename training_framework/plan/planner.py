@@ -18,6 +18,13 @@ __all__ = ["make_plan"]
 LARGEST_CIFAR_STEM_PIXELS = 64
 LEARNING_RATE_PER_64_IMAGES = 0.1
 SMALLEST_EVALUATION_BATCH = 64
+# Settings that the plan takes over as they are.
+_AS_ASKED = (
+    "allow_config_change", "beta1", "beta2", "decay_norm_and_bias", "epochs", "eps", "gamma",
+    "log_every_n_steps", "model", "on_bad_image", "optimizer", "output_dir", "resume",
+    "save_every_n_steps", "save_every_seconds", "save_top_k", "scheduler", "seed",
+    "stop_after_steps", "tensorboard", "weight_decay", "weights",
+)  # fmt: skip
 
 
 def make_plan(
@@ -30,13 +37,16 @@ def make_plan(
     batches_per_epoch: int | None = None,
     own_network: bool = False,
 ) -> TrainPlan:
-    """Decide everything that the configuration leaves open.
+    """Decide everything that the configuration leaves open. The plan that comes of it is final.
 
     Args:
+        config: What is asked for.
+        hardware: The machine.
+        facts: The data set.
         world_size: Processes that train together (torchrun's WORLD_SIZE).
         local_world_size: Those of them on this machine.
         batches_per_epoch: Where the user's own loader says so; else from the images.
-        own_network: Whether the user brings the network.
+        own_network: Whether a given network is used instead of a new `config.model`.
 
     Raises:
         UserError: What is asked cannot be done here.
@@ -68,30 +78,40 @@ def make_plan(
             own_network=own_network,
         )
     )
-    own, more = _with_a_field(chosen.values)
+    switches, more_switches = _by_field(chosen.values)
     return TrainPlan(
         device=accelerators[0].kind if accelerators else "cpu",
         device_indices=tuple(gpu.index for gpu in accelerators),
         device_name=accelerators[0].name if accelerators else hardware.cpu_name,
         world_size=world_size,
+        own_network=own_network,
         stem=stem,
         num_classes=_num_classes(config, facts),
         image_size=facts.image_size,
-        epochs=config.epochs,
         lr=lr,
         nesterov=_nesterov(config),
-        more_switches=more,
+        momentum=config.momentum if config.optimizer == "sgd" else 0.0,
+        name=config.name or f"{config.model}-{facts.name}",
+        more_switches=more_switches,
+        asked_for=_asked_for(config),
         choices=(*choices, *chosen.choices),
-        **own,
+        **switches,
         **durations,
+        **{key: getattr(config, key) for key in _AS_ASKED},
     )
 
 
-def _with_a_field(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def _by_field(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """The switches' values for which TrainPlan has a field, and the others."""
     fields = {field.name for field in dataclasses.fields(TrainPlan)}
     own = {key: value for key, value in values.items() if key in fields}
     return own, {key: value for key, value in values.items() if key not in fields}
+
+
+def _asked_for(config: TrainConfig) -> tuple[str, ...]:
+    fields = TrainConfig.model_fields.items()
+    left_to_us = (key for key, field in fields if field.default == "auto")
+    return tuple(key for key in left_to_us if getattr(config, key) != "auto")
 
 
 def _durations(

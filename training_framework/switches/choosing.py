@@ -11,7 +11,7 @@ from torch import nn
 from training_framework.errors import UserError
 from training_framework.kernels import NativeKernelsError
 from training_framework.switches.entries import SWITCHES
-from training_framework.switches.switch import Network, Situation, Switch
+from training_framework.switches.switch import Network, Situation
 
 __all__ = ["Choice", "Choices", "Chosen", "change_network", "choose_all", "set_up_process"]
 
@@ -39,12 +39,10 @@ class Chosen:
 
     Attributes:
         values: Of every switch, by key.
-        asked: Keys whose value the configuration gives, where it could have been left to us.
         choices: Decisions with their reasons, for people.
     """
 
     values: Mapping[str, Any]
-    asked: frozenset[str]
     choices: tuple[Choice, ...]
 
 
@@ -61,8 +59,7 @@ def choose_all(situation: Situation) -> Chosen:
         values[switch.key] = decision.value
         if decision.reason:
             choices.note(switch.key, decision.value, decision.reason)
-    asked = frozenset(key for key in values if getattr(situation.config, key) != "auto")
-    return Chosen(values=values, asked=asked, choices=tuple(choices))
+    return Chosen(values=values, choices=tuple(choices))
 
 
 def set_up_process(values: Mapping[str, Any], device_type: str) -> None:
@@ -78,8 +75,8 @@ def change_network(
     *,
     image_size: int,
     device_type: str,
-    asked: Container[str] = (),
-) -> list[str]:
+    asked_for: Container[str],
+) -> None:
     """Change a network on its device as chosen; its parameters keep their names.
 
     Args:
@@ -87,33 +84,21 @@ def change_network(
         values: Of every switch, by key.
         image_size: Side in pixels of the square images.
         device_type: PyTorch's type of the device that the network is on.
-        asked: Keys that somebody asked for. Other changes may find nothing to change, and a run
-            goes on without those whose kernels cannot be compiled.
-
-    Returns:
-        Lines to show the user.
+        asked_for: Settings that could have been left to the plan and were not. What the plan
+            chose may find nothing to change, as in a very narrow network.
 
     Raises:
-        UserError: Kernels that are asked for cannot be compiled here.
+        UserError: Kernels that were chosen cannot be compiled here.
     """
     network = Network(chosen=values, image_size=image_size, device_type=device_type)
-    lines = []
     for switch in SWITCHES:
-        if switch.change_network is not None and values[switch.key]:
-            lines += _changed(switch, model, network, asked=switch.key in asked)
-    return lines
-
-
-def _changed(switch: Switch, model: nn.Module, network: Network, *, asked: bool) -> list[str]:
-    assert switch.change_network is not None
-    try:
-        with warnings.catch_warnings():
-            if not asked:
-                warnings.filterwarnings("ignore", message=".*nothing changed")
-            switch.change_network(model, network)
-    except NativeKernelsError as error:
-        if asked:
-            cure = f"install a C++ compiler (g++), or set {switch.key} to auto"
+        if switch.change_network is None or not values[switch.key]:
+            continue
+        try:
+            with warnings.catch_warnings():
+                if switch.is_left_to_the_plan and switch.key not in asked_for:
+                    warnings.filterwarnings("ignore", message=".*nothing changed")
+                switch.change_network(model, network)
+        except NativeKernelsError as error:
+            cure = f"install a C++ compiler (g++), or set {switch.key} to false"
             raise UserError(f"{switch.key}: {error}", cure) from None
-        return [f"note: goes on without {switch.key}: {error}"]
-    return []

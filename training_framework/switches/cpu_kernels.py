@@ -93,7 +93,7 @@ def _native_kernels(situation: Situation, key: str, gain: str) -> Decision:
     if "avx512" not in hardware.instruction_sets:
         return Decision(False, "measured to pay on CPUs with AVX-512 alone")
     if not hardware.cpp_compiler:
-        return Decision(False, f"{gain}, but no C++ compiler is installed for its kernels")
+        return Decision(False, f"{gain}, but {hardware.cpp_compiler_fault}")
     return Decision(True, f"{gain}; kernels for this CPU, compiled once")
 
 

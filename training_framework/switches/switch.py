@@ -158,6 +158,11 @@ class Switch:
         return TrainConfig.model_fields[self.key].description or ""
 
     @property
+    def is_left_to_the_plan(self) -> bool:
+        """Whether it is chosen unless somebody asks for a value."""
+        return bool(TrainConfig.model_fields[self.key].default == "auto")
+
+    @property
     def flag(self) -> str:
         """On the command line."""
         return "--" + self.key.replace("_", "-")
