@@ -33,7 +33,7 @@ class Trial(_Record):
     name: str
     overrides: dict[str, Any]
     rung: int
-    outcome: Literal["measured", "hopeless", "rejected"]
+    outcome: Literal["measured", "hopeless", "rejected"] = "rejected"
     reason: str = ""
     images_per_second: float | None = None
     startup_seconds: float | None = None
@@ -51,7 +51,7 @@ class TuningResult(_Record):
         started: UTC, ISO 8601.
         commit: Of the framework's sources; None if unknown.
         environment: As in `Result`.
-        seed: Decides which combinations are tried, beside what the trials measure.
+        seed: Only in older files: it drew some of the combinations.
         most_trials, budget_seconds, memory_limit_bytes: Limits of the search.
         settings: What the configuration gives before anything is tuned.
         dimensions: The values that were varied, by name.
@@ -70,7 +70,7 @@ class TuningResult(_Record):
     started: str
     commit: str | None = None
     environment: dict[str, Any]
-    seed: int
+    seed: int | None = None
     most_trials: int
     budget_seconds: float | None
     memory_limit_bytes: int | None
