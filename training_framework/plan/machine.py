@@ -7,6 +7,7 @@ from training_framework.data.facts import DatasetFacts
 from training_framework.errors import UserError
 from training_framework.machine.hardware import Accelerator, Hardware
 from training_framework.machine.precision import Precision
+from training_framework.optimizers import has_fused_optimizer
 from training_framework.plan.train_plan import Choices
 
 __all__ = ["MachineChoices"]
@@ -31,6 +32,7 @@ class MachineChoices:
         *,
         world_size: int,
         local_world_size: int,
+        own_network: bool = False,
         choices: Choices,
     ) -> None:
         self.config = config
@@ -38,6 +40,7 @@ class MachineChoices:
         self.facts = facts
         self.world_size = world_size
         self.local_world_size = local_world_size
+        self.own_network = own_network
         self.note = choices.note
         self.accelerators = self._accelerators()
         self._check_processes()
@@ -46,6 +49,11 @@ class MachineChoices:
     def on_gpu(self) -> bool:
         """Whether the run is not on the CPU."""
         return bool(self.accelerators)
+
+    @property
+    def device(self) -> str:
+        """PyTorch's device type."""
+        return self.accelerators[0].kind if self.on_gpu else "cpu"
 
     @property
     def on_cuda(self) -> bool:
@@ -200,7 +208,11 @@ class MachineChoices:
             why = "steps that fp16's scaling skips can corrupt fused sgd's momentum"
             self.note("fused_optimizer", False, why)
             return False
-        self.note("fused_optimizer", True, "one kernel for the whole update, where there is one")
+        if not has_fused_optimizer(self.config.optimizer, self.device):
+            why = f"this PyTorch has no fused {self.config.optimizer} for {self.device}"
+            self.note("fused_optimizer", False, why)
+            return False
+        self.note("fused_optimizer", True, "one kernel for the whole update")
         return True
 
     def small_map_convolutions(self, stem: str, image_size: int, precision: str) -> bool:
@@ -208,6 +220,8 @@ class MachineChoices:
         if self.config.small_map_convolutions != "auto":
             self.note("small_map_convolutions", self.config.small_map_convolutions, "asked for")
             return self.config.small_map_convolutions
+        if self.own_network:
+            return False  # only of ours do we know that a step's gradient is all that is wanted
         last_map = image_size // (32 if stem == "imagenet" else 8)
         on = not self.on_gpu and precision == "32" and last_map <= 2
         if on:
@@ -261,13 +275,15 @@ class MachineChoices:
             why = "asked for; without effect but on a CPU in fp32" if useless else "asked for"
             self.note(key, wanted, why)
             return bool(wanted)
+        if self.own_network:
+            return False  # see small_map_convolutions
         if self.on_gpu or precision != "32" or not channels_last or self.config.compile is True:
             return False
         if "avx512" not in self.hardware.instruction_sets:
             self.note(key, False, "measured to pay on CPUs with AVX-512 alone")
             return False
         if not self.hardware.cpp_compiler:
-            self.note(key, False, f"{gain}, but no C++ compiler is installed for its kernels")
+            self.note(key, False, f"{gain}, but {self.hardware.cpp_compiler_fault}")
             return False
         self.note(key, True, f"{gain}; kernels for this CPU, compiled once")
         return True

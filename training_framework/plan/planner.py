@@ -15,6 +15,16 @@ __all__ = ["make_plan"]
 LARGEST_CIFAR_STEM_PIXELS = 64
 LEARNING_RATE_PER_64_IMAGES = 0.1
 SMALLEST_EVALUATION_BATCH = 64
+# Settings that the plan takes over as they are.
+_AS_ASKED = (
+    "accumulate_grad_batches", "activation_checkpointing", "allow_config_change",
+    "auto_micro_batch", "beta1", "beta2", "cutmix", "cutout", "decay_norm_and_bias",
+    "deterministic", "ema_decay", "epochs", "eps", "gamma", "grad_clip_val", "label_smoothing",
+    "log_every_n_steps", "mixup", "model", "on_bad_image", "optimizer", "output_dir",
+    "prefetch_factor", "random_erasing", "resume", "save_every_n_steps", "save_every_seconds",
+    "save_top_k", "scheduler", "seed", "share_early_weights", "stop_after_steps", "tensorboard",
+    "weight_decay", "weights", "zero_init_last_norm",
+)  # fmt: skip
 
 
 def make_plan(
@@ -25,13 +35,18 @@ def make_plan(
     world_size: int = 1,
     local_world_size: int = 1,
     batches_per_epoch: int | None = None,
+    own_network: bool = False,
 ) -> TrainPlan:
-    """Decide everything that the configuration leaves open.
+    """Decide everything that the configuration leaves open. The plan that comes of it is final.
 
     Args:
+        config: What is asked for.
+        hardware: The machine.
+        facts: The data set.
         world_size: Processes that train together (torchrun's WORLD_SIZE).
         local_world_size: Those of them on this machine.
         batches_per_epoch: Where the user's own loader says so; else from the images.
+        own_network: Whether a given network is used instead of a new `config.model`.
 
     Raises:
         UserError: What is asked cannot be done here.
@@ -43,6 +58,7 @@ def make_plan(
         facts,
         world_size=world_size,
         local_world_size=local_world_size,
+        own_network=own_network,
         choices=choices,
     )
     durations = _durations(config, facts, world_size, batches_per_epoch, choices)
@@ -53,17 +69,17 @@ def make_plan(
     channels_last = machine.channels_last()
     resident = machine.resident_data()
     return TrainPlan(
-        device=machine.accelerators[0].kind if machine.on_gpu else "cpu",
+        device=machine.device,
         device_indices=tuple(gpu.index for gpu in machine.accelerators),
         device_name=machine.accelerators[0].name if machine.on_gpu else hardware.cpu_name,
         world_size=world_size,
+        own_network=own_network,
         stem=stem,
         num_classes=_num_classes(config, facts),
         image_size=facts.image_size,
-        epochs=config.epochs,
-        accumulate_grad_batches=config.accumulate_grad_batches,
         lr=_learning_rate(config, durations["images_per_step"], choices),
         nesterov=_nesterov(config),
+        momentum=config.momentum if config.optimizer == "sgd" else 0.0,
         precision=precision,
         channels_last=channels_last,
         compile=compiled,
@@ -83,9 +99,18 @@ def make_plan(
         threads=machine.threads(),
         flip=_flip(config, facts, choices),
         crop_padding=_crop_padding(config, facts),
+        name=config.name or f"{config.model}-{facts.name}",
+        asked_for=_asked_for(config),
         choices=tuple(choices),
         **durations,
+        **{key: getattr(config, key) for key in _AS_ASKED},
     )
+
+
+def _asked_for(config: TrainConfig) -> tuple[str, ...]:
+    fields = TrainConfig.model_fields.items()
+    left_to_us = (key for key, field in fields if field.default == "auto")
+    return tuple(key for key in left_to_us if getattr(config, key) != "auto")
 
 
 def _durations(

@@ -46,14 +46,12 @@ class NetworkCard:
     center_crop: bool
 
     @classmethod
-    def of(
-        cls, model: str, plan: TrainPlan, facts: DatasetFacts, *, share_early_weights: bool
-    ) -> "NetworkCard":
+    def of(cls, plan: TrainPlan, facts: DatasetFacts) -> "NetworkCard":
         """The card of a network that is trained as planned on a data set."""
         return cls(
-            model=model,
+            model=plan.model,
             stem=plan.stem,
-            share_early_weights=share_early_weights,
+            share_early_weights=plan.share_early_weights,
             class_names=facts.class_names or tuple(map(str, range(plan.num_classes))),
             image_size=plan.image_size,
             mean=facts.mean,

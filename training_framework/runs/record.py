@@ -5,13 +5,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from training_framework.config import TrainConfig
-from training_framework.config.loading import config_to_dict
 from training_framework.data.facts import DatasetFacts
 from training_framework.machine.hardware import Hardware, library_versions
 from training_framework.machine.peak_flops import measure_peak_flops
 from training_framework.machine.precision import compute_dtype
-from training_framework.plan import TrainPlan
+from training_framework.plan import PlannedRun, TrainPlan
 from training_framework.runs.directory import write_json
 from training_framework.runs.progress import Progress, TrainResult
 
@@ -73,10 +71,7 @@ def opening_lines(
 def write_record(
     directory: Path,
     *,
-    config: TrainConfig,
-    plan: TrainPlan,
-    facts: DatasetFacts,
-    hardware: Hardware,
+    planned: PlannedRun,
     costs: Costs,
     resumed_from: Path | None,
     started: float,
@@ -88,7 +83,8 @@ def write_record(
 
     Args:
         directory: The run's.
-        config, plan, facts, hardware, costs: Of the run.
+        planned: The run's plan, and what it rests on.
+        costs: Of the run.
         resumed_from: The checkpoint that this part of it went on from.
         started: When it began, in seconds since 1970.
         seconds: How long it took.
@@ -100,10 +96,10 @@ def write_record(
         "seconds": seconds,
         "resumed_from": resumed_from,
         "versions": library_versions(),
-        "hardware": dataclasses.asdict(hardware),
-        "data": dataclasses.asdict(facts),
-        "config": config_to_dict(config),
-        "plan": plan.as_dict(),
+        "hardware": dataclasses.asdict(planned.hardware),
+        "data": dataclasses.asdict(planned.facts),
+        "config": planned.settings,
+        "plan": planned.plan.as_dict(),
         "training_flops_per_image": costs.flops_per_image,
         "peak_flops": costs.peak_flops,
         "peak_flops_source": costs.peak_source,

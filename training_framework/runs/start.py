@@ -13,12 +13,11 @@ from training_framework.checkpoint import (
     previous_of,
     read_description,
 )
-from training_framework.config import TrainConfig
-from training_framework.config.loading import config_to_dict
 from training_framework.config.schema import TRAJECTORY_FREE_KEYS
 from training_framework.errors import UserError, shown
 from training_framework.faults import fault_point
 from training_framework.machine.distributed import Processes, gathered
+from training_framework.plan import PlannedRun, TrainPlan
 from training_framework.runs.directory import (
     DirectoryLock,
     next_version,
@@ -66,21 +65,20 @@ class Start:
             last.replace(last.with_name("last.ckpt.damaged"))
 
 
-def choose_start(config: TrainConfig, name: str, processes: Processes) -> Start:
+def choose_start(plan: TrainPlan, processes: Processes) -> Start:
     """Find what `resume` means here; the first process decides for all.
 
     `auto` is the newest run of the same name that has a checkpoint, if it is not finished; else a
     new run. A path of a run's last.ckpt goes on in its directory, another one in a new directory.
 
     Args:
-        config: With `resume` and `output_dir`.
-        name: Of the run.
+        plan: With `resume`, `output_dir` and `name`.
         processes: All of them call this at the same point.
 
     Raises:
         UserError: The checkpoint cannot be read, or its run is still under way.
     """
-    start = _choose(config, name) if processes.is_first else Start()
+    start = _choose(plan) if processes.is_first else Start()
     if processes.world_size > 1:
         shared = (start.checkpoint, start.directory)
         checkpoint, directory = gathered(shared if processes.is_first else None)[0]
@@ -92,15 +90,15 @@ def choose_start(config: TrainConfig, name: str, processes: Processes) -> Start:
     return start
 
 
-def _choose(config: TrainConfig, name: str) -> Start:
-    if config.resume == "never":
+def _choose(plan: TrainPlan) -> Start:
+    if plan.resume == "never":
         return Start()
-    if config.resume == "auto":
-        return _newest_unfinished(config.output_dir / name)
-    assert isinstance(config.resume, Path)
-    directory = run_directory_of(config.resume) if config.resume.name == "last.ckpt" else None
+    if plan.resume == "auto":
+        return _newest_unfinished(plan.output_dir / plan.name)
+    assert isinstance(plan.resume, Path)
+    directory = run_directory_of(plan.resume) if plan.resume.name == "last.ckpt" else None
     if directory is None:
-        return Start(state=load_checkpoint(config.resume), checkpoint=config.resume)
+        return Start(state=load_checkpoint(plan.resume), checkpoint=plan.resume)
     lock = DirectoryLock.take(directory)
     if lock is None:
         raise UserError(under_way(directory).fault, "wait for its end, or stop it")
@@ -158,12 +156,12 @@ def _going_on(directory: Path, lock: DirectoryLock) -> Start:
 
 
 def refuse_other_settings(
-    config: TrainConfig, start: Start, *, facts: Mapping[str, Any], class_names: tuple[str, ...]
+    planned: PlannedRun, start: Start, *, facts: Mapping[str, Any], class_names: tuple[str, ...]
 ) -> None:
     """Refuse what would lead elsewhere than the run that is resumed.
 
     Args:
-        config: What is asked for now.
+        planned: What would run now.
         start: What is resumed.
         facts: Of the training data, as the checkpoint holds them under `data`.
         class_names: In label order.
@@ -172,11 +170,11 @@ def refuse_other_settings(
         UserError: Something differs, all of which is listed, and allow_config_change is off.
     """
     state = start.state
-    if state is None or config.allow_config_change:
+    if state is None or planned.plan.allow_config_change:
         return
     # A path takes the run's settings over, except for the weights that it started from.
-    free = TRAJECTORY_FREE_KEYS - ({"weights"} if config.resume == "auto" else set())
-    now = {**config_to_dict(config), **facts, "class_names": list(class_names)}
+    free = TRAJECTORY_FREE_KEYS - ({"weights"} if planned.plan.resume == "auto" else set())
+    now = {**planned.settings, **facts, "class_names": list(class_names)}
     then = {
         **{key: value for key, value in (state["config"] or {}).items() if key not in free},
         **(state.get("data") or {}),
@@ -189,7 +187,7 @@ def refuse_other_settings(
     ]
     if differing:
         cure = "drop them, or go on with --allow-config-change"
-        if config.resume == "auto":
+        if planned.plan.resume == "auto":
             cure = (
                 "train with those again, start anew with --resume never, or go on with "
                 "--allow-config-change"

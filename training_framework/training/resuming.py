@@ -5,19 +5,16 @@ from typing import Any, get_type_hints
 
 import torch
 from pydantic import TypeAdapter, ValidationError
-from torch import nn
 
 from training_framework.checkpoint import CheckpointKeeper
-from training_framework.config import TrainConfig
-from training_framework.config.loading import config_to_dict
 from training_framework.data import ForeignLoader, Loader
 from training_framework.data.facts import DatasetFacts
 from training_framework.errors import UserError, shown
 from training_framework.machine.randomness import random_states, restore_random_states
-from training_framework.plan import TrainPlan
+from training_framework.plan import PlannedRun, TrainPlan
 from training_framework.runs.progress import EpochRecord, Progress
 from training_framework.runs.start import Start
-from training_framework.training.step import TrainStep
+from training_framework.training.parts import Parts
 
 __all__ = ["checkpoint_extras", "open_keeper", "restore", "restore_draws", "training_data"]
 
@@ -27,64 +24,57 @@ def training_data(facts: DatasetFacts, plan: TrainPlan) -> dict[str, Any]:
     return {"training images": facts.train_images, "batches an epoch": plan.batches_per_epoch}
 
 
-def checkpoint_extras(
-    config: TrainConfig, plan: TrainPlan, facts: DatasetFacts, network: dict[str, Any]
-) -> dict[str, Any]:
+def checkpoint_extras(planned: PlannedRun, network: dict[str, Any]) -> dict[str, Any]:
     """What every checkpoint of a run holds alike.
 
     Args:
-        config, plan, facts: Of the run.
+        planned: The run's plan, and what it rests on.
         network: Plain values of the network's card.
     """
-    # What resumes the run neither resumes from nor stops where this start did.
-    settings = config.model_copy(update={"resume": "auto", "stop_after_steps": None})
     return {
-        "config": config_to_dict(settings),
+        # What resumes the run neither resumes from nor stops where this start did.
+        "config": {**planned.settings, "resume": "auto", "stop_after_steps": None},
         "network": network,
-        "data": training_data(facts, plan),
-        "total_steps": plan.total_steps,
+        "data": training_data(planned.facts, planned.plan),
+        "total_steps": planned.plan.total_steps,
     }
 
 
-def open_keeper(
-    directory: Path, config: TrainConfig, *, loader: Loader, device: torch.device
-) -> CheckpointKeeper:
+def open_keeper(directory: Path, parts: Parts) -> CheckpointKeeper:
     """What keeps a run's checkpoints, with the states of all generators in each.
 
     Args:
         directory: The run's.
-        config: Names, counts and intervals.
-        loader: Training batches; a user's own has generators too.
-        device: Of the run.
+        parts: The run's; a user's own loader has generators too.
     """
+    plan, loader = parts.plan, parts.loaders.train
 
     def draws() -> dict[str, Any]:
         own = loader.state_dict() if isinstance(loader, ForeignLoader) else None
-        return {"random": random_states(device), "loader": own}
+        return {"random": random_states(parts.device), "loader": own}
 
     return CheckpointKeeper(
         directory / "checkpoints",
-        prefix=config.model,
-        keep=config.save_top_k,
-        every_n_steps=config.save_every_n_steps,
-        every_seconds=config.save_every_seconds,
+        prefix=plan.model,
+        keep=plan.save_top_k,
+        every_n_steps=plan.save_every_n_steps,
+        every_seconds=plan.save_every_seconds,
         more_state=draws,
     )
 
 
-def restore(
-    start: Start, *, model: nn.Module, step: TrainStep, plan: TrainPlan, is_first: bool
-) -> Progress:
+def restore(start: Start, parts: Parts, *, is_first: bool) -> Progress:
     """Take a checkpoint's state over, and return where the run stands.
 
     Raises:
         UserError: It does not fit the network, the optimizer or what a run's state looks like.
     """
+    step = parts.step
     state = start.state
     if state is None:
         return Progress()
     try:
-        model.load_state_dict(state["model"])
+        parts.model.load_state_dict(state["model"])
         step.optimizer.load_state_dict(state["optimizer"])
         if state["scaler"]:
             step.scaler.load_state_dict(state["scaler"])
@@ -96,7 +86,7 @@ def restore(
         progress = _progress(state["progress"])
     except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise _unfit(start, error) from None
-    if progress.batch >= plan.batches_per_epoch and progress.unlogged is None:
+    if progress.batch >= parts.plan.batches_per_epoch and progress.unlogged is None:
         # With other settings an epoch may have fewer batches than were made of it.
         progress.epoch, progress.batch = progress.epoch + 1, 0
     return progress

@@ -1,30 +1,22 @@
 """The loop, nothing else."""
 
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
-from pathlib import Path
-from typing import Any
 
-import torch
-
-from training_framework.checkpoint import CheckpointKeeper
-from training_framework.data import Loader
 from training_framework.errors import UserError
 from training_framework.faults import fault_point
-from training_framework.loggers import LoggerGroup
-from training_framework.optimizers import Schedule
 from training_framework.plan import TrainPlan
 from training_framework.runs.progress import EpochRecord, Progress, TrainResult
 from training_framework.training.evaluation import Evaluation
 from training_framework.training.finiteness import FinitenessGuard
 from training_framework.training.interval import Interval
-from training_framework.training.rows import Evaluate, TrainingLog
+from training_framework.training.outputs import Outputs
+from training_framework.training.parts import Parts
+from training_framework.training.rows import TrainingLog
 from training_framework.training.signals import StopRequested, StopSignals
-from training_framework.training.step import TrainStep
 from training_framework.training.stop_agreement import StopAgreement
-from training_framework.training.training_steps import TrainingSteps, Transform
+from training_framework.training.training_steps import TrainingSteps
 
 __all__ = ["Trainer"]
 
@@ -34,92 +26,52 @@ class Trainer:
 
     Args:
         plan: Steps, batch sizes and intervals.
-        step: Makes the optimizer steps.
-        loader: Training batches.
-        transform: From a batch, with the run's count of batches before it and the epoch, to images,
-            labels and mixed labels.
-        evaluate: One evaluation, which may ask whether to stop and then raises StopRequested; None
-            where there is no validation set.
-        schedule: Multiplier of the plan's learning rate by step.
-        loggers: Where numbers go; an empty group on processes that do not log.
-        advance: Called with the count of steps after each of them, for a progress bar.
-        checkpoints: Keeps checkpoints; None on processes that do not.
-        checkpoint_extras: What every checkpoint holds beside the state of the training.
+        parts: What computes, and what it computes with.
+        outputs: Where numbers, lines and checkpoints go.
         progress: Where to go on from.
-        flops_per_image: Training FLOPs of an image.
-        peak_flops: Peak FLOP/s of all devices together; 0 if unknown.
-        log_every_n_steps: Steps between two logged rows.
-        stop_after_steps: Stop when so many steps have been made; None: at the plan's end.
-        device: Where the model is.
-        run_directory: For the result.
-        sample_name: From a sample's position in the training split to its name in messages.
-        auto_micro_batch: Where memory is full in a step of a process that trains alone, make the
-            step again from its start with half the images at a time.
     """
 
     def __init__(
-        self,
-        *,
-        plan: TrainPlan,
-        step: TrainStep,
-        loader: Loader,
-        transform: Transform,
-        evaluate: Evaluate | None,
-        schedule: Schedule,
-        loggers: LoggerGroup,
-        advance: Callable[[int], None],
-        checkpoints: CheckpointKeeper | None,
-        checkpoint_extras: dict[str, Any],
-        progress: Progress,
-        flops_per_image: float,
-        peak_flops: float,
-        log_every_n_steps: int,
-        stop_after_steps: int | None,
-        device: torch.device,
-        run_directory: Path | None,
-        sample_name: Callable[[int], str] = str,
-        auto_micro_batch: bool = False,
+        self, *, plan: TrainPlan, parts: Parts, outputs: Outputs, progress: Progress
     ) -> None:
         self._plan = plan
-        self._step = step
-        self._loader = loader
-        self._advance = advance
-        self._checkpoints = checkpoints
-        self._checkpoint_extras = checkpoint_extras
+        self._step = parts.step
+        self._loader = parts.loaders.train
+        self._outputs = outputs
         self.progress = progress
-        self._log_every_n_steps = log_every_n_steps
-        self._last_step = min(plan.total_steps, stop_after_steps or plan.total_steps)
-        self._run_directory = run_directory
-        self._guard = FinitenessGuard(step, sample_name=sample_name, device=device)
-        self._agreement = StopAgreement(world_size=plan.world_size, device=device)
+        self._last_step = min(plan.total_steps, plan.stop_after_steps or plan.total_steps)
+        self._guard = FinitenessGuard(
+            parts.step, sample_name=parts.sample_name, device=parts.device
+        )
+        self._agreement = StopAgreement(world_size=plan.world_size, device=parts.device)
         self._signals = StopSignals()
         self._interval = Interval()
         self._steps = TrainingSteps(
             plan=plan,
-            step=step,
-            transform=transform,
-            schedule=schedule,
+            step=parts.step,
+            transform=parts.loaders.train_transform,
+            schedule=parts.schedule,
             progress=progress,
             interval=self._interval,
             guard=self._guard,
             signals=self._signals,
-            report=loggers.message,
-            device=device,
-            auto_micro_batch=auto_micro_batch,
+            report=outputs.loggers.message,
+            device=parts.device,
+            auto_micro_batch=plan.auto_micro_batch,
         )
         self._log = TrainingLog(
             plan=plan,
-            step=step,
-            evaluate=evaluate,
-            schedule=schedule,
-            loggers=loggers,
+            step=parts.step,
+            evaluate=parts.evaluate,
+            schedule=parts.schedule,
+            loggers=outputs.loggers,
             progress=progress,
             interval=self._interval,
             guard=self._guard,
             signals=self._signals,
-            flops_per_image=flops_per_image,
-            peak_flops=peak_flops,
-            device=device,
+            flops_per_image=parts.costs.flops_per_image,
+            peak_flops=parts.costs.peak_flops,
+            device=parts.device,
         )
 
     def fit(self) -> TrainResult:
@@ -159,7 +111,7 @@ class Trainer:
             except StopRequested:  # while the step waited for its first batch
                 logs = False
             else:
-                self._advance(progress.step)
+                self._outputs.advance(progress.step)
             stopped_by = self._finish_step(logs=logs)
         with suppress(AttributeError):  # an iterator that is no generator has nothing to close
             batches.close()  # type: ignore[attr-defined]
@@ -173,11 +125,12 @@ class Trainer:
         epoch_ends = progress.batch == self._plan.batches_per_epoch and progress.unlogged is None
         if epoch_ends:
             self._end_epoch()
+        checkpoints = self._outputs.checkpoints
         stopped_by, save_is_due = self._agreement.decide(
             self._signals,
             step=progress.step,
             step_seconds=self._log.step_seconds,
-            save_is_due=self._checkpoints is not None and self._checkpoints.is_due(progress.step),
+            save_is_due=checkpoints is not None and checkpoints.is_due(progress.step),
             at_logged_step=logs,
         )
         is_last = progress.step == self._last_step
@@ -201,7 +154,7 @@ class Trainer:
     def _logs_after(self, step: int) -> bool:
         """Whether a row is logged after `step`: regularly, and wherever something else happens."""
         return (
-            step % self._log_every_n_steps == 0
+            step % self._plan.log_every_n_steps == 0
             or step % self._plan.steps_per_epoch == 0
             or step == self._last_step
             or self._plan.evaluates_after(step)
@@ -224,20 +177,20 @@ class Trainer:
         progress.epoch_seconds = progress.epoch_evaluation_seconds = 0.0
 
     def _save(self, evaluation: Evaluation | None) -> None:
-        if self._checkpoints is None and self._plan.world_size == 1:
+        if self._outputs.checkpoints is None and self._plan.world_size == 1:
             return
         progress = self.progress
         self._guard.check(progress.step, weights=True)
-        if self._checkpoints is None:
+        if self._outputs.checkpoints is None:
             return
         progress.sample_digest = self._steps.sample_digest()
         state = {
             **self._step.state_dict(),
             "progress": asdict(progress),
-            **self._checkpoint_extras,
+            **self._outputs.checkpoint_extras,
         }
         good = evaluation is not None and evaluation.is_finite
-        self._checkpoints.save(
+        self._outputs.checkpoints.save(
             state,
             epoch=progress.epoch - (progress.batch == 0),
             val_acc1=evaluation.metrics.acc1 if evaluation is not None and good else None,
@@ -255,6 +208,6 @@ class Trainer:
             epoch_seconds=tuple(record["seconds"] for record in progress.epochs),
             images_per_second=progress.images / max(progress.train_seconds, 1e-9),
             steps=progress.step,
-            run_directory=self._run_directory,
+            run_directory=self._outputs.run_directory,
             stopped_by=stopped_by,
         )

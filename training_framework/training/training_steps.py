@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from training_framework.data import Batch, MixedLabels
+from training_framework.data import Batch
 from training_framework.data.sample_digest import SampleDigest
 from training_framework.errors import UserError
 from training_framework.faults import fault_point
@@ -17,13 +17,12 @@ from training_framework.plan import TrainPlan
 from training_framework.runs.progress import Progress
 from training_framework.training.finiteness import FinitenessGuard, WatchedBatch
 from training_framework.training.interval import Interval
+from training_framework.training.loaders import Transform
 from training_framework.training.micro_batching import StepStart, smaller_micro_batch
 from training_framework.training.signals import StopSignals
 from training_framework.training.step import TrainStep
 
-__all__ = ["TrainingSteps", "Transform"]
-
-Transform = Callable[..., tuple[Tensor, Tensor, MixedLabels | None]]
+__all__ = ["TrainingSteps"]
 
 
 class TrainingSteps:

@@ -1,5 +1,6 @@
 """The phases of a step: a real run's steps in windows, timed whole, in phases, or profiled."""
 
+import dataclasses
 import tempfile
 import time
 from collections.abc import Sequence
@@ -9,7 +10,7 @@ from typing import Protocol
 
 import torch
 
-from training_framework.measure.profile.run_parts import RunParts, synchronize
+from training_framework.measure.profile.run_parts import synchronize
 from training_framework.measure.profile.step_clock import (
     PHASES,
     MarkingLoader,
@@ -19,7 +20,11 @@ from training_framework.measure.profile.step_clock import (
     StepClock,
     marking_transform,
 )
+from training_framework.plan import TrainPlan
 from training_framework.runs.progress import Progress
+from training_framework.training.loaders import Loaders
+from training_framework.training.outputs import Outputs, file_loggers
+from training_framework.training.parts import Parts, build_plan_schedule
 from training_framework.training.trainer import Trainer
 
 __all__ = ["StepPhases", "StepTimes", "Window", "measure_steps"]
@@ -134,7 +139,7 @@ class _Schedule:
 
 
 def measure_steps(
-    parts: RunParts, *, steps: int, warmup: int, last: tuple[Window, int] | None = None
+    parts: Parts, *, steps: int, warmup: int, last: tuple[Window, int] | None = None
 ) -> StepTimes:
     """Train, and look at where the time of the steps goes.
 
@@ -153,7 +158,7 @@ def measure_steps(
     clock = StepClock(parts.device)
     divided, undivided = _PhaseWindow(clock), _WallWindow(parts.device)
     windows: list[tuple[Window, int]] = [
-        (_WallWindow(parts.device), max(warmup, 1) + parts.steps_ahead)
+        (_WallWindow(parts.device), max(warmup, 1) + parts.plan.steps_loaded_ahead)
     ]
     for turn, size in enumerate(_turn_sizes(steps)):
         pair = (undivided, divided) if turn % 2 == 0 else (divided, undivided)
@@ -180,35 +185,37 @@ def _turn_sizes(steps: int) -> list[int]:
     return [min(size, steps - start) for start in range(0, steps, size)]
 
 
-def _train(parts: RunParts, clock: StepClock, schedule: _Schedule, folder: Path) -> None:
-    plan = parts.plan_for_steps(schedule.steps)
-    step = parts.step
+def _train(parts: Parts, clock: StepClock, schedule: _Schedule, folder: Path) -> None:
+    plan = _plan_for_steps(parts.plan, schedule.steps)
+    step, loaders = parts.step, parts.loaders
     step.scaler = MarkingScaler(
         parts.device.type, enabled=step.scaler.is_enabled(), mark=clock.mark
     )
     step.sums = MarkingSums(parts.device, num_classes=plan.num_classes, mark=clock.mark)
-    steps = schedule.steps
-    with MarkingLoggers(parts.open_file_loggers(folder), clock.mark) as loggers:
+    marked = Loaders(
+        train=MarkingLoader(loaders.train, clock.mark),
+        val=None,
+        train_transform=marking_transform(loaders.train_transform, clock.mark),
+        eval_transform=loaders.eval_transform,
+    )
+    # The progress bar would mix with what this prints.
+    sinks = file_loggers(folder, tensorboard=plan.tensorboard)
+    with MarkingLoggers(sinks, clock.mark) as loggers:
         trainer = Trainer(
             plan=plan,
-            step=step,
-            loader=MarkingLoader(parts.loaders.train, clock.mark),
-            transform=marking_transform(parts.loaders.train_transform, clock.mark),
-            evaluate=None,
-            schedule=parts.schedule_for(plan),
-            loggers=loggers,
-            advance=schedule.advance,
-            checkpoints=None,
-            checkpoint_extras={},
+            parts=dataclasses.replace(parts, loaders=marked, schedule=build_plan_schedule(plan)),
+            outputs=Outputs(loggers=loggers, advance=schedule.advance),
             progress=Progress(),
-            flops_per_image=0.0,
-            peak_flops=0.0,
-            log_every_n_steps=parts.config.log_every_n_steps,
-            stop_after_steps=steps,
-            device=parts.device,
-            run_directory=None,
         )
         schedule.begin()
         result = trainer.fit()
-    if result.steps < steps:
+    if result.steps < schedule.steps:
         raise KeyboardInterrupt(result.stopped_by)
+
+
+def _plan_for_steps(plan: TrainPlan, steps: int) -> TrainPlan:
+    """The plan with exactly so many steps to make, longer where it has fewer."""
+    if plan.total_steps < steps:
+        epochs = -(-steps // plan.steps_per_epoch)
+        plan = dataclasses.replace(plan, epochs=epochs, total_steps=epochs * plan.steps_per_epoch)
+    return dataclasses.replace(plan, stop_after_steps=steps)
