@@ -129,7 +129,7 @@ class FakeWorker:
         self.speed = speed_of(config)
         self.peak = peak_bytes(config)
         self.facts = VariantFacts(
-            device="cpu", device_name="fake", dataset="synthetic", train_images=64, image_size=8,
+            device="fake", device_name="fake", dataset="synthetic", train_images=64, image_size=8,
             images_per_step=self.images, flops_per_image=1.0, peak_flops=0.0,
             peak_flops_source="n/a", build_seconds=0.1,
             plan={"compile": config.compile is True, "threads": 1, "precision": "32"},
