@@ -25,7 +25,7 @@ class TensorBoardLogger:
 
     Args:
         directory: Folder of the event files; made if it is missing.
-        resume_step: The steps made so far, where a run goes on: TensorBoard hides what earlier
+        resume_step: The steps made so far, where a run is resumed: TensorBoard hides what earlier
             event files hold of later steps, since those will be logged again. None: a new run.
 
     Raises:
@@ -84,8 +84,8 @@ class TensorBoardLogger:
 def _new_event_file(directory: Path) -> RecordFile:
     """A file whose name sorts behind those of the runs before, as readers take them by name.
 
-    The clock's seconds in the name do not see to that where a run goes on within a second, or
-    after the clock was set back.
+    The clock's seconds alone would not do: a run may be resumed within a second, or after the
+    clock was set back.
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)

@@ -62,7 +62,7 @@ def test_a_saved_result_loads_as_it_was(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", r"r.json: is no result file of schema version 1"),
+        ("{", r"r.json: not a result file of schema version 1"),
         ('{"schema_version": 2}', r"schema_version"),
         (None, r"r.json: cannot be read"),
     ],

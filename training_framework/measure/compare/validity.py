@@ -1,4 +1,4 @@
-"""The validity gate: what forbids taking a comparison at its word. Each finding is a mark."""
+"""The validity gate: reasons not to trust a comparison. Each finding is a mark."""
 
 import statistics
 from collections.abc import Sequence

@@ -98,7 +98,7 @@ class LineChart:
         return shown if len(shown) > 1 else []
 
     def svg(self) -> str:
-        """The picture, in colors and fonts of the page; the same numbers give the same text."""
+        """The lines as SVG, in the page's colors and fonts; the same numbers give the same text."""
         from matplotlib import style  # slow to import
 
         with style.context(["default", _STYLE]):

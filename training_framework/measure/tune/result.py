@@ -2,7 +2,7 @@
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 
 from training_framework.measure.compare.result import Result
 
@@ -19,7 +19,7 @@ class Trial(_Record):
     Attributes:
         name: The settings that differ from the plan's own, in words.
         overrides: The same as settings.
-        rung: 0 for the first, shortest trials; those that go on are measured longer.
+        rung: 0 for the first, shortest trials; the finalists are measured longer.
         outcome: `measured`; `hopeless` where its warm-up was so slow that it was stopped;
             `rejected` where it failed, took too much memory or too long.
         reason: Why, unless it was measured.
@@ -52,7 +52,7 @@ class TuningResult(_Record):
         commit: Of the framework's sources; None if unknown.
         environment: As in `Result`.
         seed: Only in older files: it drew some of the combinations.
-        most_trials, budget_seconds, memory_limit_bytes: Limits of the search.
+        max_trials, budget_seconds, memory_limit_bytes: Limits of the search.
         settings: What the configuration gives before anything is tuned.
         dimensions: The values that were varied, by name.
         trials: In the order in which they were made.
@@ -71,7 +71,7 @@ class TuningResult(_Record):
     commit: str | None = None
     environment: dict[str, Any]
     seed: int | None = None
-    most_trials: int
+    max_trials: int = Field(validation_alias=AliasChoices("max_trials", "most_trials"))
     budget_seconds: float | None
     memory_limit_bytes: int | None
     settings: dict[str, Any]

@@ -95,7 +95,7 @@ class TrialRunner:
         if trial.outcome == "rejected" and not any(candidate) and rung == 0:
             raise UserError(
                 f"tune: the plan's own choice cannot run: {trial.reason}",
-                "mend that, or raise --memory-limit-gb if that is the reason",
+                "fix that, or raise --memory-limit-gb if that is the reason",
             )
         return Score(trial.score, hopeless=trial.outcome == "hopeless")
 

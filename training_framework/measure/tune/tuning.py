@@ -99,7 +99,7 @@ def tune(
         started=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         commit=source_commit(),
         environment=environment_of(hardware),
-        most_trials=max_trials,
+        max_trials=max_trials,
         budget_seconds=budget_seconds,
         memory_limit_bytes=memory_limit_bytes,
         settings=_plain(base),
