@@ -69,20 +69,12 @@ def restore(start: Start, parts: Parts, *, is_first: bool) -> Progress:
     Raises:
         UserError: It does not fit the network, the optimizer or what a run's state looks like.
     """
-    step = parts.step
     state = start.state
     if state is None:
         return Progress()
     try:
-        parts.model.load_state_dict(state["model"])
-        step.optimizer.load_state_dict(state["optimizer"])
-        if state["scaler"]:
-            step.scaler.load_state_dict(state["scaler"])
-        if step.average is not None and state["average"] is not None:
-            step.average.load_state_dict(state["average"])
         # Sums are added up over the ranks before they are read, so one rank takes them over.
-        if step.sums is not None and state["sums"] is not None and is_first:
-            step.sums.load_state_dict(state["sums"])
+        parts.step.load_state_dict(state, with_sums=is_first)
         progress = _progress(state["progress"])
     except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise _unfit(start, error) from None

@@ -34,7 +34,7 @@ from training_framework.measure.compare.workers import (
     VariantFailure,
     Worker,
 )
-from training_framework.training.signals import StopSignals
+from training_framework.training.stopping import StopSignals
 
 __all__ = ["Comparison", "OpenWorker"]
 

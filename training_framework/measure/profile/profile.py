@@ -168,10 +168,10 @@ def _profile(
         memory_snapshot=directory / "memory_snapshot.pickle",
     )
     say(f"training {2 * steps} steps and {profiled_steps} under the profiler, after a warm-up")
-    times = measure_steps(parts, steps=steps, warmup=warmup, last=(window, profiled_steps))
+    phases = measure_steps(parts, steps=steps, warmup=warmup, last=(window, profiled_steps))
     say("measuring the model alone, then the loader alone")
-    busy = _device_busy(window, profiled_steps, times.seconds_per_step)
-    ceilings = _ceilings(parts, steps, times.seconds_per_step, busy)
+    busy = _device_busy(window, profiled_steps, phases.undivided_seconds)
+    ceilings = _ceilings(parts, steps, phases.undivided_seconds, busy)
     say("measuring the machine's limits")
     limits = measure_limits(parts.device, plan.device_name, compute_dtype(plan.precision))
     plot = directory / "roofline.png"
@@ -179,11 +179,11 @@ def _profile(
     tables = _tables(window, profiled_steps)
     profile = Profile(
         device=plan.device,
-        phases=times.phases,
+        phases=phases,
         ceilings=ceilings,
         verdict=give_verdict(
             ceilings,
-            times.phases.shares,
+            phases.shares,
             plan=plan,
             facts=parts.planned.facts,
             hardware=parts.planned.hardware,
@@ -280,6 +280,7 @@ def _record(profile: Profile, parts: Parts, warmup: int, command: str) -> dict[s
     directory = found.pop("directory")
     found["files"] = [str(path.relative_to(directory)) for path in profile.files]
     found["phases"]["sum_over_wall"] = profile.phases.sum_over_wall
+    found["phases"]["border_cost"] = profile.phases.border_cost
     return {
         "schema_version": SCHEMA_VERSION,
         "command": command,
