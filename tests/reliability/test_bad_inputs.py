@@ -564,13 +564,13 @@ CHECKPOINTS = [
     Bad(
         "bare weights for a checkpoint",
         "train --resume bare.pth",
-        r"bare\.pth: was written by torch\.save and is no checkpoint .* give them as --weights",
+        r"bare\.pth: was written by torch\.save, not by this framework; .* give it as --weights",
         torch_file("bare.pth", lambda: {"fc.weight": torch.zeros(2, 2)}),
     ),
     Bad(
         "a checkpoint that would run code",
         "train --resume hostile.ckpt",
-        r"hostile\.ckpt: was written by torch\.save and is no checkpoint of this framework; .*",
+        r"hostile\.ckpt: was written by torch\.save, not by this framework; .*",
         torch_file("hostile.ckpt", lambda: {"format_version": 1, "model": Command()}),
     ),
     Bad(
@@ -866,49 +866,49 @@ COMMANDS = [
     Bad(
         "text for a result",
         "report notes.txt",
-        r"notes\.txt: is no JSON \(.*\); name a file that .*",
+        r"notes\.txt: not JSON \(.*\); name a file that .*",
         file("notes.txt"),
     ),
     Bad(
         "bytes for a result",
         "report bytes.json",
-        r"bytes\.json: is no JSON \(.*\); name a file that .*",
+        r"bytes\.json: not JSON \(.*\); name a file that .*",
         file("bytes.json", b"\xff\xfe"),
     ),
     Bad(
         "a folder for a result",
         "report folder",
-        r"folder: is no file; name a file that .*",
+        r"folder: not a file; name a file that .*",
         lambda: Path("folder").mkdir(),
     ),
     Bad(
         "JSON of something else",
         "report other.json",
-        r"other\.json: holds no result; name a file that .*",
+        r"other\.json: not a result; name a file that .*",
         file("other.json", b'{"a": 1}'),
     ),
     Bad(
         "a run's record for a result",
         "report run/run.json",
-        r"run/run\.json: holds no result; name a file that .*",
+        r"run/run\.json: not a result; name a file that .*",
         file("run/run.json", b'{"config": {}, "results": {}}'),
     ),
     Bad(
         "a result without its variants",
         "report r.json",
-        r"r\.json: is no result file of schema version 1 \(experiment: .*\); name a file .*",
+        r"r\.json: not a result file of schema version 1 \(experiment: .*\); name a file .*",
         file("r.json", b'{"variants": 3}'),
     ),
     Bad(
         "a run with text for a step",
         "report r.json",
-        r"r\.json: metrics: .*row 2: step: 'two' is no number; name a file that .*",
+        r"r\.json: metrics: .*row 2: step: 'two' is not a number; name a file that .*",
         file("r.json", run_result(metrics=[{"step": "1"}, {"step": "two"}])),
     ),
     Bad(
         "a run with text for a loss",
         "report r.json",
-        r"r\.json: metrics: .*row 1: train/loss: 'low' is no number; name a file that .*",
+        r"r\.json: metrics: .*row 1: train/loss: 'low' is not a number; name a file that .*",
         file("r.json", run_result(metrics=[{"step": "1", "train/loss": "low"}])),
     ),
     Bad(
