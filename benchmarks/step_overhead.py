@@ -32,7 +32,6 @@ from torch import nn
 
 from training_framework.config import TrainConfig
 from training_framework.config.loading import config_to_dict
-from training_framework.data import SyntheticSplit
 from training_framework.data.augmentation import scale_and_shift
 from training_framework.loggers import CsvLogger, LoggerGroup
 from training_framework.machine.distributed import Processes
@@ -121,8 +120,7 @@ class Comparison:
         self._config = config
         self._framework = self._step()
         self._bare = self._step()
-        assert isinstance(dataset.train, SyntheticSplit)
-        arrays = dataset.train.materialize(self.device)
+        arrays = dataset.train.array(self.device)
         # NHWC, since a gather of channels_last images would return contiguous ones.
         self._pixels = arrays.images.permute(0, 2, 3, 1).contiguous()
         self._labels = arrays.labels

@@ -12,11 +12,10 @@ from training_framework.config import TrainConfig
 from training_framework.data import (
     BadImages,
     Dataset,
+    EncodedSplit,
     EvalTransform,
-    FileSplit,
     ForeignLoader,
     Loader,
-    PackedSplit,
     Split,
     TrainTransform,
     WorkerLoader,
@@ -25,7 +24,6 @@ from training_framework.data import (
     open_dataset,
 )
 from training_framework.data.facts import DatasetFacts
-from training_framework.data.sources.folder import refuse_empty_files
 from training_framework.errors import UserError
 from training_framework.loggers import (
     ConsoleLogger,
@@ -132,16 +130,14 @@ def _count_classes(dataset: Any) -> int:
 
 def sample_name(source: Dataset | tuple[Iterable[Any], Iterable[Any] | None], index: int) -> str:
     """What to call a training sample in messages: its file, or its position where there is none."""
-    if isinstance(source, Dataset) and isinstance(source.train, FileSplit | PackedSplit):
-        return source.train.name_of(index)
-    return str(index)
+    return source.train.name_of(index) if isinstance(source, Dataset) else str(index)
 
 
 class Loaders:
     """The loaders of a run and what turns their batches into the network's input.
 
     Attributes:
-        bad_images: Pictures that could not be decoded and were passed over; None where the first
+        bad_images: Images that could not be decoded and were skipped; None where the first
             one ends the run.
     """
 
@@ -180,8 +176,8 @@ class Loaders:
         if isinstance(source, Dataset):
             if config.on_bad_image == "skip":
                 bad_images = BadImages(train=len(source.train), val=len(source.val))
-            elif isinstance(source.val, FileSplit):
-                refuse_empty_files(source.val)
+            elif isinstance(source.val, EncodedSplit):
+                source.val.refuse_empty()
             parts: dict[str, Any] = {
                 "bad_images": bad_images,
                 "config": config,

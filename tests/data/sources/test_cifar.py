@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 import torch
 
+from training_framework.data import ArraySplit
 from training_framework.data.sources.cifar import CIFAR10, CIFAR100, CifarFiles, open_cifar
-from training_framework.data.splits import ArraySplit
 from training_framework.errors import UserError
 
 
@@ -170,7 +170,7 @@ def test_a_file_too_large_or_none_is_not_read(tmp_path: Path) -> None:
         open_cifar(CIFAR10, root=tmp_path)
     (folder / "data_batch_2").unlink()
     os.mkfifo(folder / "data_batch_2")
-    with pytest.raises(UserError, match="data_batch_2: is no file"):
+    with pytest.raises(UserError, match="data_batch_2: not a file"):
         open_cifar(CIFAR10, root=tmp_path)
 
 

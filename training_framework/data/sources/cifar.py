@@ -18,10 +18,19 @@ from training_framework.data.facts import DatasetFacts
 from training_framework.data.sources.archives import unpack_files
 from training_framework.data.sources.array_pickle import unpickle_arrays
 from training_framework.data.sources.cifar_files import CIFAR10, CIFAR100, CifarFiles
+from training_framework.data.sources.source import DataSource
 from training_framework.data.splits import ArraySplit, Dataset
 from training_framework.errors import UserError
 
-__all__ = ["CIFAR10", "CIFAR100", "CifarFiles", "cifar_folder", "open_cifar"]
+__all__ = [
+    "CIFAR10",
+    "CIFAR10_SOURCE",
+    "CIFAR100",
+    "CIFAR100_SOURCE",
+    "CifarFiles",
+    "cifar_folder",
+    "open_cifar",
+]
 
 _SIDE = 32
 _ROW_BYTES = 3 * _SIDE * _SIDE
@@ -235,3 +244,14 @@ def _one_process_at_a_time(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def _source_of(files: CifarFiles) -> DataSource:
+    return DataSource(
+        open=lambda asked: open_cifar(files, root=asked.root, image_size=asked.image_size),
+        recognizes=lambda root: cifar_folder(files, root) is not None,
+        layout=f"{files.folder}/",
+    )
+
+
+CIFAR10_SOURCE, CIFAR100_SOURCE = _source_of(CIFAR10), _source_of(CIFAR100)
