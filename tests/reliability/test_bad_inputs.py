@@ -451,7 +451,7 @@ DATA = [
     Bad(
         "a truncated CIFAR file",
         "train --data-root .",
-        r"cifar-10-batches-py/data_batch_3: not a CIFAR file .*; replace it by the original",
+        r"cifar-10-batches-py/data_batch_3: not a CIFAR file .*; replace it with the original",
         cifar(truncate("cifar-10-batches-py/data_batch_3")),
     ),
     Bad(
@@ -510,7 +510,7 @@ DATA = [
     Bad(
         "a CIFAR file of text",
         "plan --data cifar10 --data-root .",
-        r"cifar-10-batches-py/data_batch_5: not a CIFAR file \(damaged: .*\); replace it by .*",
+        r"cifar-10-batches-py/data_batch_5: not a CIFAR file \(damaged: .*\); replace it with .*",
         cifar(file("cifar-10-batches-py/data_batch_5")),
     ),
     Bad(

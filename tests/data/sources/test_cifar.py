@@ -91,9 +91,9 @@ def test_pickle_that_runs_a_command_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({}, "holds no 'data' and 'fine_labels'"),
-        ([1], "holds no 'data'"),
-        ({b"data": np.zeros((2, 3072)), b"fine_labels": [0, 1]}, "no array of uint8"),
+        ({}, "does not hold 'data' and 'fine_labels'"),
+        ([1], "does not hold 'data'"),
+        ({b"data": np.zeros((2, 3072)), b"fine_labels": [0, 1]}, "not an array of uint8"),
         ({b"data": np.zeros((2, 3072), np.uint8), b"fine_labels": [0]}, "for 1 labels"),
         ({b"data": np.zeros((1, 100), np.uint8), b"fine_labels": [0]}, r"\(1, 100\) for 1"),
         ({b"data": np.zeros((0, 3072), np.uint8), b"fine_labels": []}, "for 0 labels"),

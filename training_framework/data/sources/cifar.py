@@ -35,7 +35,7 @@ __all__ = [
 _SIDE = 32
 _ROW_BYTES = 3 * _SIDE * _SIDE
 _INTEGERS = {int, *(np.dtype(code).type for code in "bBhHiIlLqQ")}
-_MOST_FILE_BYTES = 1 << 30
+_MAX_FILE_BYTES = 256 << 20  # the largest published file has 155 MB
 _CONNECT_SECONDS = 5
 _READ_SECONDS = 60
 
@@ -146,10 +146,10 @@ def _read_batch(source: CifarFiles, path: Path, data: bytes) -> ArraySplit:
         pixels, listed = content[b"data"], content[source.labels_key]
     except (KeyError, TypeError):
         raise UserError(
-            f"{path}: holds no 'data' and '{source.labels_key.decode()}'", cure
+            f"{path}: does not hold 'data' and '{source.labels_key.decode()}'", cure
         ) from None
     if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8:
-        raise UserError(f"{path}: 'data' is no array of uint8", cure)
+        raise UserError(f"{path}: 'data' is not an array of uint8", cure)
     # A list in a list could be as deep and, made an array, as large as it likes.
     flat = type(listed) is list and {type(item) for item in listed} <= _INTEGERS
     if not flat and not (isinstance(listed, np.ndarray) and listed.dtype.kind in "iu"):
@@ -177,8 +177,8 @@ def _file_bytes(path: Path) -> bytes:
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):
-            raise UserError(f"{path}: is no file", cure)
-        if status.st_size > _MOST_FILE_BYTES:
+            raise UserError(f"{path}: not a file", cure)
+        if status.st_size > _MAX_FILE_BYTES:
             raise UserError(f"{path}: {status.st_size:,} bytes are more than such a file has", cure)
         return path.read_bytes()
     except OSError as error:
@@ -190,7 +190,7 @@ def _unpickled(path: Path, data: bytes) -> Any:
         return unpickle_arrays(data)
     except pickle.UnpicklingError as error:
         raise UserError(
-            f"{path}: not a CIFAR file ({error})", "replace it by the original"
+            f"{path}: not a CIFAR file ({error})", "replace it with the original"
         ) from None
 
 
