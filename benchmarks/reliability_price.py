@@ -47,7 +47,7 @@ from training_framework.measure.compare.result import (
 from training_framework.measure.compare.timing import StepSampler
 from training_framework.measure.profile.run_parts import synchronize
 from training_framework.runs.progress import Progress
-from training_framework.training.assembly import assemble_schedule
+from training_framework.training.outputs import Outputs
 from training_framework.training.trainer import Trainer
 
 RESULTS = Path(__file__).parent / "results"
@@ -127,22 +127,13 @@ class GuardedWorker(BareWorker):
         sampler = self._sampler
         return Trainer(
             plan=sampler.plan,
-            step=sampler.step,
-            loader=sampler.loaders.train,
-            transform=sampler.loaders.train_transform,
-            evaluate=None,
-            schedule=assemble_schedule(self._config, sampler.plan),
-            loggers=loggers,
-            advance=lambda step: None,
-            checkpoints=keeper,
-            checkpoint_extras={"config": config_to_dict(self._config), "network": {}},
+            parts=sampler.parts,
+            outputs=Outputs(
+                loggers=loggers,
+                checkpoints=keeper,
+                checkpoint_extras={"config": config_to_dict(self._config), "network": {}},
+            ),
             progress=Progress(),
-            flops_per_image=self.facts.flops_per_image,
-            peak_flops=self.facts.peak_flops,
-            log_every_n_steps=self._config.log_every_n_steps,
-            stop_after_steps=None,
-            device=sampler.device,
-            run_directory=None,
         )
 
 
@@ -160,6 +151,7 @@ def measure(experiment: Experiment, *, path: Path, command: str) -> Result:
                 sampler = StepSampler(
                     config, steps=steps, seconds=1.0, warmup_steps=order["warmup_steps"]
                 )
+                sampler.parts.loaders.val = None  # evaluations are not what is asked about
             if variant.name == ALL:
                 return GuardedWorker(sampler, config, Path(folder))
             return BareWorker(sampler)

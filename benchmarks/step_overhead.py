@@ -32,19 +32,15 @@ from torch import nn
 
 from training_framework.config import TrainConfig
 from training_framework.config.loading import config_to_dict
-from training_framework.data import SyntheticSplit
+from training_framework.data import Dataset
 from training_framework.data.augmentation import scale_and_shift
 from training_framework.loggers import CsvLogger, LoggerGroup
-from training_framework.machine.distributed import Processes
 from training_framework.machine.hardware import detect_hardware, library_versions
-from training_framework.plan import make_plan
+from training_framework.plan import plan_run
 from training_framework.runs.progress import Progress
-from training_framework.training.assembly import (
-    Loaders,
-    assemble_schedule,
-    assemble_step,
-    open_configured_dataset,
-)
+from training_framework.training.network_assembly import prepare_network
+from training_framework.training.outputs import Outputs
+from training_framework.training.parts import build_parts, build_step
 from training_framework.training.trainer import Trainer
 
 RESULTS = Path(__file__).parent / "results"
@@ -105,41 +101,27 @@ class Comparison:
     """
 
     def __init__(self, config: TrainConfig) -> None:
-        processes = Processes()
-        dataset = open_configured_dataset(config)
-        self._plan = make_plan(config, detect_hardware(), dataset.facts)
+        planned = plan_run(config, own_network="Sequential")
+        self._plan, facts, dataset = planned.plan, planned.facts, planned.source
         self.steps = self._plan.total_steps
-        self.device = self._plan.torch_device(0)
-        self._loaders = Loaders.assemble(
-            config,
-            self._plan,
-            dataset.facts,
-            source=dataset,
-            processes=processes,
-            device=self.device,
-        )
-        self._config = config
-        self._framework = self._step()
-        self._bare = self._step()
-        assert isinstance(dataset.train, SyntheticSplit)
-        arrays = dataset.train.materialize(self.device)
+        self._parts = build_parts(planned, network=tiny_network(config.seed))
+        self._parts.loaders.val = None  # an evaluation is no part of a step
+        self.device = self._parts.device
+        bare = prepare_network(self._plan, tiny_network(config.seed), self.device)
+        self._bare = build_step(self._plan, bare, self.device)
+        assert isinstance(dataset, Dataset)
+        arrays = dataset.train.array(self.device)
         # NHWC, since a gather of channels_last images would return contiguous ones.
         self._pixels = arrays.images.permute(0, 2, 3, 1).contiguous()
         self._labels = arrays.labels
-        scale, shift = scale_and_shift(dataset.facts.mean, dataset.facts.std, self.device)
+        scale, shift = scale_and_shift(facts.mean, facts.std, self.device)
         self._scale, self._shift = scale.repeat(IMAGE_SIZE), shift.repeat(IMAGE_SIZE)
-        self._order = [batch.indices.clone() for batch in self._loaders.train.epoch(0)]
-
-    def _step(self) -> Any:
-        torch.manual_seed(self._config.seed)
-        model = tiny_network().to(self.device)
-        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        return assemble_step(self._config, self._plan, model, self.device)
+        self._order = [batch.indices.clone() for batch in self._parts.loaders.train.epoch(0)]
 
     def bare(self) -> float:
         """Seconds of one epoch of the bare loop."""
         model, optimizer = self._bare.model, self._bare.optimizer
-        smoothing = self._config.label_smoothing
+        smoothing = self._plan.label_smoothing
         model.train()
         start = self._now()
         for indices in self._order:
@@ -162,22 +144,9 @@ class Comparison:
         ):
             trainer = Trainer(
                 plan=self._plan,
-                step=self._framework,
-                loader=self._loaders.train,
-                transform=self._loaders.train_transform,
-                evaluate=None,
-                schedule=assemble_schedule(self._config, self._plan),
-                loggers=LoggerGroup([logger]),
-                advance=lambda step: None,
-                checkpoints=None,
-                checkpoint_extras={},
+                parts=self._parts,
+                outputs=Outputs(loggers=LoggerGroup([logger])),
                 progress=Progress(),
-                flops_per_image=1.0,
-                peak_flops=1.0,
-                log_every_n_steps=self._config.log_every_n_steps,
-                stop_after_steps=None,
-                device=self.device,
-                run_directory=None,
             )
             start = self._now()
             trainer.fit()
@@ -187,7 +156,7 @@ class Comparison:
         """Between the two sides, relative to the largest weight; they should have done the same."""
         ours, theirs = (
             torch.cat([parameter.detach().flatten() for parameter in step.model.parameters()])
-            for step in (self._framework, self._bare)
+            for step in (self._parts.step, self._bare)
         )
         return ((ours - theirs).abs().max() / theirs.abs().max()).item()
 
@@ -197,8 +166,9 @@ class Comparison:
         return time.perf_counter()
 
 
-def tiny_network() -> nn.Module:
+def tiny_network(seed: int = 0) -> nn.Module:
     """Two linear layers: little enough that the loop around them shows."""
+    torch.manual_seed(seed)
     return nn.Sequential(
         nn.Flatten(),
         nn.Linear(3 * IMAGE_SIZE**2, 32),

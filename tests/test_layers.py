@@ -11,7 +11,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 MAX_MODULES_AT_THE_ROOT = 12
 MAX_LINES = 350
 # Modules that were longer when the limit was set; the list may only become shorter.
-LONGER = {"training.run", "training.assembly"}
+LONGER: set[str] = set()
 
 
 def read_layers() -> list[set[str]]:

@@ -11,12 +11,11 @@ from torch import Tensor, nn
 
 from training_framework.config import TrainConfig
 from training_framework.kernels.compiler import find_compiler
-from training_framework.machine.distributed import Processes
-from training_framework.machine.hardware import detect_hardware
-from training_framework.plan import make_plan
-from training_framework.training.assembly import Loaders, assemble_step, open_configured_dataset
+from training_framework.plan import PlannedRun, plan_run
 from training_framework.training.cuda_graph import CudaGraphStep
+from training_framework.training.loaders import Loaders
 from training_framework.training.network_assembly import assemble_network
+from training_framework.training.parts import build_step
 
 STEPS = 20
 LR = 0.002
@@ -56,22 +55,19 @@ needs_compiler = pytest.mark.skipif(find_compiler() is None, reason="no C++ comp
 def train(settings: dict[str, Any]) -> tuple[Tensor, nn.Module]:
     """Losses of the steps, and the network after them, with the parts of a run."""
     config = TrainConfig(**{**BASE, **OFF, **settings})
-    dataset = open_configured_dataset(config)
-    plan = make_plan(config, detect_hardware(), dataset.facts)
+    planned = plan_run(config)
     torch.manual_seed(0)
-    model, _ = assemble_network(config, plan, CPU)
-    step = assemble_step(config, plan, model, CPU)
+    model, _ = assemble_network(planned.plan, CPU)
+    step = build_step(planned.plan, model, CPU)
     losses = []
-    for number, (images, labels) in enumerate(batches(config, plan, dataset)):
+    for number, (images, labels) in enumerate(batches(planned)):
         losses.append(step.accumulate(images, labels))
         step.update(LR, step=number)
     return torch.stack(losses), model
 
 
-def batches(config: TrainConfig, plan: Any, dataset: Any) -> Iterator[tuple[Tensor, Tensor]]:
-    loaders = Loaders.assemble(
-        config, plan, dataset.facts, source=dataset, processes=Processes(), device=CPU
-    )
+def batches(planned: PlannedRun) -> Iterator[tuple[Tensor, Tensor]]:
+    loaders = Loaders.build(planned, CPU)
     try:
         for number, batch in zip(range(STEPS), loaders.train.epoch(0), strict=True):
             images, labels, _ = loaders.train_transform(batch, step=number, epoch=0)
@@ -86,21 +82,20 @@ def flat(model: nn.Module) -> Tensor:
 
 def plain_loop(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """The same by hand: losses, and the weights before and after."""
-    config = TrainConfig(**{**BASE, **OFF})
-    dataset = open_configured_dataset(config)
-    plan = make_plan(config, detect_hardware(), dataset.facts)
+    planned = plan_run(TrainConfig(**{**BASE, **OFF}))
+    plan = planned.plan
     torch.manual_seed(0)
-    model = copy.deepcopy(assemble_network(config, plan, CPU)[0])
+    model = copy.deepcopy(assemble_network(plan, CPU)[0])
     before = flat(model)
     optimizer = torch.optim.SGD(
-        model.parameters(), lr=LR, momentum=0.9, weight_decay=config.weight_decay, nesterov=True
+        model.parameters(), lr=LR, momentum=0.9, weight_decay=plan.weight_decay, nesterov=True
     )
     losses = []
-    for images, labels in batches(config, plan, dataset):
+    for images, labels in batches(planned):
         optimizer.zero_grad()
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
             logits = model(images)
-        loss = F.cross_entropy(logits.float(), labels, label_smoothing=config.label_smoothing)
+        loss = F.cross_entropy(logits.float(), labels, label_smoothing=plan.label_smoothing)
         loss.backward()
         optimizer.step()
         losses.append(loss.detach())
@@ -165,7 +160,7 @@ def test_bf16_gives_what_a_plain_loop_in_bf16_gives():
 def test_a_recorded_step_is_the_step_that_is_planned():
     """On a CPU there is nothing to record; that replays equal steps is tests/test_cuda_graph.py."""
     config = TrainConfig(**{**BASE, **OFF, "cuda_graph": True})
-    plan = make_plan(config, detect_hardware(), open_configured_dataset(config).facts)
-    model, _ = assemble_network(config, plan, CPU)
+    plan = plan_run(config).plan
+    model, _ = assemble_network(plan, CPU)
     assert not plan.cuda_graph
-    assert not isinstance(assemble_step(config, plan, model, CPU), CudaGraphStep)
+    assert not isinstance(build_step(plan, model, CPU), CudaGraphStep)

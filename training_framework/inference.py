@@ -21,15 +21,15 @@ from training_framework.data.decoding import (
     resize,
 )
 from training_framework.data.facts import DatasetFacts
-from training_framework.data.host_batches import StorageFault, read_picture
+from training_framework.data.image_files import StorageFault, read_image
 from training_framework.errors import UserError
-from training_framework.machine.distributed import Processes, process_group
+from training_framework.machine.distributed import process_group
 from training_framework.machine.hardware import detect_hardware
 from training_framework.machine.precision import autocast
-from training_framework.plan import make_plan
+from training_framework.plan import make_plan, plan_run
 from training_framework.runs.network_card import NetworkCard, load_network
-from training_framework.training.assembly import open_configured_dataset, split_loader
 from training_framework.training.evaluation import Evaluation, evaluate
+from training_framework.training.loaders import split_loader
 
 __all__ = ["evaluate_file", "predict_files"]
 
@@ -51,34 +51,28 @@ def evaluate_file(path: Path, overrides: Mapping[str, Any]) -> tuple[Evaluation,
         UserError: A file or setting is wrong, or the data has other classes than the network.
     """
     network, card = load_network(path)
-    dataset, config = _evaluation_data(path, card, overrides)
-    if dataset.facts.class_names != card.class_names:
-        ours, theirs = _first_difference(card.class_names, dataset.facts.class_names)
+    planned = plan_run(_evaluation_config(path, card, overrides), own_network=card.model)
+    plan, facts, dataset = planned.plan, planned.facts, planned.source
+    assert isinstance(dataset, Dataset)
+    if facts.class_names != card.class_names:
+        ours, theirs = _first_difference(card.class_names, facts.class_names)
         raise UserError(
-            f"{path}: the network's classes are not those of {dataset.facts.name} "
-            f"({len(card.class_names)} against {len(dataset.facts.class_names)}; "
+            f"{path}: the network's classes are not those of {facts.name} "
+            f"({len(card.class_names)} against {len(facts.class_names)}; "
             f"{ours!r} against {theirs!r})",
             "name the data that it was trained for",
         )
-    processes = Processes.from_environment()
-    plan = make_plan(
-        config,
-        detect_hardware(),
-        dataset.facts,
-        world_size=processes.world_size,
-        local_world_size=processes.local_world_size,
-    )
+    processes = planned.processes
     device = plan.torch_device(processes.local_rank)
     torch.set_num_threads(plan.threads)
     with process_group(processes, device):
         bad_images = None
-        if config.on_bad_image == "skip":
+        if plan.on_bad_image == "skip":
             bad_images = BadImages(train=0, val=len(dataset.val), report=_to_stderr)
         loader = split_loader(
             dataset.val,
             train=False,
             bad_images=bad_images,
-            config=config,
             plan=plan,
             processes=processes,
             device=device,
@@ -92,13 +86,11 @@ def evaluate_file(path: Path, overrides: Mapping[str, Any]) -> tuple[Evaluation,
             precision=plan.precision,
         )
         loader.close()
-    return evaluation, dataset.facts
+    return evaluation, facts
 
 
-def _evaluation_data(
-    path: Path, card: NetworkCard, overrides: Mapping[str, Any]
-) -> tuple[Dataset, TrainConfig]:
-    """The data to evaluate on, that of the network's own run unless said otherwise."""
+def _evaluation_config(path: Path, card: NetworkCard, overrides: Mapping[str, Any]) -> TrainConfig:
+    """What to evaluate on: the data of the network's own run unless said otherwise."""
     base: dict[str, Any] = {}
     given = {canonical(name, value)[0] for name, value in overrides.items()}
     if path.suffix != ".safetensors":
@@ -109,7 +101,7 @@ def _evaluation_data(
     config = load_config(overrides=overrides, base=base, source="command line")
     if config.data == "synthetic":  # it has the classes that it is asked for
         config = config.model_copy(update={"num_classes": len(card.class_names)})
-    return open_configured_dataset(config), config
+    return config
 
 
 def _first_difference(ours: Sequence[str], theirs: Sequence[str]) -> tuple[str, str]:
@@ -156,7 +148,7 @@ def predict_files(
     transform = EvalTransform(mean=card.mean, std=card.std, device=device)
     for start in range(0, len(files), PICTURES_AT_ONCE):
         part = files[start : start + PICTURES_AT_ONCE]
-        views = _prepared(part, card, skip_bad=config.on_bad_image == "skip")
+        views = _prepared(part, card, skip_bad=plan.on_bad_image == "skip")
         if not views:
             continue
         images = (
@@ -204,13 +196,13 @@ def _prepared(
     prepared = []
     for file in files:
         try:
-            prepared.append((file, _view(read_picture(file), file, card)))
+            prepared.append((file, _view(read_image(file), file, card)))
         except StorageFault:
             raise
         except UserError as error:
             if not skip_bad:
                 raise
-            _to_stderr(f"note: passed over {error.fault}")
+            _to_stderr(f"note: skipped {error.fault}")
     return prepared
 
 

@@ -15,12 +15,10 @@ from training_framework.config.loading import config_to_dict, names_checkpoint
 from training_framework.data.facts import DatasetFacts
 from training_framework.data.user_look import LookedAtLoader, look_at
 from training_framework.errors import UserError
-from training_framework.machine.distributed import Processes
-from training_framework.machine.hardware import Hardware, detect_hardware
-from training_framework.plan import TrainPlan, make_plan
+from training_framework.machine.hardware import Hardware
+from training_framework.plan import TrainPlan, plan_run
 from training_framework.runs.directory import run_directory_of
 from training_framework.runs.progress import TrainResult
-from training_framework.training.assembly import open_configured_dataset
 from training_framework.training.run import TrainingRun
 from training_framework.training.user_network import check_is_network, try_user_network
 
@@ -56,16 +54,8 @@ def plan_for(config: TrainConfig) -> tuple[TrainPlan, Hardware, DatasetFacts]:
     Raises:
         UserError: Something that is asked for is wrong or cannot be done here.
     """
-    hardware, facts = detect_hardware(), open_configured_dataset(config).facts
-    processes = Processes.from_environment()
-    plan = make_plan(
-        config,
-        hardware,
-        facts,
-        world_size=processes.world_size,
-        local_world_size=processes.local_world_size,
-    )
-    return plan, hardware, facts
+    planned = plan_run(config)
+    return planned.plan, planned.hardware, planned.facts
 
 
 def main(

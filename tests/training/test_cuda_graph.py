@@ -123,13 +123,62 @@ def test_a_checkpoint_holds_the_rate_as_a_number_and_can_be_gone_on_with(device)
     state = ours.state_dict()
     assert all(isinstance(group["lr"], float) for group in state["optimizer"]["param_groups"])
     resumed = steps_of(device, CudaGraphStep)
-    resumed.model.load_state_dict(state["model"])
-    resumed.optimizer.load_state_dict(state["optimizer"])
-    resumed.average.load_state_dict(state["average"])
-    resumed.sums.load_state_dict(state["sums"])
+    resumed.load_state_dict(state)
     for step in (resumed, reference):
         train(step, device, [batch(number) for number in range(8, 16)])
     check_equal(resumed, reference)
+
+
+def recorded_by(step):
+    """As a graph does it: a replay sets no attribute, and writes into what the first run made."""
+
+    def record(work):
+        memory = {}
+
+        def replay():
+            before = dict(vars(step))
+            work()
+            after = {name: value for name, value in vars(step).items() if before[name] is not value}
+            if not memory:
+                memory.update(after)
+                return
+            vars(step).update(before)
+            for name, value in after.items():
+                for old, new in zip(tensors_of(memory[name]), tensors_of(value), strict=True):
+                    old.copy_(new)
+
+        return replay
+
+    return record
+
+
+def tensors_of(value):
+    return [value] if isinstance(value, torch.Tensor) else list(value)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_norms_of_clipped_steps_are_right_after_a_batch_of_another_shape(device):
+    ours, reference = (
+        steps_of(device, kind, grad_clip_val=0.5) for kind in (CudaGraphStep, TrainStep)
+    )
+    if device == "cpu":
+        ours._record = recorded_by(ours)
+    batches = [batch(number) for number in range(WARM_UP_STEPS + 2)]
+    batches += [batch(7, size=3), batch(8), batch(9)]
+    seen = [train(step, device, batches, norms=range(20)) for step in (ours, reference)]
+    torch.testing.assert_close(*seen)
+    torch.testing.assert_close(ours.grad_norm, reference.grad_norm)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_small_batch_after_the_warm_up_is_not_what_is_recorded(device):
+    ours, reference = steps_of(device, CudaGraphStep), steps_of(device, TrainStep)
+    batches = [batch(number) for number in range(WARM_UP_STEPS)]
+    batches += [batch(7, size=3), batch(8), batch(9)]
+    for step in (ours, reference):
+        train(step, device, batches)
+    check_equal(ours, reference)
+    assert len(ours._inputs[0]) == len(batches[0][0])
 
 
 def test_what_cannot_be_recorded_is_one_line_with_a_cure():

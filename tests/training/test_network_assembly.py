@@ -7,9 +7,9 @@ from training_framework.config import TrainConfig
 from training_framework.errors import UserError
 from training_framework.kernels import compiler as library
 from training_framework.kernels.norm import load_norm_kernels
+from training_framework.kernels.winograd import load_winograd_kernels
 from training_framework.machine.hardware import detect_hardware
-from training_framework.plan import make_plan
-from training_framework.training.assembly import open_configured_dataset
+from training_framework.plan import plan_run, planned_run
 from training_framework.training.network_assembly import assemble_network
 
 SETTINGS = {
@@ -19,37 +19,39 @@ SETTINGS = {
 
 
 @pytest.fixture
-def facts():
-    return open_configured_dataset(TrainConfig(**SETTINGS)).facts
-
-
-@pytest.fixture
 def _no_compiler(tmp_path, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    for cached in (library.load_library, load_norm_kernels):
+    for cached in (library.load_library, load_norm_kernels, load_winograd_kernels):
         cached.cache_clear()
     yield
-    for cached in (library.load_library, load_norm_kernels):
+    for cached in (library.load_library, load_norm_kernels, load_winograd_kernels):
         cached.cache_clear()
-
-
-def planned(facts, **settings):
-    config = TrainConfig(**SETTINGS, **settings)
-    plan = make_plan(config, detect_hardware(), facts)
-    return config, dataclasses.replace(plan, fused_norms=True, winograd_convolutions=False)
 
 
 @pytest.mark.usefixtures("_no_compiler")
-def test_kernels_that_nobody_asked_for_stop_no_run(facts):
-    model, lines = assemble_network(*planned(facts), torch.device("cpu"))
-    assert "goes on without fused_norms: no C++ compiler is installed" in lines[0]
+def test_kernels_that_nobody_asked_for_are_not_planned_where_they_cannot_be_compiled(monkeypatch):
+    """A compiler is there but fails, which only shows when it is called."""
+    monkeypatch.setattr(
+        planned_run,
+        "detect_hardware",
+        lambda: dataclasses.replace(
+            detect_hardware(), instruction_sets=("avx512",), cpp_compiler="g++"
+        ),
+    )
+    planned = plan_run(TrainConfig(**SETTINGS))
+    assert not planned.plan.fused_norms
+    assert not planned.plan.winograd_convolutions
+    reasons = [choice.reason for choice in planned.plan.choices if choice.name == "fused_norms"]
+    assert "but no C++ compiler is installed" in reasons[0]
+    model, _ = assemble_network(planned.plan, torch.device("cpu"))
     assert model(torch.randn(2, 3, 16, 16)).shape == (2, 10)
 
 
 @pytest.mark.usefixtures("_no_compiler")
-def test_kernels_that_were_asked_for_are_one_line_with_the_cure(facts):
+def test_kernels_that_were_asked_for_are_one_line_with_the_cure():
+    plan = plan_run(TrainConfig(**SETTINGS, fused_norms=True)).plan
     with pytest.raises(
         UserError, match=r"fused_norms: no C\+\+ compiler.*install a C\+\+ compiler"
     ):
-        assemble_network(*planned(facts, fused_norms=True), torch.device("cpu"))
+        assemble_network(plan, torch.device("cpu"))

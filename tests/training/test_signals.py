@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from training_framework.training.signals import StopRequested, StopSignals
+from training_framework.training.stopping import StopRequested, StopSignals
 
 HANDLED = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 
@@ -91,7 +91,7 @@ def test_a_signal_cuts_nothing_else_short():
 def test_a_second_signal_ends_a_process_at_once(number):
     program = (
         "import os, sys, time\n"
-        "from training_framework.training.signals import StopSignals\n"
+        "from training_framework.training.stopping import StopSignals\n"
         "with StopSignals() as signals:\n"
         f"    os.kill(os.getpid(), {int(number)})\n"
         "    print(signals.received.name, flush=True)\n"

@@ -3,8 +3,7 @@ import signal
 import pytest
 import torch
 
-from training_framework.training.signals import StopSignals
-from training_framework.training.stop_agreement import Decision, StopAgreement
+from training_framework.training.stopping import Decision, StopAgreement, StopSignals
 
 CPU = torch.device("cpu")
 

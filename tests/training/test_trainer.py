@@ -22,7 +22,7 @@ from training_framework.config import TrainConfig
 from training_framework.errors import UserError
 from training_framework.faults import fault_injector
 from training_framework.train import EfficientResNet18Trainer, main
-from training_framework.training.training_steps import TrainingSteps
+from training_framework.training.trainer import Trainer
 
 TINY = {
     "data": "synthetic", "model": "resnet10", "img_size": 8, "num_classes": 4,
@@ -315,14 +315,14 @@ def test_a_run_short_of_memory_goes_on_from_its_last_step_in_smaller_parts(
         "in step 2 with 4 images at once; from here on each batch goes in parts of at most 2" in err
     )
 
-    make = TrainingSteps.make
+    make_step = Trainer._make_step
 
     def knowing(self: Any, *arguments: Any, **options: Any) -> None:
-        if self._progress.step == 1:
-            self._step.micro_batch_size = 2
-        make(self, *arguments, **options)
+        if self.progress.step == 1:
+            self._parts.step.micro_batch_size = 2
+        make_step(self, *arguments, **options)
 
-    monkeypatch.setattr(TrainingSteps, "make", knowing)
+    monkeypatch.setattr(Trainer, "_make_step", knowing)
     warned = Network()
     knew = train(warned, *samples(), **settings, name="knew")
     assert knew.steps == surprised.steps == 8 // accumulate

@@ -19,6 +19,7 @@ __all__ = [
     "config_to_yaml",
     "load_config",
     "names_checkpoint",
+    "settings_to_yaml",
 ]
 
 
@@ -120,7 +121,12 @@ def _expectation(messages: Sequence[str]) -> str:
 
 def config_to_yaml(config: TrainConfig) -> str:
     """YAML text that loads as the same configuration."""
-    return yaml.safe_dump(config_to_dict(config), sort_keys=False, allow_unicode=True)
+    return settings_to_yaml(config_to_dict(config))
+
+
+def settings_to_yaml(settings: Mapping[str, Any]) -> str:
+    """YAML text of plain values by key."""
+    return yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True)
 
 
 def config_to_dict(config: TrainConfig) -> dict[str, Any]:

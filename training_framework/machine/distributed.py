@@ -19,15 +19,17 @@ from training_framework.errors import UserError
 
 __all__ = [
     "Processes",
-    "as_first_said",
     "gathered",
     "is_first_to_say",
     "largest",
     "process_group",
     "share_buffers",
+    "value_of_first_process",
 ]
 
 BOARD_TIMEOUT = timedelta(seconds=5)
+# Opening a large data set, and compiling kernels, may take one process longer than another.
+FIRST_PROCESS_TIMEOUT = timedelta(minutes=10)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,14 +160,29 @@ def is_first_to_say(text: str) -> bool:
     return board is None or board.add(f"said/{text}", 1) == 1
 
 
-def as_first_said(key: str, value: str) -> str:
-    """What the first process of this start to say something under a key said; all take that.
+def value_of_first_process(key: str, value: str, processes: Processes) -> str:
+    """Rank 0's value of a text that each process has found for itself; all take that one.
 
-    For what each process measures and all must agree upon. The processes need not have formed a
-    group yet. Where something else than torchrun started them, each keeps its own.
+    All processes must call it, each key once. They need not have formed a group yet. Where
+    something else than torchrun started them, each keeps its own.
+
+    Raises:
+        UserError: Rank 0 did not call it in time.
     """
-    board = _board()
-    return value if board is None else board.compare_set(f"first/{key}", "", value).decode()
+    board = _board() if processes.world_size > 1 else None
+    if board is None:
+        return value
+    if processes.is_first:
+        board.set(f"value/{key}", value)
+        return value
+    try:
+        board.wait([f"value/{key}"], FIRST_PROCESS_TIMEOUT)
+    except RuntimeError:
+        raise UserError(
+            f"rank 0 has not said its {key} in {FIRST_PROCESS_TIMEOUT.seconds // 60} minutes",
+            "look for what keeps it, and start again",
+        ) from None
+    return board.get(f"value/{key}").decode()
 
 
 def _leave_word(error: UserError) -> None:

@@ -65,7 +65,9 @@ class Hardware:
         accelerators: All that were found, usable or not.
         bf16_speed: How many times as fast as in fp32 a convolution in bf16 is on this CPU,
             measured; None where that was not asked, or the CPU has no instructions for it.
-        cpp_compiler: Name of the C++ compiler, which kernels for this CPU need; None without one.
+        cpp_compiler: Name of the C++ compiler, which kernels for this CPU need; None without one
+            that works.
+        cpp_compiler_fault: Why there is none, in a few words.
         glibc: Whether memory is allocated by glibc, which can be told to keep it.
     """
 
@@ -76,6 +78,7 @@ class Hardware:
     accelerators: tuple[Accelerator, ...]
     bf16_speed: float | None = None
     cpp_compiler: str | None = None
+    cpp_compiler_fault: str = "no C++ compiler is installed for its kernels"
     glibc: bool = False
 
     @property

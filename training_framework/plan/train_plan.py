@@ -1,42 +1,33 @@
 """The plan of a run: every derived number and every choice, with its reason."""
 
-import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
+from pydantic import TypeAdapter
 
-__all__ = ["Choice", "Choices", "TrainPlan"]
+from training_framework.switches import SWITCHES, Choice
 
-
-class Choice(NamedTuple):
-    """One decision: its name, its value, and why."""
-
-    name: str
-    value: str
-    reason: str
-
-
-class Choices(list[Choice]):
-    """The choices in the order in which they were made."""
-
-    def note(self, name: str, value: Any, reason: str) -> None:
-        """Keep one; yes and no read as on and off."""
-        readable = (
-            {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
-        )
-        self.append(Choice(name, str(readable), reason))
+__all__ = ["Choice", "TrainPlan"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainPlan:
-    """Every derived number and every choice of a run. Durations are in optimizer steps.
+    """Everything that a run does, decided: nobody reads the configuration after it.
+
+    A field with the name of a setting holds what that setting came to: `auto` is replaced by the
+    choice, the rest is as it was asked for (its meaning stands in `config.schema`). The others
+    follow from several settings, or from the machine and the data. Durations are in optimizer
+    steps.
 
     Attributes:
         device: PyTorch's device type, `cpu`, `cuda`, `mps`, ...
         device_indices: Number of each rank's device on its machine, by local rank.
         device_name: The processor's or accelerator's own name.
+        own_network: Class of the network, where it was given and not built as `model` says.
         global_batch_size: Images of one forward pass over all ranks.
         device_batch_size: Images of one forward pass on one rank.
         evaluation_batch_size: Images of one forward pass of an evaluation over all ranks.
@@ -44,31 +35,29 @@ class TrainPlan:
         batches_per_epoch: Forward passes an epoch.
         steps_per_epoch: Optimizer steps an epoch; the last may have fewer batches.
         evaluation_interval_steps: Steps between two evaluations, not necessarily whole.
+        more_switches: Values of the switches that have no field of their own, by key.
+        asked_for: Settings that could have been left to the plan and were not.
         choices: Every decision with its reason, for people.
     """
 
+    # The machine, and how the work is shared.
     device: str
     device_indices: tuple[int, ...]
     device_name: str
     world_size: int
+    threads: int
+    deterministic: bool
+    keep_memory: bool
+    auto_micro_batch: bool
+    # The network.
+    model: str
+    own_network: str | None
     stem: Literal["cifar", "imagenet"]
     num_classes: int
-    image_size: int
-    global_batch_size: int
-    device_batch_size: int
-    evaluation_batch_size: int
-    accumulate_grad_batches: int
-    images_per_step: int
-    batches_per_epoch: int
-    steps_per_epoch: int
-    epochs: int
-    total_steps: int
-    warmup_steps: int | None
-    step_size_steps: int
-    milestones_steps: tuple[int, ...]
-    evaluation_interval_steps: float
-    lr: float
-    nesterov: bool
+    weights: Path | None
+    share_early_weights: bool
+    zero_init_last_norm: bool
+    # How a step is computed.
     precision: Literal["32", "bf16-mixed", "16-mixed"]
     channels_last: bool
     compile: bool
@@ -78,15 +67,83 @@ class TrainPlan:
     small_map_convolutions: bool
     winograd_convolutions: bool
     fused_norms: bool
-    keep_memory: bool
-    synchronize_norms: bool
-    resident_data: bool
-    num_workers: int
-    pin_memory: bool
-    threads: int
+    sync_batchnorm: bool
+    activation_checkpointing: bool
+    # The data on their way.
+    image_size: int
     flip: Literal["none", "random", "alternating"]
     crop_padding: int
+    cutout: int
+    random_erasing: float
+    mixup: float
+    cutmix: float
+    on_bad_image: Literal["stop", "skip"]
+    resident_data: bool
+    num_workers: int
+    prefetch_factor: int
+    pin_memory: bool
+    # Batches and steps.
+    seed: int
+    epochs: int
+    global_batch_size: int
+    device_batch_size: int
+    evaluation_batch_size: int
+    accumulate_grad_batches: int
+    images_per_step: int
+    batches_per_epoch: int
+    steps_per_epoch: int
+    total_steps: int
+    # The optimizer.
+    optimizer: Literal["sgd", "adam", "adamw"]
+    lr: float
+    momentum: float
+    nesterov: bool
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    decay_norm_and_bias: bool
+    label_smoothing: float
+    grad_clip_val: float | None
+    ema_decay: float
+    # The schedule of the learning rate.
+    scheduler: str
+    warmup_steps: int | None
+    step_size_steps: int
+    milestones_steps: tuple[int, ...]
+    gamma: float
+    # What is watched, kept and written, and where.
+    name: str
+    output_dir: Path
+    resume: Literal["auto", "never"] | Path
+    allow_config_change: bool
+    stop_after_steps: int | None
+    evaluation_interval_steps: float
+    log_every_n_steps: int
+    tensorboard: bool
+    save_every_n_steps: int | None
+    save_every_seconds: float | None
+    save_top_k: int
+    more_switches: Mapping[str, Any]
+    asked_for: tuple[str, ...]
     choices: tuple[Choice, ...]
+
+    @property
+    def steps_loaded_ahead(self) -> int:
+        """Steps that the loader's processes can have prepared."""
+        batches = 0 if self.resident_data else self.num_workers * self.prefetch_factor
+        return -(-batches // self.accumulate_grad_batches)
+
+    def switch_values(self) -> dict[str, Any]:
+        """The value of every switch, by key."""
+        return {
+            switch.key: (
+                self.more_switches[switch.key]
+                if switch.key in self.more_switches
+                else getattr(self, switch.key)
+            )
+            for switch in SWITCHES
+        }
 
     def evaluates_after(self, step: int) -> bool:
         """Whether an evaluation follows `step` (counted from 1); one follows the last."""
@@ -102,5 +159,16 @@ class TrainPlan:
         return torch.device(self.device, self.device_indices[local_rank])
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for run.json."""
-        return dataclasses.asdict(self)
+        """Plain values (numbers, text, lists, mappings) for checkpoints and run.json."""
+        values: dict[str, Any] = TypeAdapter(TrainPlan).dump_python(self, mode="json")
+        return values
+
+    @classmethod
+    def from_dict(cls, values: Any) -> "TrainPlan":
+        """The plan whose `as_dict` this is.
+
+        Raises:
+            ValueError: It is none.
+        """
+        plan: TrainPlan = TypeAdapter(cls).validate_python(values)
+        return plan

@@ -48,28 +48,13 @@ class NetworkCard:
     is_own: bool = False
 
     @classmethod
-    def of(
-        cls,
-        model: str,
-        plan: TrainPlan,
-        facts: DatasetFacts,
-        *,
-        share_early_weights: bool,
-        own_network: str | None = None,
-    ) -> "NetworkCard":
-        """The card of a network that is trained as planned on a data set.
-
-        Args:
-            model: A key of MODELS.
-            plan, facts: Of the run.
-            share_early_weights: As in `build_model`.
-            own_network: The class of the user's own network, where that is trained instead.
-        """
+    def of(cls, plan: TrainPlan, facts: DatasetFacts) -> "NetworkCard":
+        """The card of a network that is trained as planned on a data set."""
         return cls(
-            model=own_network or model,
-            is_own=own_network is not None,
+            model=plan.own_network or plan.model,
+            is_own=plan.own_network is not None,
             stem=plan.stem,
-            share_early_weights=share_early_weights,
+            share_early_weights=plan.share_early_weights,
             class_names=facts.class_names or tuple(map(str, range(plan.num_classes))),
             image_size=plan.image_size,
             mean=facts.mean,

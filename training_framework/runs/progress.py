@@ -1,6 +1,6 @@
 """Where a run stands, and what it reached."""
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +69,25 @@ class Progress:
         """The step up to which all rows are written."""
         return self.step if self.unlogged is None else self.step - 1
 
+    def end_epoch(self, sample_digest: str) -> None:
+        """Record the epoch under way and go on to the next one.
+
+        Args:
+            sample_digest: Of all samples that this process trained on in it.
+        """
+        record = EpochRecord(
+            epoch=self.epoch,
+            seconds=self.epoch_seconds,
+            evaluation_seconds=self.epoch_evaluation_seconds,
+            val_acc1=self.last.get("val/acc1"),
+            sample_digest=sample_digest,
+        )
+        self.epochs.append(asdict(record))
+        self.epoch += 1
+        self.batch = 0
+        self.sample_digest = ""
+        self.epoch_seconds = self.epoch_evaluation_seconds = 0.0
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainResult:
@@ -102,3 +121,27 @@ class TrainResult:
     run_directory: Path | None
     stopped_by: str = ""
     bad_images: int = 0
+
+    @classmethod
+    def of(
+        cls,
+        progress: Progress,
+        *,
+        train_loss: float | None,
+        run_directory: Path | None,
+        stopped_by: str,
+    ) -> "TrainResult":
+        """The result of a run that stands there."""
+        return cls(
+            best_acc1=progress.best_acc1,
+            best_acc5=progress.best_acc5,
+            last_acc1=progress.last.get("val/acc1"),
+            last_acc5=progress.last.get("val/acc5"),
+            train_loss=train_loss,
+            val_loss=progress.last.get("val/loss"),
+            epoch_seconds=tuple(record["seconds"] for record in progress.epochs),
+            images_per_second=progress.images / max(progress.train_seconds, 1e-9),
+            steps=progress.step,
+            run_directory=run_directory,
+            stopped_by=stopped_by,
+        )

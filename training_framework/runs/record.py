@@ -2,16 +2,15 @@
 
 import dataclasses
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from training_framework.config import TrainConfig
-from training_framework.config.loading import config_to_dict
 from training_framework.data.facts import DatasetFacts
 from training_framework.machine.hardware import Hardware, library_versions
 from training_framework.machine.peak_flops import measure_peak_flops
 from training_framework.machine.precision import compute_dtype
-from training_framework.plan import TrainPlan
+from training_framework.plan import PlannedRun, TrainPlan
 from training_framework.runs.directory import write_json
 from training_framework.runs.network_card import NetworkCard
 from training_framework.runs.progress import Progress, TrainResult
@@ -82,11 +81,9 @@ def opening_lines(
 def write_record(
     directory: Path,
     *,
-    config: TrainConfig,
-    plan: TrainPlan,
-    facts: DatasetFacts,
+    planned: PlannedRun,
     network: NetworkCard,
-    hardware: Hardware,
+    identity: Mapping[str, Any],
     costs: Costs,
     resumed_from: Path | None,
     started: float,
@@ -98,7 +95,10 @@ def write_record(
 
     Args:
         directory: The run's.
-        config, plan, facts, network, hardware, costs: Of the run.
+        planned: The run's plan, and what it rests on.
+        network: The network's card.
+        identity: What tells the run from others (`runs.identity`).
+        costs: Of the run.
         resumed_from: The checkpoint that this part of it went on from.
         started: When it began, in seconds since 1970.
         seconds: How long it took.
@@ -110,11 +110,12 @@ def write_record(
         "seconds": seconds,
         "resumed_from": resumed_from,
         "versions": library_versions(),
-        "hardware": dataclasses.asdict(hardware),
-        "data": dataclasses.asdict(facts),
+        "hardware": dataclasses.asdict(planned.hardware),
+        "data": dataclasses.asdict(planned.facts),
         "network": network.as_dict(),
-        "config": config_to_dict(config),
-        "plan": plan.as_dict(),
+        "config": planned.settings,
+        "identity": dict(identity),
+        "plan": planned.plan.as_dict(),
         "training_flops_per_image": costs.flops_per_image,
         "peak_flops": costs.peak_flops,
         "peak_flops_source": costs.peak_source,

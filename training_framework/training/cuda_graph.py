@@ -28,10 +28,10 @@ Record = Callable[[Callable[[], None]], Callable[[], None]]
 class CudaGraphStep(TrainStep):
     """A `TrainStep` that replays two graphs: forward and backward, and the update.
 
-    The first steps run as they always do, on a side stream; then the step is recorded with the
-    shape of its batch. A batch of another shape, one that is divided for want of memory, and one
-    of a group of several run as they always do, in between. Numbers are those of the same kernels
-    launched one by one.
+    The first steps run as they always do, on a side stream; then the step is recorded with a batch
+    as large as any so far. A batch of another shape, one that is divided for want of memory, and
+    one of a group of several run as they always do, in between. Numbers are those of the same
+    kernels launched one by one.
 
     The weight average, whose weight changes with the step, and the sums of the metrics stay
     outside: they are a few launches.
@@ -48,12 +48,14 @@ class CudaGraphStep(TrainStep):
         assert not self._replays_graphs and not self.scaler.is_enabled()
         self._record = record or _CudaRecord()
         self._steps_made = 0
+        self._largest_batch = 0
         self._inputs: list[Tensor] = []
         self._outputs: tuple[Tensor, Tensor] | None = None
         self._gradients: list[Tensor | None] = []
         self._replay_backward: Callable[[], None] | None = None
         self._replay_update: Callable[[], None] | None = None
         self._lr: Tensor | None = None
+        self._recorded_norm: Tensor | None = None
         self._side_stream: torch.cuda.Stream | None = None
         self._replays = False
 
@@ -68,11 +70,16 @@ class CudaGraphStep(TrainStep):
     ) -> Tensor:
         """Add one batch's gradient to the step's; see `TrainStep`."""
         inputs = [images, labels, *(mixed or ())]
+        self._largest_batch = max(self._largest_batch, len(labels))
+        if self._inputs:
+            fits = _kinds(inputs) == _kinds(self._inputs)
+        else:  # the last batch of an epoch, which may be small, is not the one to record
+            fits = len(labels) == self._largest_batch
         self._replays = (
-            self._steps_made >= WARM_UP_STEPS
+            fits
+            and self._steps_made >= WARM_UP_STEPS
             and group_size == 1
             and (self.micro_batch_size is None or len(labels) <= self.micro_batch_size)
-            and (not self._inputs or _kinds(inputs) == _kinds(self._inputs))
         )
         if not self._replays:
             if self._gradients and self._group_starts:  # those belong to the graphs
@@ -81,16 +88,18 @@ class CudaGraphStep(TrainStep):
                 return super().accumulate(
                     images, labels, mixed, group_size=group_size, last_of_group=last_of_group
                 )
-        if self._replay_backward is None:
-            self._record_backward(inputs)
-        assert self._replay_backward is not None
-        torch._foreach_copy_(self._inputs, inputs, non_blocking=True)
-        self._replay_backward()
-        assert self._outputs is not None
-        # The next replay writes into the same memory.
-        logits, loss = (output.detach().clone() for output in self._outputs)
-        if self.sums is not None:
-            self.sums.update(logits, labels, loss)
+        with self.phase("backward"):  # and forward: they are one graph
+            if self._replay_backward is None:
+                self._record_backward(inputs)
+            assert self._replay_backward is not None
+            torch._foreach_copy_(self._inputs, inputs, non_blocking=True)
+            self._replay_backward()
+            assert self._outputs is not None
+            # The next replay writes into the same memory.
+            logits, loss = (output.detach().clone() for output in self._outputs)
+        with self.phase("logging"):
+            if self.sums is not None:
+                self.sums.update(logits, labels, loss)
         return loss
 
     def update(self, lr: float, *, step: int, measure_grad_norm: bool = False) -> Tensor | None:
@@ -110,8 +119,8 @@ class CudaGraphStep(TrainStep):
         assert self._replay_update is not None and self._lr is not None
         self._lr.fill_(lr)
         self._replay_update()
-        if self._grad_clip_val is not None and self.grad_norm is not None:
-            norm = self.grad_norm.clone()
+        if self._recorded_norm is not None:  # the next replay writes into the same memory
+            norm = self.grad_norm = self._recorded_norm.clone()
         for group in self.optimizer.param_groups:
             group["lr"] = lr  # a checkpoint holds the number
         if self.average is not None:
@@ -164,9 +173,9 @@ class CudaGraphStep(TrainStep):
         def work() -> None:
             if self._grad_clip_val is not None:
                 gradients = [p.grad for p in self._parameters if p.grad is not None]
-                self.grad_norm = torch.nn.utils.get_total_norm(gradients)
+                self._recorded_norm = torch.nn.utils.get_total_norm(gradients)
                 torch.nn.utils.clip_grads_with_norm_(
-                    self._parameters, self._grad_clip_val, self.grad_norm
+                    self._parameters, self._grad_clip_val, self._recorded_norm
                 )
             for group in groups:
                 group["lr"] = self._lr

@@ -13,11 +13,13 @@ from training_framework.errors import UserError
 from training_framework.faults import fault_point
 from training_framework.machine.distributed import largest
 from training_framework.machine.precision import Precision, autocast
+from training_framework.machine.randomness import random_states, restore_random_states
+from training_framework.runs.progress import Progress
 from training_framework.training.loss import per_sample_losses
 from training_framework.training.metrics import ClassificationMetrics, ClassificationSums
-from training_framework.training.signals import StopRequested
+from training_framework.training.stopping import StopRequested, StopSignals
 
-__all__ = ["Evaluation", "evaluate"]
+__all__ = ["Evaluate", "Evaluation", "evaluate", "evaluate_unless_stopped", "evaluation_row"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +33,11 @@ class Evaluation:
     def is_finite(self) -> bool:
         """Whether the loss is a number; otherwise the accuracy says little of the weights."""
         return math.isfinite(self.metrics.loss)
+
+
+Evaluate = Callable[[Callable[[], bool] | None], Evaluation]
+"""One evaluation. Where it is given a function, it asks it after every batch whether to stop, and
+then raises StopRequested."""
 
 
 @torch.inference_mode()
@@ -89,3 +96,47 @@ def evaluate(
             "the validation data has no image to evaluate", "give it images, or evaluate nothing"
         )
     return Evaluation(metrics=metrics, seconds=time.perf_counter() - start)
+
+
+def evaluate_unless_stopped(
+    evaluate: Evaluate, signals: StopSignals, *, device: torch.device, alone: bool
+) -> Evaluation | None:
+    """Evaluate; None where a signal ended it: the resumed run makes the evaluation.
+
+    Args:
+        evaluate: What to call.
+        signals: Of this process.
+        device: Where the model is.
+        alone: Whether this process trains alone. Several stop at the same batch.
+    """
+    random = random_states(device)
+    try:
+        if alone:
+            return signals.interruptibly(lambda: evaluate(None))
+        return evaluate(lambda: signals.received is not None)
+    except StopRequested:
+        restore_random_states(random, device)  # a user's loader may have drawn from them
+        return None
+
+
+def evaluation_row(
+    evaluation: Evaluation, progress: Progress, say: Callable[[str], None]
+) -> dict[str, float]:
+    """Values of an evaluation by their logged names; `progress` keeps them, and the best.
+
+    Args:
+        evaluation: Of the weights as they are.
+        progress: Of the run.
+        say: Says a line to people.
+    """
+    metrics = evaluation.metrics
+    progress.epoch_evaluation_seconds += evaluation.seconds
+    progress.last = {"val/loss": metrics.loss, "val/acc1": metrics.acc1, "val/acc5": metrics.acc5}
+    if not evaluation.is_finite:
+        say(
+            f"note: the validation loss is {metrics.loss} at step {progress.step}, so these "
+            "weights do not count among the best"
+        )
+    elif progress.best_acc1 is None or metrics.acc1 > progress.best_acc1:
+        progress.best_acc1, progress.best_acc5 = metrics.acc1, metrics.acc5
+    return {**progress.last, "eval_seconds": evaluation.seconds}

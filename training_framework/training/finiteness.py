@@ -11,16 +11,16 @@ from torch.nn.utils import get_total_norm
 from training_framework.data import Batch
 from training_framework.errors import UserError
 from training_framework.machine.distributed import gathered, largest
-from training_framework.training.step import TrainStep
+from training_framework.training.state import TrainState
 
 __all__ = ["FinitenessGuard", "WatchedBatch"]
 
-_MOST_NAMED_SAMPLES = 16
+_MAX_NAMED_SAMPLES = 16
 # Below fp16's smallest normal number not even a gradient of 1 is left of a scaled loss; a scale
 # gets there from its first value by 30 skipped steps in a row.
 _SMALLEST_SCALE = 2.0**-14
-_LOWER = "lower lr, lengthen the warm-up or set grad_clip_val"
 _GOOD_CHECKPOINTS = "the checkpoints of this run are from before it"
+_CURE = f"lower lr, lengthen the warm-up or set grad_clip_val; {_GOOD_CHECKPOINTS}"
 
 
 class WatchedBatch(NamedTuple):
@@ -47,12 +47,17 @@ class WatchedBatch(NamedTuple):
 
 
 class _Step(NamedTuple):
-    """A watched step: counted from 1, its epoch and the place of its first batch from 0."""
+    """A watched step: counted from 1; its epoch and its first batch's place in that from 0."""
 
     step: int
     epoch: int
     first_batch: int
     batches: Sequence[WatchedBatch]
+
+    def numbered(self) -> Iterator[tuple[str, WatchedBatch]]:
+        """Its batches, and what to call each."""
+        for number, batch in enumerate(self.batches, self.first_batch):
+            yield f"batch {number} of epoch {self.epoch}", batch
 
 
 class _Fault(NamedTuple):
@@ -66,28 +71,28 @@ class _Fault(NamedTuple):
 class FinitenessGuard:
     """Finds the first step whose loss, gradient, weights or norm statistics are not finite.
 
-    A step adds references alone. `check` reads one number from the device; only where
-    that is not finite does it look closer. A sum or a norm may overflow where every number is
-    finite; then nothing is wrong.
+    `watch` keeps references only. `check` reads one number from the device, a sum of all: it looks
+    closer only where that is not finite. A sum may overflow where every number is finite; then
+    nothing is wrong.
 
-    With fp16, gradients that overflow are normal: their steps are skipped and the scale is lowered.
-    So there a gradient is no fault, but a scale that has fallen to nearly nothing is.
+    With fp16, gradients overflow at times: those steps are skipped and the scale is lowered. So an
+    fp16 gradient is no fault, but a scale that has fallen to nearly nothing is.
 
     Args:
-        step: Whose model and optimizer are watched.
+        state: Whose model and optimizer are watched.
         sample_name: From a sample's position in the training split to its name.
         device: Where the model is.
     """
 
     def __init__(
-        self, step: TrainStep, *, sample_name: Callable[[int], str], device: torch.device
+        self, state: TrainState, *, sample_name: Callable[[int], str], device: torch.device
     ) -> None:
-        self._step = step
+        self._trained = state
         self._sample_name = sample_name
         self._device = device
         self._buffers = [
             (name, buffer)
-            for name, buffer in step.network.named_buffers()
+            for name, buffer in state.network.named_buffers()
             if buffer.is_floating_point() and buffer.numel()
         ]
         self._steps: list[_Step] = []
@@ -113,7 +118,7 @@ class FinitenessGuard:
             first_batch: Place of the step's first batch in the epoch, from 0.
         """
         self._steps.append(_Step(step, epoch, first_batch, batches))
-        if gradient_norm is not None and not self._step.scaler.is_enabled():
+        if gradient_norm is not None and not self._trained.scaler.is_enabled():
             self._norms.append((step, gradient_norm))
 
     def check(self, step: int, *, weights: bool) -> None:
@@ -155,97 +160,83 @@ class FinitenessGuard:
             self._sound_step = step
 
     def _scale_collapsed(self) -> bool:
-        scaler = self._step.scaler
+        scaler = self._trained.scaler
         return scaler.is_enabled() and scaler.get_scale() < _SMALLEST_SCALE
 
     def _state(self) -> Iterator[tuple[str, Tensor]]:
         """The weights, and the optimizer's state where the weights tell nothing of it."""
         parameters = [
             (name, parameter.detach())
-            for name, parameter in self._step.network.named_parameters()
+            for name, parameter in self._trained.network.named_parameters()
             if parameter.numel()
         ]
         yield from parameters
-        optimizer = self._step.optimizer
+        optimizer = self._trained.optimizer
         if isinstance(optimizer, torch.optim.SGD):
             return  # its momentum is added to the weights
         # Adam's second moment can become infinite, which stops a weight without a sign.
-        for name, parameter in self._step.network.named_parameters():
+        for name, parameter in self._trained.network.named_parameters():
             for key, value in optimizer.state.get(parameter, {}).items():
                 if key != "step" and isinstance(value, Tensor) and value.is_floating_point():
                     yield f"{key} of {name}", value
 
     def _first_fault(self, step: int) -> _Fault | None:
-        faults = [self._fault_of_loss(), self._fault_of_gradient(), self._fault_of_state(step)]
         # Of one step's faults, the first in this order is the cause of the others.
-        return min(
-            (fault for fault in faults if fault is not None),
-            key=lambda fault: fault.step,
-            default=None,
-        )
+        faults = [*self._bad_losses(), *self._bad_gradients(), *self._bad_state(step)]
+        return min(faults, key=lambda fault: fault.step, default=None)
 
-    def _fault_of_loss(self) -> _Fault | None:
+    def _bad_losses(self) -> Iterator[_Fault]:
         for watched in self._steps:
-            for number, batch in enumerate(watched.batches, watched.first_batch):
+            for place, batch in watched.numbered():
                 loss = batch.loss.item()
                 if not math.isfinite(loss):
-                    where = f"at step {watched.step}, batch {number} of epoch {watched.epoch}"
-                    return _Fault(watched.step, *self._cause_of_loss(batch, loss, where))
-        return None
+                    yield self._bad_loss(watched.step, f"at step {watched.step}, {place}", batch)
 
-    def _cause_of_loss(self, batch: WatchedBatch, loss: float, where: str) -> tuple[str, str]:
+    def _bad_loss(self, step: int, where: str, batch: WatchedBatch) -> _Fault:
         sums = batch.image_sums
         if sums is not None and not sums.isfinite().all():
-            return (
+            return _Fault(
+                step,
                 f"images of the training loader hold NaN or inf, {where}: "
                 f"{self._named(batch.indices[~sums.isfinite()])}",
                 f"mend what it yields; {_GOOD_CHECKPOINTS}",
             )
-        return (
-            f"the training loss became {loss} {where}: {self._named(batch.indices)}",
-            f"{_LOWER}; {_GOOD_CHECKPOINTS}",
-        )
+        became = f"the training loss became {batch.loss.item()}"
+        return _Fault(step, f"{became} {where}: {self._named(batch.indices)}", _CURE)
 
-    def _fault_of_gradient(self) -> _Fault | None:
+    def _bad_gradients(self) -> Iterator[_Fault]:
         for step, norm in self._norms:
-            value = norm.item()
-            if not math.isfinite(value):
-                return _Fault(
-                    step,
-                    f"the gradient became {value} at step {step}, {self._batches_of(step)}",
-                    f"{_LOWER}; {_GOOD_CHECKPOINTS}",
-                )
+            if not math.isfinite(norm.item()):
+                became = f"the gradient became {norm.item()}"
+                yield _Fault(step, f"{became} {self._place_of(step)}", _CURE)
         if self._scale_collapsed() and self._steps:
             step = self._steps[-1].step
-            return _Fault(
+            yield _Fault(
                 step,
                 "fp16 gradients overflow whatever their scale, which has fallen to "
-                f"{self._step.scaler.get_scale():.1g} at step {step}, {self._batches_of(step)}",
+                f"{self._trained.scaler.get_scale():.1g} {self._place_of(step)}",
                 f"use precision bf16-mixed or 32, or lower lr; {_GOOD_CHECKPOINTS}",
             )
-        return None
 
-    def _fault_of_state(self, step: int) -> _Fault | None:
-        # Every loss up to this step was finite, so it was this step's update or forward pass.
+    def _bad_state(self, step: int) -> Iterator[_Fault]:
+        # Where every loss up to this step was finite, this step's update or forward pass did it.
         for name, tensor in [*self._state(), *self._buffers]:
             bad = tensor[~tensor.isfinite()]
             if len(bad):
-                return _Fault(
-                    step,
-                    f"{name} became {bad[0].item()} at step {step}, {self._batches_of(step)}",
-                    f"{_LOWER}; {_GOOD_CHECKPOINTS}",
-                )
-        return None
+                became = f"{name} became {bad[0].item()}"
+                yield _Fault(step, f"{became} {self._place_of(step)}", _CURE)
+                return
 
-    def _batches_of(self, step: int) -> str:
-        return "; ".join(
-            f"batch {number} of epoch {watched.epoch}: {self._named(batch.indices)}"
+    def _place_of(self, step: int) -> str:
+        batches = "; ".join(
+            f"{place}: {self._named(batch.indices)}"
             for watched in self._steps
             if watched.step == step
-            for number, batch in enumerate(watched.batches, watched.first_batch)
+            for place, batch in watched.numbered()
         )
+        return f"at step {step}, {batches}"
 
     def _named(self, indices: Tensor) -> str:
-        names = [self._sample_name(index) for index in indices[:_MOST_NAMED_SAMPLES].tolist()]
+        names = [self._sample_name(index) for index in indices[:_MAX_NAMED_SAMPLES].tolist()]
         more = len(indices) - len(names)
         return f"samples {', '.join(names)}" + (f" and {more} more" if more else "")

@@ -11,9 +11,11 @@ class Interval:
     Attributes:
         data_wait: Seconds spent waiting for batches.
         images: Training images, over all processes.
+        step_seconds: What a step took in the interval before; a minute until one is measured.
     """
 
     def __init__(self) -> None:
+        self.step_seconds = 60.0
         self.restart()
 
     def restart(self) -> None:

@@ -1,12 +1,104 @@
-"""Making a step again in smaller parts, where memory was short."""
+"""Making a step again in smaller parts, where memory is full."""
+
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
 
+from training_framework.data import Batch
+from training_framework.errors import UserError
+from training_framework.machine.hardware import memory_in_use
+from training_framework.machine.memory_shortage import memory_shortage
 from training_framework.machine.randomness import random_states, restore_random_states
+from training_framework.runs.progress import Progress
+from training_framework.training.finiteness import WatchedBatch
 from training_framework.training.step import TrainStep
 
-__all__ = ["StepStart", "smaller_micro_batch"]
+__all__ = ["MicroBatching", "StepStart"]
+
+
+class MicroBatching:
+    """Halves the images of a forward pass until a step fits into memory.
+
+    Args:
+        step: What computes.
+        progress: Where the run stands; it keeps the size of the parts.
+        device: Where the model is.
+        retries: Make a step that does not fit again from its start, in smaller parts; for a process
+            that trains alone. Otherwise it ends the run.
+        report: Says a line to people.
+    """
+
+    def __init__(
+        self,
+        step: TrainStep,
+        progress: Progress,
+        device: torch.device,
+        *,
+        retries: bool,
+        report: Callable[[str], None],
+    ) -> None:
+        self._step = step
+        self._progress = progress
+        self._device = device
+        self._report = report
+        self._start = StepStart(step, device) if retries else None
+        step.micro_batch_size = progress.micro_batch_size
+
+    def accumulate(
+        self, batches: Iterable[Batch], add_gradient: Callable[[int, Batch], WatchedBatch]
+    ) -> list[WatchedBatch]:
+        """Add the gradients of a group of batches; where memory is full, again in smaller parts.
+
+        Args:
+            batches: Of one step; each is taken when those before it are computed.
+            add_gradient: Adds a batch's gradient, given its position in the group and the batch.
+
+        Raises:
+            UserError: Memory is full, and a retry is not asked for or one image is too much.
+        """
+        taken: list[Batch] = []
+        done: list[WatchedBatch] = []
+        for batch in batches:
+            if self._start is not None:
+                if not taken:
+                    self._start.keep()  # after a loader may have drawn what it augments with
+                taken.append(batch)
+            left = [batch]
+            while left:
+                try:
+                    done.append(add_gradient(len(done), left[0]))
+                except (RuntimeError, MemoryError) as error:
+                    shortage = memory_shortage(error)
+                    if shortage is None:
+                        raise
+                else:
+                    del left[0]
+                    continue
+                # Here, where no traceback holds on to what the step had in memory.
+                self._make_room(shortage, len(left[0].labels))
+                done, left = [], taken.copy()
+        return done
+
+    def _make_room(self, shortage: str, batch_size: int) -> None:
+        """Go back to the step's start, for smaller parts of its batches."""
+        step_number = self._progress.step + 1
+        at_once = min(batch_size, self._step.micro_batch_size or batch_size)
+        if self._start is None or at_once == 1:
+            used = memory_in_use(self._device) / 2**30
+            raise UserError(
+                f"memory is full in step {step_number} with {at_once} images at once: "
+                f"{shortage} ({used:.1f} GiB used by this process)",
+                "lower batch_size or img_size, set auto_micro_batch or activation_checkpointing, "
+                "or start from --config memory-efficient",
+            )
+        self._start.restore()
+        smaller = self._step.micro_batch_size = self._progress.micro_batch_size = (at_once + 1) // 2
+        self._report(
+            f"note: memory is full in step {step_number} with {at_once} images at once; from here "
+            f"on each batch goes in parts of at most {smaller} (the same gradients summed; "
+            "batch norm sees a part at a time)"
+        )
 
 
 class StepStart:
@@ -47,8 +139,3 @@ class StepStart:
         restore_random_states(self._random, self._device)
         if self._device.type == "cuda":
             torch.cuda.empty_cache()  # pieces of memory that fit the larger parts alone
-
-
-def smaller_micro_batch(images: int) -> int | None:
-    """Half of the images of a forward pass, rounded up; None where there is but one."""
-    return None if images == 1 else (images + 1) // 2

@@ -1,94 +1,48 @@
-"""From a configuration and a plan to the network, on its device and changed as planned."""
-
-import functools
-import warnings
-from collections.abc import Callable
+"""From a plan to the network, on its device and changed as planned."""
 
 import torch
 from torch import nn
 
-from training_framework.config import TrainConfig
-from training_framework.errors import UserError
-from training_framework.kernels import NativeKernelsError
-from training_framework.models import (
-    build_model,
-    checkpoint_activations,
-    fuse_norms,
-    keep_small_maps_from_compiler,
-    load_weights,
-    synchronize_norms,
-    use_small_map_convolutions,
-    use_winograd_convolutions,
-)
+from training_framework.models import build_model, load_weights
 from training_framework.plan import TrainPlan
+from training_framework.switches import change_network
 
 __all__ = ["assemble_network", "prepare_network"]
 
 
 def assemble_network(
-    config: TrainConfig, plan: TrainPlan, device: torch.device
+    plan: TrainPlan, device: torch.device, *, with_weights: bool = True
 ) -> tuple[nn.Module, list[str]]:
-    """The network on its device, changed as planned, and lines to show the user."""
+    """The network on its device, changed as planned, and lines to show the user.
+
+    Args:
+        plan: Which network, and how it is changed.
+        device: Where it goes.
+        with_weights: Whether the plan's `weights` are wanted.
+    """
     model: nn.Module = build_model(
-        config.model,
+        plan.model,
         num_classes=plan.num_classes,
         stem=plan.stem,
-        share_early_weights=config.share_early_weights,
-        zero_init_last_norm=config.zero_init_last_norm,
+        share_early_weights=plan.share_early_weights,
+        zero_init_last_norm=plan.zero_init_last_norm,
     )
-    loaded = load_weights(model, config.weights) if config.weights else []
-    model, changed = prepare_network(config, plan, model, device)
-    return model, [*loaded, *changed]
+    lines = load_weights(model, plan.weights) if plan.weights and with_weights else []
+    return prepare_network(plan, model, device), lines
 
 
-def prepare_network(
-    config: TrainConfig, plan: TrainPlan, model: nn.Module, device: torch.device
-) -> tuple[nn.Module, list[str]]:
+def prepare_network(plan: TrainPlan, model: nn.Module, device: torch.device) -> nn.Module:
     """Move a network to its device and change it as planned; its parameters keep their names.
 
-    Returns:
-        The network, and lines to show the user.
-
     Raises:
-        UserError: Kernels that are asked for cannot be compiled here.
+        UserError: Kernels that the plan has cannot be compiled here.
     """
-    lines: list[str] = []
-    if plan.small_map_convolutions:
-        use_small_map_convolutions(model, plan.image_size)
-        if plan.compile:
-            keep_small_maps_from_compiler()
-    if plan.winograd_convolutions:
-        change = functools.partial(use_winograd_convolutions, model, plan.image_size)
-        lines += _with_kernels(config, "winograd_convolutions", change)
-    if plan.synchronize_norms:
-        synchronize_norms(model, device.type)
-    if plan.fused_norms:
-        lines += _with_kernels(config, "fused_norms", functools.partial(fuse_norms, model))
-    if config.activation_checkpointing:
-        checkpoint_activations(model)
     model.to(device)
-    if plan.channels_last:
-        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return model, lines
-
-
-def _with_kernels(config: TrainConfig, key: str, change: Callable[[], object]) -> list[str]:
-    """Make a change that needs compiled kernels; where nobody asked for it, go on without them.
-
-    Where nobody asked for it, it may also find nothing to change, as in a very narrow network.
-
-    Returns:
-        Lines to show the user.
-    """
-    asked_for = getattr(config, key) != "auto"
-    try:
-        with warnings.catch_warnings():
-            if not asked_for:
-                warnings.filterwarnings("ignore", message=".*nothing changed")
-            change()
-    except NativeKernelsError as error:
-        if asked_for:
-            cure = f"install a C++ compiler (g++), or set {key} to auto"
-            raise UserError(f"{key}: {error}", cure) from None
-        return [f"note: goes on without {key}: {error}"]
-    return []
+    change_network(
+        model,
+        plan.switch_values(),
+        image_size=plan.image_size,
+        device_type=device.type,
+        asked_for=plan.asked_for,
+    )
+    return model

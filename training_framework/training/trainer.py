@@ -1,125 +1,64 @@
-"""The loop, nothing else."""
+"""The training loop: epochs of steps, with rows, evaluations and checkpoints where they are due."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict
-from pathlib import Path
-from typing import Any
 
-import torch
-
-from training_framework.checkpoint import CheckpointKeeper
-from training_framework.data import Loader
+from training_framework.data import Batch
+from training_framework.data.sample_digest import SampleDigest
 from training_framework.errors import UserError
 from training_framework.faults import fault_point
-from training_framework.loggers import LoggerGroup
-from training_framework.optimizers import Schedule
 from training_framework.plan import TrainPlan
-from training_framework.runs.progress import EpochRecord, Progress, TrainResult
-from training_framework.training.evaluation import Evaluation
-from training_framework.training.finiteness import FinitenessGuard
+from training_framework.runs.progress import Progress, TrainResult
+from training_framework.training.evaluation import (
+    Evaluation,
+    evaluate_unless_stopped,
+    evaluation_row,
+)
+from training_framework.training.finiteness import FinitenessGuard, WatchedBatch
 from training_framework.training.interval import Interval
-from training_framework.training.rows import Evaluate, TrainingLog
-from training_framework.training.signals import StopRequested, StopSignals
-from training_framework.training.step import TrainStep
-from training_framework.training.stop_agreement import StopAgreement
-from training_framework.training.training_steps import TrainingSteps, Transform
+from training_framework.training.micro_batching import MicroBatching
+from training_framework.training.outputs import Outputs
+from training_framework.training.parts import Parts
+from training_framework.training.rows import training_row
+from training_framework.training.stopping import StopAgreement, StopRequested, StopSignals
 
 __all__ = ["Trainer"]
 
 
 class Trainer:
-    """Trains until the plan's last step, or until it is told to stop.
+    """Trains until the plan's last step, or until it is told to stop. Read `fit` first.
 
     Args:
         plan: Steps, batch sizes and intervals.
-        step: Makes the optimizer steps.
-        loader: Training batches.
-        transform: From a batch, with the run's count of batches before it and the epoch, to images,
-            labels and mixed labels.
-        evaluate: One evaluation, which may ask whether to stop and then raises StopRequested; None
-            where there is no validation set.
-        schedule: Multiplier of the plan's learning rate by step.
-        loggers: Where numbers go; an empty group on processes that do not log.
-        advance: Called with the count of steps after each of them, for a progress bar.
-        checkpoints: Keeps checkpoints; None on processes that do not.
-        checkpoint_extras: What every checkpoint holds beside the state of the training.
-        progress: Where to go on from.
-        flops_per_image: Training FLOPs of an image.
-        peak_flops: Peak FLOP/s of all devices together; 0 if unknown.
-        log_every_n_steps: Steps between two logged rows.
-        stop_after_steps: Stop when so many steps have been made; None: at the plan's end.
-        device: Where the model is.
-        run_directory: For the result.
-        sample_name: From a sample's position in the training split to its name in messages.
-        auto_micro_batch: Where memory is full in a step of a process that trains alone, make the
-            step again from its start with half the images at a time.
+        parts: What trains: the step, its data and its schedule.
+        outputs: Where numbers and checkpoints go.
+        progress: Where to go on from; every step moves it on.
     """
 
     def __init__(
-        self,
-        *,
-        plan: TrainPlan,
-        step: TrainStep,
-        loader: Loader,
-        transform: Transform,
-        evaluate: Evaluate | None,
-        schedule: Schedule,
-        loggers: LoggerGroup,
-        advance: Callable[[int], None],
-        checkpoints: CheckpointKeeper | None,
-        checkpoint_extras: dict[str, Any],
-        progress: Progress,
-        flops_per_image: float,
-        peak_flops: float,
-        log_every_n_steps: int,
-        stop_after_steps: int | None,
-        device: torch.device,
-        run_directory: Path | None,
-        sample_name: Callable[[int], str] = str,
-        auto_micro_batch: bool = False,
+        self, *, plan: TrainPlan, parts: Parts, outputs: Outputs, progress: Progress
     ) -> None:
-        self._plan = plan
-        self._step = step
-        self._loader = loader
-        self._advance = advance
-        self._checkpoints = checkpoints
-        self._checkpoint_extras = checkpoint_extras
         self.progress = progress
-        self._log_every_n_steps = log_every_n_steps
-        self._last_step = min(plan.total_steps, stop_after_steps or plan.total_steps)
-        self._run_directory = run_directory
-        self._guard = FinitenessGuard(step, sample_name=sample_name, device=device)
-        self._agreement = StopAgreement(world_size=plan.world_size, device=device)
-        self._signals = StopSignals()
+        self._plan, self._parts, self._outputs = plan, parts, outputs
+        self._costs = parts.costs  # measured now, and not while steps are timed
+        self._last_step = min(plan.total_steps, plan.stop_after_steps or plan.total_steps)
+        self._train_loss: float | None = None
+        self._stopped_by = ""
         self._interval = Interval()
-        self._steps = TrainingSteps(
-            plan=plan,
-            step=step,
-            transform=transform,
-            schedule=schedule,
-            progress=progress,
-            interval=self._interval,
-            guard=self._guard,
-            signals=self._signals,
-            report=loggers.message,
-            device=device,
-            auto_micro_batch=auto_micro_batch,
+        self._samples = SampleDigest(progress.sample_digest)
+        self._signals = StopSignals()
+        self._agreement = StopAgreement(world_size=plan.world_size, device=parts.device)
+        self._guard = FinitenessGuard(
+            parts.step, sample_name=parts.sample_name, device=parts.device
         )
-        self._log = TrainingLog(
-            plan=plan,
-            step=step,
-            evaluate=evaluate,
-            schedule=schedule,
-            loggers=loggers,
-            progress=progress,
-            interval=self._interval,
-            guard=self._guard,
-            signals=self._signals,
-            flops_per_image=flops_per_image,
-            peak_flops=peak_flops,
-            device=device,
+        self._micro_batching = MicroBatching(
+            parts.step,
+            progress,
+            parts.device,
+            retries=plan.auto_micro_batch,
+            report=outputs.loggers.message,
         )
 
     def fit(self) -> TrainResult:
@@ -129,132 +68,175 @@ class Trainer:
             UserError: The loader, the numbers of the training, memory, a log or a checkpoint do not
                 allow to go on.
         """
-        progress = self.progress
-        stopped_by = ""
-        if progress.step:
-            fault_point("resume.before_first_step")
-        self._epoch_start = time.perf_counter() - progress.epoch_seconds
+        progress, step, loader = self.progress, self._parts.step, self._parts.loaders.train
         with self._signals:
-            if progress.unlogged is not None:
-                stopped_by = self._finish_step(logs=True)
-            while progress.step < self._last_step and not stopped_by:
-                stopped_by = self._train_epoch()
-        if not stopped_by and progress.step < self._plan.total_steps:
-            stopped_by = "stop_after_steps"
-        return self._result(stopped_by)
+            self._epoch_start = time.perf_counter() - progress.epoch_seconds
+            if progress.unlogged is not None:  # its run made the step, and was stopped before this
+                self._after_step(is_logged=True)
+            while self._goes_on():
+                epoch, batches = progress.epoch, loader.epoch(progress.epoch, progress.batch)
+                step.model.train()
+                self._interval.restart()
+                self._epoch_start = time.perf_counter() - progress.epoch_seconds
+                while self._goes_on() and progress.epoch == epoch:
+                    is_logged = self._logs_after(progress.step + 1)
+                    try:
+                        self._make_step(batches, measure_grad_norm=is_logged)
+                    except StopRequested:  # while the step waited for its first batch
+                        is_logged = False
+                    self._after_step(is_logged=is_logged)
+                with suppress(AttributeError):  # only a generator has something to close
+                    batches.close()  # type: ignore[attr-defined]
+        if not self._stopped_by and progress.step < self._plan.total_steps:
+            self._stopped_by = "stop_after_steps"
+        return TrainResult.of(
+            progress,
+            train_loss=self._train_loss,
+            run_directory=self._outputs.run_directory,
+            stopped_by=self._stopped_by,
+        )
 
-    def _train_epoch(self) -> str:
-        """Train the rest of the epoch under way. Returns the name of a signal that ended it."""
-        progress = self.progress
-        self._step.model.train()
-        self._interval.restart()
-        self._epoch_start = time.perf_counter() - progress.epoch_seconds
-        batches = self._loader.epoch(progress.epoch, start_batch=progress.batch)
-        stopped_by = ""
-        epoch = progress.epoch
-        while progress.epoch == epoch and progress.step < self._last_step and not stopped_by:
-            logs = self._logs_after(progress.step + 1)
-            try:
-                self._steps.make(batches, measure_grad_norm=logs)
-            except StopRequested:  # while the step waited for its first batch
-                logs = False
-            else:
-                self._advance(progress.step)
-            stopped_by = self._finish_step(logs=logs)
-        with suppress(AttributeError):  # an iterator that is no generator has nothing to close
-            batches.close()  # type: ignore[attr-defined]
-        return stopped_by
+    def _goes_on(self) -> bool:
+        return self.progress.step < self._last_step and not self._stopped_by
 
-    def _finish_step(self, *, logs: bool) -> str:
-        """Log, evaluate, end the epoch and save, as due. Returns the name of a signal to stop."""
-        progress = self.progress
-        evaluation = self._write_row() if logs else None
+    def _logs_after(self, step_number: int) -> bool:
+        """Whether a row is logged after a step: regularly, and wherever something else happens."""
+        plan = self._plan
+        return (
+            step_number % plan.log_every_n_steps == 0
+            or step_number % plan.steps_per_epoch == 0
+            or step_number == self._last_step
+            or plan.evaluates_after(step_number)
+        )
+
+    def _make_step(self, batches: Iterator[Batch], *, measure_grad_norm: bool) -> None:
+        """Add up the gradients of a group of batches, and move the weights."""
+        plan, progress, parts, step = self._plan, self.progress, self._parts, self._parts.step
+        group_size = min(plan.accumulate_grad_batches, plan.batches_per_epoch - progress.batch)
+
+        def add_gradient(position: int, batch: Batch) -> WatchedBatch:
+            start = time.perf_counter()
+            with step.phase("transform"):
+                images, labels, mixed = parts.loaders.train_transform(
+                    batch,
+                    step=progress.epoch * plan.batches_per_epoch + progress.batch + position,
+                    epoch=progress.epoch,
+                )
+            self._interval.data_wait += time.perf_counter() - start
+            loss = step.accumulate(
+                images,
+                labels,
+                None if mixed is None else (mixed.other_labels, mixed.lam),
+                group_size=group_size,
+                last_of_group=position == group_size - 1,
+            )
+            return WatchedBatch.of(batch, loss)
+
+        watched = self._micro_batching.accumulate(self._group(batches, group_size), add_gradient)
+        with step.phase("optimizer"):
+            fault_point("step.before_update")
+            lr = plan.lr * parts.schedule(progress.step)
+            norm = step.update(lr, step=progress.step, measure_grad_norm=measure_grad_norm)
+            fault_point("step.after_update")
+            progress.step += 1
+            self._guard.watch(
+                watched, norm, step=progress.step, epoch=progress.epoch, first_batch=progress.batch
+            )
+            for batch in watched:
+                self._samples.add(batch.indices)
+                self._interval.images += len(batch.indices) * plan.world_size
+            progress.batch += group_size
+        self._outputs.advance(progress.step)
+
+    def _group(self, batches: Iterator[Batch], size: int) -> Iterator[Batch]:
+        """The batches of a step. A signal ends the wait for the first one of a single process."""
+        for position in range(size):
+            start = time.perf_counter()
+            with self._parts.step.phase("data"):
+                if position == 0 and self._plan.world_size == 1:
+                    # Nothing of the step is done yet, and no other process counts on it.
+                    batch = self._signals.interruptibly(lambda: next(batches, None))
+                else:
+                    batch = next(batches, None)
+            self._interval.data_wait += time.perf_counter() - start
+            if batch is None:
+                raise UserError(
+                    f"the training loader ended after {self.progress.batch + position} of "
+                    f"{self._plan.batches_per_epoch} batches",
+                    "let its length be the number of batches it yields",
+                )
+            yield batch
+
+    def _after_step(self, *, is_logged: bool) -> None:
+        """Log, evaluate, end the epoch, agree on a stop and save, as far as each is due."""
+        progress, checkpoints = self.progress, self._outputs.checkpoints
+        evaluation = self._log_row() if is_logged else None
         progress.epoch_seconds = time.perf_counter() - self._epoch_start
         epoch_ends = progress.batch == self._plan.batches_per_epoch and progress.unlogged is None
         if epoch_ends:
-            self._end_epoch()
-        stopped_by, save_is_due = self._agreement.decide(
+            progress.end_epoch(self._samples.read())
+            self._samples = SampleDigest()
+        self._stopped_by, save_is_due = self._agreement.decide(
             self._signals,
             step=progress.step,
-            step_seconds=self._log.step_seconds,
-            save_is_due=self._checkpoints is not None and self._checkpoints.is_due(progress.step),
-            at_logged_step=logs,
+            step_seconds=self._interval.step_seconds,
+            save_is_due=checkpoints is not None and checkpoints.is_due(progress.step),
+            at_logged_step=is_logged,
         )
         is_last = progress.step == self._last_step
-        if evaluation or epoch_ends or stopped_by or is_last or save_is_due:
+        if evaluation or epoch_ends or self._stopped_by or is_last or save_is_due:
             start = time.perf_counter()
-            if not logs:
-                self._log.gather_sums()  # a stop between two rows must not lose the ranks' shares
             self._save(evaluation)
             self._interval.leave_out(time.perf_counter() - start)
-        return stopped_by
 
-    def _write_row(self) -> Evaluation | None:
+    def _log_row(self) -> Evaluation | None:
+        """Write a row, after an evaluation where one is due.
+
+        A row that is not written yet stands in the progress (`unlogged`). So a run that is stopped
+        here, or cannot write, goes on with this row. Returns the evaluation; None where none was
+        due, or a signal ended it.
+        """
+        progress, step, plan = self.progress, self._parts.step, self._plan
+        evaluate = self._parts.evaluate if plan.evaluates_after(progress.step) else None
+        if progress.unlogged is None:
+            self._guard.check(progress.step, weights=evaluate is not None)
+            with step.phase("logging"):
+                progress.unlogged = training_row(self._parts, self._costs, progress, self._interval)
+        row, evaluation = progress.unlogged, None
         try:
-            return self._log.write()
+            if evaluate is not None:
+                evaluation = evaluate_unless_stopped(
+                    evaluate, self._signals, device=self._parts.device, alone=plan.world_size == 1
+                )
+                if evaluation is None:
+                    return None
+                row = row | evaluation_row(evaluation, progress, self._outputs.loggers.message)
+            with step.phase("logging"):
+                self._outputs.loggers.log(progress.step, row)
         except UserError:
-            if self.progress.unlogged is not None and self._plan.world_size == 1:
+            if plan.world_size == 1:
                 with suppress(UserError):  # the first error is the one to show
                     self._save(None)
             raise
-
-    def _logs_after(self, step: int) -> bool:
-        """Whether a row is logged after `step`: regularly, and wherever something else happens."""
-        return (
-            step % self._log_every_n_steps == 0
-            or step % self._plan.steps_per_epoch == 0
-            or step == self._last_step
-            or self._plan.evaluates_after(step)
-        )
-
-    def _end_epoch(self) -> None:
-        progress = self.progress
-        record = EpochRecord(
-            epoch=progress.epoch,
-            seconds=progress.epoch_seconds,
-            evaluation_seconds=progress.epoch_evaluation_seconds,
-            val_acc1=progress.last.get("val/acc1"),
-            sample_digest=self._steps.sample_digest(),
-        )
-        progress.epochs.append(asdict(record))
-        progress.epoch += 1
-        progress.batch = 0
-        progress.sample_digest = ""
-        self._steps.start_epoch()
-        progress.epoch_seconds = progress.epoch_evaluation_seconds = 0.0
+        progress.unlogged = None
+        self._train_loss = row["train/loss"]
+        self._interval.restart()
+        return evaluation
 
     def _save(self, evaluation: Evaluation | None) -> None:
-        if self._checkpoints is None and self._plan.world_size == 1:
+        """Save a checkpoint of sound weights; all processes must call it at the same point."""
+        progress, checkpoints, step = self.progress, self._outputs.checkpoints, self._parts.step
+        if checkpoints is None and self._plan.world_size == 1:
             return
-        progress = self.progress
+        if step.sums is not None:
+            step.sums.all_reduce()  # a stop between two rows must not lose the ranks' shares
         self._guard.check(progress.step, weights=True)
-        if self._checkpoints is None:
+        if checkpoints is None:
             return
-        progress.sample_digest = self._steps.sample_digest()
-        state = {
-            **self._step.state_dict(),
-            "progress": asdict(progress),
-            **self._checkpoint_extras,
-        }
-        good = evaluation is not None and evaluation.is_finite
-        self._checkpoints.save(
-            state,
+        progress.sample_digest = self._samples.read()
+        is_good = evaluation is not None and evaluation.is_finite
+        checkpoints.save(
+            {**step.state_dict(), "progress": asdict(progress), **self._outputs.checkpoint_extras},
             epoch=progress.epoch - (progress.batch == 0),
-            val_acc1=evaluation.metrics.acc1 if evaluation is not None and good else None,
-        )
-
-    def _result(self, stopped_by: str) -> TrainResult:
-        progress = self.progress
-        return TrainResult(
-            best_acc1=progress.best_acc1,
-            best_acc5=progress.best_acc5,
-            last_acc1=progress.last.get("val/acc1"),
-            last_acc5=progress.last.get("val/acc5"),
-            train_loss=self._log.train_loss,
-            val_loss=progress.last.get("val/loss"),
-            epoch_seconds=tuple(record["seconds"] for record in progress.epochs),
-            images_per_second=progress.images / max(progress.train_seconds, 1e-9),
-            steps=progress.step,
-            run_directory=self._run_directory,
-            stopped_by=stopped_by,
+            val_acc1=evaluation.metrics.acc1 if evaluation is not None and is_good else None,
         )

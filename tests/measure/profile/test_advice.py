@@ -40,7 +40,7 @@ def test_ceilings_that_cannot_be_of_one_machine_disagree(model, model_share, agr
     assert Ceilings(loader=5000, model=model, both=400).agree(model_share) == agree
 
 
-def verdict_for(ceilings, *, data=0.01, machine=None, facts=None, checkpointing=False, **plan):
+def verdict_for(ceilings, *, data=0.01, machine=None, facts=None, **plan):
     planned, hardware, found = plan_for(load_config(overrides=SETTINGS))
     shares = dict.fromkeys(PHASES, 0.0) | {"data": data, "backward": 1 - data}
     return give_verdict(
@@ -53,7 +53,6 @@ def verdict_for(ceilings, *, data=0.01, machine=None, facts=None, checkpointing=
         hardware=dataclasses.replace(
             hardware, **{"cores": 4, "instruction_sets": (), "bf16_speed": None, **(machine or {})}
         ),
-        activation_checkpointing=checkpointing,
         bottleneck="aten::convolution_backward takes 62%",
     )
 
@@ -103,7 +102,7 @@ def test_a_run_that_waits_for_launches_is_told_to_make_fewer(changes, next_step)
         ({"machine": {"instruction_sets": ("amx",)}}, "set precision: mixed"),
         ({"threads": 1}, "raise threads from 1 to 4"),
         ({"channels_last": False}, "set channels_last: true"),
-        ({"checkpointing": True}, "set activation_checkpointing: false"),
+        ({"activation_checkpointing": True}, "set activation_checkpointing: false"),
         ({"shares": {"transform": 0.2}}, "less augmentation: it takes 20%"),
         ({"shares": {"logging": 0.2}}, "raise log_every_n_steps"),
         ({"shares": {"optimizer": 0.2}}, "raise batch_size or accumulate_grad_batches"),

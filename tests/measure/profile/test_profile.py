@@ -1,3 +1,4 @@
+import dataclasses
 import gzip
 import json
 import time
@@ -12,7 +13,7 @@ from training_framework.config import load_config
 from training_framework.errors import UserError
 from training_framework.measure.profile.phases import measure_steps
 from training_framework.measure.profile.profile import create_profile_directory, profile_run
-from training_framework.measure.profile.run_parts import RunParts
+from training_framework.measure.profile.run_parts import build_profiled_parts
 from training_framework.measure.profile.step_clock import PHASES
 from training_framework.train import main as train
 from training_framework.training.metrics import ClassificationSums
@@ -55,15 +56,14 @@ class DelayedLoader:
 
 
 def parts_of(**settings):
-    return RunParts.assemble(load_config(overrides={**TINY, **settings}))
+    return build_profiled_parts(load_config(overrides={**TINY, **settings}))
 
 
 @pytest.mark.parametrize("accumulate", [1, 3])
 def test_phases_add_up_to_the_wall_clock_also_beyond_the_planned_steps(accumulate):
     parts = parts_of(accumulate_grad_batches=accumulate)
     assert parts.plan.total_steps < 13
-    times = measure_steps(parts, steps=6, warmup=1)
-    phases = times.phases
+    phases = measure_steps(parts, steps=6, warmup=1)
     assert phases.adds_up
     assert abs(sum(phases.seconds.values()) / phases.wall_seconds - 1) <= 0.03
     assert sum(phases.shares.values()) == pytest.approx(1)
@@ -100,11 +100,12 @@ def small_step(num_classes):
 def test_a_planted_delay_turns_the_verdict_to_loader_bound_with_its_ceiling(
     tmp_path, delay_seconds
 ):
-    parts = parts_of()
-    parts.step = small_step(parts.plan.num_classes)
+    config = load_config(overrides=TINY)
+    parts = build_profiled_parts(config)
+    parts = dataclasses.replace(parts, step=small_step(parts.plan.num_classes))
     if delay_seconds:
         parts.loaders.train = DelayedLoader(parts.loaders.train, delay_seconds)
-    profile = profile_run(parts.config, steps=20, warmup=2, output_dir=tmp_path, parts=parts)
+    profile = profile_run(config, steps=20, warmup=2, output_dir=tmp_path, parts=parts)
     ceilings = profile.ceilings
     assert profile.phases.adds_up
     if not delay_seconds:
@@ -126,10 +127,11 @@ def test_a_run_that_cannot_be_read_leaves_no_folder(tmp_path):
         def epoch(self, epoch, start_batch=0):
             raise UserError("0001.jpg: cannot be decoded", "restore it")
 
-    parts = parts_of()
+    config = load_config(overrides=TINY)
+    parts = build_profiled_parts(config)
     parts.loaders.train = Broken(parts.loaders.train, 0)
     with pytest.raises(UserError, match="decoded"):
-        profile_run(parts.config, steps=2, warmup=1, output_dir=tmp_path, parts=parts)
+        profile_run(config, steps=2, warmup=1, output_dir=tmp_path, parts=parts)
     assert list((tmp_path / "resnet10-synthetic").iterdir()) == []
 
 

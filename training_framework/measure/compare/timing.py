@@ -12,17 +12,10 @@ from training_framework.config import TrainConfig
 from training_framework.data import Batch
 from training_framework.machine.peak_flops import measure_peak_flops
 from training_framework.machine.precision import compute_dtype
-from training_framework.machine.randomness import seed_everything
 from training_framework.measure.compare.machine_load import MachineWatch, peak_memory
 from training_framework.measure.compare.result import Measurement, VariantFacts
-from training_framework.models.flops import training_flops_per_image
-from training_framework.training.assembly import (
-    Loaders,
-    assemble_schedule,
-    assemble_step,
-)
-from training_framework.training.network_assembly import assemble_network
-from training_framework.training.run import TrainingRun
+from training_framework.plan import plan_run
+from training_framework.training.parts import build_parts
 
 __all__ = ["CLOCK", "StepSampler"]
 
@@ -64,47 +57,33 @@ class StepSampler:
         peak: tuple[float, str] | None = None,
     ) -> None:
         started = time.perf_counter()
-        run = TrainingRun(config)
-        self.plan, self.device = run.plan, run.device
-        run.set_up_torch()
-        seed_everything(config.seed)
-        model, _ = assemble_network(config, run.plan, run.device)
-        self.step = assemble_step(config, run.plan, model, run.device)
-        self.loaders = Loaders.assemble(
-            config,
-            run.plan,
-            run.facts,
-            source=run.source,
-            processes=run.processes,
-            device=run.device,
-        )
-        self.step.model.train()
-        self._schedule = assemble_schedule(config, run.plan)
+        planned = plan_run(config)
+        plan, facts = planned.plan, planned.facts
+        self.parts = build_parts(planned)
+        self.plan, self.device = plan, self.parts.device
+        self.parts.step.model.train()
         self._epoch = self._batch = self._steps_made = 0
         self._batches: Iterator[Batch] = iter(())
         self._watch = MachineWatch()
-        self._steps_to_drop = STEPS_TO_WARM_UP_AGAIN
-        if not run.plan.resident_data:
-            # Loader processes work ahead while others have their turn; that head start is no speed.
-            ahead = run.plan.num_workers * config.prefetch_factor
-            self._steps_to_drop += -(-ahead // run.plan.accumulate_grad_batches)
+        # Loader processes work ahead while others have their turn; that head start is no speed.
+        self._steps_to_drop = STEPS_TO_WARM_UP_AGAIN + plan.steps_loaded_ahead
         build_seconds = time.perf_counter() - started
         warmup, _ = self._timed(warmup_steps)
         self._steps = steps or max(FEWEST_STEPS, round(seconds / min(warmup)))
         peak_flops, peak_source = peak or measure_peak_flops(
-            run.plan.device, run.plan.device_name, compute_dtype(run.plan.precision)
+            plan.device, plan.device_name, compute_dtype(plan.precision)
         )
         self.facts = VariantFacts(
-            device=run.plan.device,
-            device_name=run.plan.device_name,
-            dataset=run.facts.name,
-            train_images=run.facts.train_images,
-            image_size=run.plan.image_size,
-            images_per_step=run.plan.images_per_step,
-            flops_per_image=training_flops_per_image(model, run.plan.image_size),
+            device=plan.device,
+            device_name=plan.device_name,
+            dataset=facts.name,
+            train_images=facts.train_images,
+            image_size=plan.image_size,
+            images_per_step=plan.images_per_step,
+            flops_per_image=self.parts.flops_per_image,
             peak_flops=peak_flops,
             peak_flops_source=peak_source,
-            plan=run.plan.as_dict(),
+            plan=plan.as_dict(),
             build_seconds=build_seconds,
             warmup_step_seconds=warmup,
         )
@@ -140,7 +119,7 @@ class StepSampler:
 
     def close(self) -> None:
         """End the loaders' processes."""
-        self.loaders.close()
+        self.parts.close()
 
     def optimizer_step(self) -> int:
         """Make one step, as the trainer does. Returns the number of its images."""
@@ -148,16 +127,16 @@ class StepSampler:
         if self._batch == plan.batches_per_epoch:
             self._epoch, self._batch = self._epoch + 1, 0
         if self._batch == 0:
-            self._batches = self.loaders.train.epoch(self._epoch)
+            self._batches = self.parts.loaders.train.epoch(self._epoch)
         group = min(plan.accumulate_grad_batches, plan.batches_per_epoch - self._batch)
         image_count = 0
         for position in range(group):
-            images, labels, mixed = self.loaders.train_transform(
+            images, labels, mixed = self.parts.loaders.train_transform(
                 next(self._batches),
                 step=self._epoch * plan.batches_per_epoch + self._batch,
                 epoch=self._epoch,
             )
-            self.step.accumulate(
+            self.parts.step.accumulate(
                 images,
                 labels,
                 None if mixed is None else (mixed.other_labels, mixed.lam),
@@ -168,7 +147,7 @@ class StepSampler:
             self._batch += 1
         # Sampling goes on past the planned end, where a schedule may stand at zero.
         planned_step = self._steps_made % plan.total_steps
-        self.step.update(plan.lr * self._schedule(planned_step), step=self._steps_made)
+        self.parts.step.update(plan.lr * self.parts.schedule(planned_step), step=self._steps_made)
         self._steps_made += 1
         return image_count
 

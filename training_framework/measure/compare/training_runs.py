@@ -4,6 +4,7 @@ import json
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -42,23 +43,26 @@ class RunSampler:
         self._config = config
         self._seeds = seeds
         self._watch = MachineWatch()
-        started = time.perf_counter()
-        run = TrainingRun(self._run_config(config.seed, stop_after_steps=warmup_steps))
-        build_seconds = time.perf_counter() - started
-        result = _executed(run)[0]
-        self.device = run.device
-        seconds_per_step = run.plan.images_per_step / result.images_per_second
+        with tempfile.TemporaryDirectory(prefix="efficient-resnet-") as folder:
+            started = time.perf_counter()
+            run = TrainingRun(self._config_of(config.seed, folder, stop_after_steps=warmup_steps))
+            build_seconds = time.perf_counter() - started
+            result = run.execute()
+            record = _record_of(result)
+        plan, facts = run.plan, run.planned.facts
+        self.device = plan.torch_device(run.planned.processes.local_rank)
+        seconds_per_step = plan.images_per_step / result.images_per_second
         self.facts = VariantFacts(
-            device=run.plan.device,
-            device_name=run.plan.device_name,
-            dataset=run.facts.name,
-            train_images=run.facts.train_images,
-            image_size=run.plan.image_size,
-            images_per_step=run.plan.images_per_step,
-            flops_per_image=run.costs.flops_per_image,
-            peak_flops=run.costs.peak_flops,
-            peak_flops_source=run.costs.peak_source,
-            plan=run.plan.as_dict(),
+            device=plan.device,
+            device_name=plan.device_name,
+            dataset=facts.name,
+            train_images=facts.train_images,
+            image_size=plan.image_size,
+            images_per_step=plan.images_per_step,
+            flops_per_image=record["training_flops_per_image"],
+            peak_flops=record["peak_flops"],
+            peak_flops_source=record["peak_flops_source"],
+            plan=plan.as_dict(),
             build_seconds=build_seconds,
             warmup_step_seconds=[seconds_per_step] * result.steps,
         )
@@ -68,12 +72,14 @@ class RunSampler:
         seed = self._config.seed + round_number
         if self._seeds:
             seed = self._seeds[round_number % len(self._seeds)]
-        run = TrainingRun(self._run_config(seed))
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
-        self._watch.start()
-        result, curve = _executed(run)
-        load = self._watch.stop()
+        with tempfile.TemporaryDirectory(prefix="efficient-resnet-") as folder:
+            run = TrainingRun(self._config_of(seed, folder))
+            if self.device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(self.device)
+            self._watch.start()
+            result = run.execute()
+            load = self._watch.stop()
+            record = _record_of(result)
         if result.stopped_by:  # a run in this process hears the signals itself
             raise KeyboardInterrupt(result.stopped_by)
         return Measurement(
@@ -86,14 +92,16 @@ class RunSampler:
             peak_memory_bytes=peak_memory(self.device),
             seed=seed,
             acc1=result.last_acc1,
-            curve=curve,
+            curve=_curve(record),
             epoch_seconds=list(result.epoch_seconds),
         )
 
     def close(self) -> None:
         """Nothing stays open between runs."""
 
-    def _run_config(self, seed: int, stop_after_steps: int | None = None) -> TrainConfig:
+    def _config_of(
+        self, seed: int, folder: str, *, stop_after_steps: int | None = None
+    ) -> TrainConfig:
         return self._config.model_copy(
             update={
                 "seed": seed,
@@ -101,20 +109,24 @@ class RunSampler:
                 "resume": "never",
                 "tensorboard": False,
                 "save_top_k": 0,
+                "output_dir": Path(folder),
             }
         )
 
 
-def _executed(run: TrainingRun) -> tuple[TrainResult, list[tuple[float, float]]]:
-    """The run's result, and its accuracy by the seconds since its start."""
-    with tempfile.TemporaryDirectory(prefix="efficient-resnet-") as folder:
-        run.config = run.config.model_copy(update={"output_dir": Path(folder)})
-        result = run.execute()
-        assert result.run_directory is not None
-        record = json.loads((result.run_directory / "run.json").read_text(encoding="utf-8"))
+def _record_of(result: TrainResult) -> dict[str, Any]:
+    """The run's run.json."""
+    assert result.run_directory is not None
+    text = (result.run_directory / "run.json").read_text(encoding="utf-8")
+    record: dict[str, Any] = json.loads(text)
+    return record
+
+
+def _curve(record: dict[str, Any]) -> list[tuple[float, float]]:
+    """A run's accuracy by the seconds since its start."""
     curve, seconds = [], 0.0
     for epoch in record["epochs"]:
         seconds += epoch["seconds"]
         if epoch["val_acc1"] is not None:
             curve.append((seconds, epoch["val_acc1"]))
-    return result, curve
+    return curve

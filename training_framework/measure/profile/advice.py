@@ -37,7 +37,6 @@ def give_verdict(
     plan: TrainPlan,
     facts: DatasetFacts,
     hardware: Hardware,
-    activation_checkpointing: bool,
     bottleneck: str = "",
 ) -> Verdict:
     """Judge a run.
@@ -48,7 +47,6 @@ def give_verdict(
         plan: What runs.
         facts: The data.
         hardware: The machine.
-        activation_checkpointing: Whether activations are computed a second time.
         bottleneck: The operator that takes most of the time, for people.
     """
     limit = find_limit(ceilings, shares["data"])
@@ -71,7 +69,7 @@ def give_verdict(
         limit=limit,
         figures=f"{ceilings.both:,.0f} images/s, where the loader alone could give "
         f"{ceilings.loader:,.0f}",
-        next_step=_for_computing(plan, hardware, shares, activation_checkpointing, bottleneck),
+        next_step=_for_computing(plan, hardware, shares, bottleneck),
     )
 
 
@@ -121,7 +119,6 @@ def _for_computing(
     plan: TrainPlan,
     hardware: Hardware,
     shares: dict[str, float],
-    activation_checkpointing: bool,
     bottleneck: str,
 ) -> str:
     half_is_fast = (
@@ -139,7 +136,7 @@ def _for_computing(
             f"raise threads from {plan.threads} to {hardware.cores}, the cores there are",
         ),
         (not plan.channels_last and plan.device != "mps", "set channels_last: true"),
-        (activation_checkpointing, "set activation_checkpointing: false if the memory allows"),
+        (plan.activation_checkpointing, "set activation_checkpointing: false if the memory allows"),
         (
             shares["transform"] > LARGE_SHARE,
             f"do with less augmentation: it takes {percent['transform']} of a step",

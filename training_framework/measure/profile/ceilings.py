@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from training_framework.data import Batch, Loader
-from training_framework.measure.profile.run_parts import RunParts, synchronize
+from training_framework.measure.profile.run_parts import step_on, synchronize
+from training_framework.training.parts import Parts
 
 __all__ = ["Ceilings", "Limit", "find_limit", "measure_loader_alone", "measure_model_alone"]
 
@@ -66,7 +67,7 @@ def find_limit(ceilings: Ceilings, data_share: float) -> Limit:
     return "compute-bound"
 
 
-def measure_model_alone(parts: RunParts, *, steps: int, warmup: int) -> float:
+def measure_model_alone(parts: Parts, *, steps: int, warmup: int) -> float:
     """Images per second of steps on one batch that is on the device already.
 
     Args:
@@ -81,17 +82,17 @@ def measure_model_alone(parts: RunParts, *, steps: int, warmup: int) -> float:
     parts.loaders.train.close()
     parts.step.model.train()
     for _ in range(warmup):
-        parts.step_on(batch)
+        step_on(parts, batch)
     synchronize(parts.device)
     start = time.perf_counter()
     for _ in range(steps):
-        parts.step_on(batch)
+        step_on(parts, batch)
     synchronize(parts.device)
     images = steps * parts.plan.accumulate_grad_batches * len(batch.labels)
     return images / (time.perf_counter() - start)
 
 
-def measure_loader_alone(parts: RunParts, *, steps: int, warmup: int) -> float:
+def measure_loader_alone(parts: Parts, *, steps: int, warmup: int) -> float:
     """Images per second of batches that nobody uses.
 
     Args:
@@ -102,7 +103,7 @@ def measure_loader_alone(parts: RunParts, *, steps: int, warmup: int) -> float:
     """
     group = parts.plan.accumulate_grad_batches
     batches = _endless(parts.loaders.train)
-    for _ in range((warmup + parts.steps_ahead) * group):
+    for _ in range((warmup + parts.plan.steps_loaded_ahead) * group):
         next(batches)
     synchronize(parts.device)
     start = time.perf_counter()

@@ -1,5 +1,8 @@
 """The phases of a step: a real run's steps in windows, timed whole, in phases, or profiled."""
 
+import copy
+import dataclasses
+import itertools
 import tempfile
 import time
 from collections.abc import Sequence
@@ -9,22 +12,19 @@ from typing import Protocol
 
 import torch
 
-from training_framework.measure.profile.run_parts import RunParts, synchronize
-from training_framework.measure.profile.step_clock import (
-    PHASES,
-    MarkingLoader,
-    MarkingLoggers,
-    MarkingScaler,
-    MarkingSums,
-    StepClock,
-    marking_transform,
-)
+from training_framework.loggers import LoggerGroup
+from training_framework.measure.profile.run_parts import synchronize
+from training_framework.measure.profile.step_clock import PHASES, StepClock
+from training_framework.plan import TrainPlan
 from training_framework.runs.progress import Progress
+from training_framework.training.outputs import Outputs, file_loggers
+from training_framework.training.parts import Parts, build_plan_schedule
+from training_framework.training.phases import untimed
 from training_framework.training.trainer import Trainer
 
-__all__ = ["StepPhases", "StepTimes", "Window", "measure_steps"]
+__all__ = ["StepPhases", "Window", "measure_steps"]
 
-LARGEST_GAP = 0.03
+MAX_GAP = 0.03
 TURNS = 4
 
 
@@ -54,17 +54,6 @@ class _WallWindow:
         self.seconds += time.perf_counter() - self._start
 
 
-class _PhaseWindow:
-    def __init__(self, clock: StepClock) -> None:
-        self._clock = clock
-
-    def begin(self) -> None:
-        self._clock.start()
-
-    def end(self) -> None:
-        self._clock.stop()
-
-
 @dataclass(frozen=True, kw_only=True)
 class StepPhases:
     """Where the time of a step goes.
@@ -73,16 +62,21 @@ class StepPhases:
         steps: Optimizer steps that were divided.
         seconds: Mean seconds a step, by phase (the keys of PHASES).
         shares: The same as shares of their sum.
-        wall_seconds: Mean seconds a step by a clock of its own over the same steps.
-        border_cost: What waiting for the device at the borders adds to a step, as a share of a step
-            without them; noise can make it negative.
+        wall_seconds: Mean seconds a step by separate readings of the clock over the same steps.
+        undivided_seconds: Of the undivided steps, which took turns with the divided ones.
     """
 
     steps: int
     seconds: dict[str, float]
     shares: dict[str, float]
     wall_seconds: float
-    border_cost: float
+    undivided_seconds: float
+
+    @property
+    def border_cost(self) -> float:
+        """What waiting for the device at the borders adds to a step, as a share of a step without
+        them; noise can make it negative."""
+        return self.wall_seconds / self.undivided_seconds - 1
 
     @property
     def sum_over_wall(self) -> float:
@@ -92,40 +86,22 @@ class StepPhases:
     @property
     def adds_up(self) -> bool:
         """Whether the sum is within 3% of the wall clock."""
-        return abs(self.sum_over_wall - 1) <= LARGEST_GAP
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepTimes:
-    """What `measure_steps` found.
-
-    Attributes:
-        phases: The steps that were divided.
-        seconds_per_step: Of the undivided steps, which took turns with the divided ones.
-    """
-
-    phases: StepPhases
-    seconds_per_step: float
+        return abs(self.sum_over_wall - 1) <= MAX_GAP
 
 
 class _Schedule:
     """Opens and closes windows as the trainer's steps pass."""
 
-    def __init__(self, windows: Sequence[tuple[Window, int]], clock: StepClock) -> None:
-        self._clock = clock
+    def __init__(self, windows: Sequence[tuple[Window, int]]) -> None:
         self._windows = [window for window, _ in windows]
-        self._ends = [sum(steps for _, steps in windows[: n + 1]) for n in range(len(windows))]
-
-    @property
-    def steps(self) -> int:
-        return self._ends[-1]
+        self._ends = list(itertools.accumulate(steps for _, steps in windows))
+        self.steps = self._ends[-1]
 
     def begin(self) -> None:
         self._windows[0].begin()
 
     def advance(self, step: int) -> None:
         """The trainer calls this after each update."""
-        self._clock.mark("optimizer")
         if step == self._ends[0]:
             self._windows.pop(0).end()
             self._ends.pop(0)
@@ -134,44 +110,41 @@ class _Schedule:
 
 
 def measure_steps(
-    parts: RunParts, *, steps: int, warmup: int, last: tuple[Window, int] | None = None
-) -> StepTimes:
+    parts: Parts, *, steps: int, warmup: int, last: tuple[Window, int] | None = None
+) -> StepPhases:
     """Train, and look at where the time of the steps goes.
 
     The steps are the trainer's own, logging included; there are no evaluations and no checkpoints.
 
     Args:
-        parts: The run. Its step keeps the marks, which from then on do nothing.
+        parts: The run.
         steps: To divide; as many again run undivided.
         warmup: Steps before, at least; the loader's processes lose their head start in any case.
         last: A window of so many steps after all the others.
 
     Raises:
         KeyboardInterrupt: A signal ended the training.
-        UserError: The data cannot be read, or the loss became infinite.
+        UserError: The data cannot be read, or the loss is not finite.
     """
     clock = StepClock(parts.device)
-    divided, undivided = _PhaseWindow(clock), _WallWindow(parts.device)
+    undivided = _WallWindow(parts.device)
     windows: list[tuple[Window, int]] = [
-        (_WallWindow(parts.device), max(warmup, 1) + parts.steps_ahead)
+        (_WallWindow(parts.device), max(warmup, 1) + parts.plan.steps_loaded_ahead)
     ]
     for turn, size in enumerate(_turn_sizes(steps)):
-        pair = (undivided, divided) if turn % 2 == 0 else (divided, undivided)
+        pair = (undivided, clock) if turn % 2 == 0 else (clock, undivided)
         windows += [(window, size) for window in pair]
-    schedule = _Schedule([*windows, last] if last else windows, clock)
+    schedule = _Schedule([*windows, last] if last else windows)
     with tempfile.TemporaryDirectory(prefix="efficient-resnet-") as folder:
         _train(parts, clock, schedule, Path(folder))
-    seconds_per_step = undivided.seconds / steps
     total = sum(clock.seconds.values())
-    wall = clock.wall_seconds / steps
-    phases = StepPhases(
+    return StepPhases(
         steps=steps,
         seconds={phase: clock.seconds[phase] / steps for phase in PHASES},
         shares={phase: clock.seconds[phase] / total for phase in PHASES},
-        wall_seconds=wall,
-        border_cost=wall / seconds_per_step - 1,
+        wall_seconds=clock.wall_seconds / steps,
+        undivided_seconds=undivided.seconds / steps,
     )
-    return StepTimes(phases=phases, seconds_per_step=seconds_per_step)
 
 
 def _turn_sizes(steps: int) -> list[int]:
@@ -180,35 +153,28 @@ def _turn_sizes(steps: int) -> list[int]:
     return [min(size, steps - start) for start in range(0, steps, size)]
 
 
-def _train(parts: RunParts, clock: StepClock, schedule: _Schedule, folder: Path) -> None:
-    plan = parts.plan_for_steps(schedule.steps)
-    step = parts.step
-    step.scaler = MarkingScaler(
-        parts.device.type, enabled=step.scaler.is_enabled(), mark=clock.mark
-    )
-    step.sums = MarkingSums(parts.device, num_classes=plan.num_classes, mark=clock.mark)
-    steps = schedule.steps
-    with MarkingLoggers(parts.open_file_loggers(folder), clock.mark) as loggers:
+def _train(parts: Parts, clock: StepClock, schedule: _Schedule, folder: Path) -> None:
+    plan, loaders = _plan_for_steps(parts.plan, schedule.steps), copy.copy(parts.loaders)
+    loaders.val = None
+    # The progress bar would mix with what this prints.
+    with LoggerGroup(file_loggers(folder, tensorboard=plan.tensorboard)) as loggers:
         trainer = Trainer(
             plan=plan,
-            step=step,
-            loader=MarkingLoader(parts.loaders.train, clock.mark),
-            transform=marking_transform(parts.loaders.train_transform, clock.mark),
-            evaluate=None,
-            schedule=parts.schedule_for(plan),
-            loggers=loggers,
-            advance=schedule.advance,
-            checkpoints=None,
-            checkpoint_extras={},
+            parts=dataclasses.replace(parts, loaders=loaders, schedule=build_plan_schedule(plan)),
+            outputs=Outputs(loggers=loggers, advance=schedule.advance),
             progress=Progress(),
-            flops_per_image=0.0,
-            peak_flops=0.0,
-            log_every_n_steps=parts.config.log_every_n_steps,
-            stop_after_steps=steps,
-            device=parts.device,
-            run_directory=None,
         )
+        parts.step.phase = clock.phase
         schedule.begin()
         result = trainer.fit()
-    if result.steps < steps:
+        parts.step.phase = untimed
+    if result.steps < schedule.steps:
         raise KeyboardInterrupt(result.stopped_by)
+
+
+def _plan_for_steps(plan: TrainPlan, steps: int) -> TrainPlan:
+    """The plan with exactly so many steps to make, longer where it has fewer."""
+    if plan.total_steps < steps:
+        epochs = -(-steps // plan.steps_per_epoch)
+        plan = dataclasses.replace(plan, epochs=epochs, total_steps=epochs * plan.steps_per_epoch)
+    return dataclasses.replace(plan, stop_after_steps=steps)

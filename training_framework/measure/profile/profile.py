@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from training_framework.config import TrainConfig
-from training_framework.config.loading import config_to_dict
 from training_framework.errors import UserError
 from training_framework.machine.hardware import library_versions
 from training_framework.machine.precision import compute_dtype
@@ -28,7 +27,7 @@ from training_framework.measure.profile.roofline import (
     measure_limits,
     plot_roofline,
 )
-from training_framework.measure.profile.run_parts import RunParts
+from training_framework.measure.profile.run_parts import build_profiled_parts
 from training_framework.measure.profile.trace import (
     KernelWindow,
     OperatorCall,
@@ -37,6 +36,7 @@ from training_framework.measure.profile.trace import (
     group_calls,
 )
 from training_framework.runs.directory import write_json
+from training_framework.training.parts import Parts
 
 __all__ = ["SCHEMA_VERSION", "Profile", "create_profile_directory", "profile_run"]
 
@@ -116,7 +116,7 @@ def profile_run(
     output_dir: Path = Path("profiles"),
     command: str = "",
     say: Callable[[str], None] = lambda text: None,
-    parts: RunParts | None = None,
+    parts: Parts | None = None,
 ) -> Profile:
     """Measure where the time of a configured run goes, and write it down.
 
@@ -136,11 +136,10 @@ def profile_run(
         if value < 1:
             raise UserError(f"profile: {name} is {value}", "give 1 or more")
     say("building the run")
-    parts = RunParts.assemble(config) if parts is None else parts
+    parts = build_profiled_parts(config) if parts is None else parts
     with ExitStack() as stack:
         stack.callback(parts.close)
-        name = config.name or f"{config.model}-{parts.facts.name}"
-        directory = create_profile_directory(output_dir, name)
+        directory = create_profile_directory(output_dir, parts.plan.name)
         stack.callback(_remove_if_empty, directory)
         return _profile(
             parts, steps=steps, warmup=warmup, directory=directory, command=command, say=say
@@ -153,7 +152,7 @@ def _remove_if_empty(directory: Path) -> None:
 
 
 def _profile(
-    parts: RunParts,
+    parts: Parts,
     *,
     steps: int,
     warmup: int,
@@ -169,10 +168,10 @@ def _profile(
         memory_snapshot=directory / "memory_snapshot.pickle",
     )
     say(f"training {2 * steps} steps and {profiled_steps} under the profiler, after a warm-up")
-    times = measure_steps(parts, steps=steps, warmup=warmup, last=(window, profiled_steps))
+    phases = measure_steps(parts, steps=steps, warmup=warmup, last=(window, profiled_steps))
     say("measuring the model alone, then the loader alone")
-    busy = _device_busy(window, profiled_steps, times.seconds_per_step)
-    ceilings = _ceilings(parts, steps, times.seconds_per_step, busy)
+    busy = _device_busy(window, profiled_steps, phases.undivided_seconds)
+    ceilings = _ceilings(parts, steps, phases.undivided_seconds, busy)
     say("measuring the machine's limits")
     limits = measure_limits(parts.device, plan.device_name, compute_dtype(plan.precision))
     plot = directory / "roofline.png"
@@ -180,15 +179,14 @@ def _profile(
     tables = _tables(window, profiled_steps)
     profile = Profile(
         device=plan.device,
-        phases=times.phases,
+        phases=phases,
         ceilings=ceilings,
         verdict=give_verdict(
             ceilings,
-            times.phases.shares,
+            phases.shares,
             plan=plan,
-            facts=parts.facts,
-            hardware=parts.hardware,
-            activation_checkpointing=parts.config.activation_checkpointing,
+            facts=parts.planned.facts,
+            hardware=parts.planned.hardware,
             bottleneck=_named([*tables["operators"], *tables["kernels"]], limits),
         ),
         **tables,
@@ -203,7 +201,7 @@ def _profile(
 
 
 def _ceilings(
-    parts: RunParts, steps: int, seconds_per_step: float, device_busy: float | None
+    parts: Parts, steps: int, seconds_per_step: float, device_busy: float | None
 ) -> Ceilings:
     return Ceilings(
         model=measure_model_alone(parts, steps=steps, warmup=2),
@@ -214,7 +212,7 @@ def _ceilings(
 
 
 def _roofline(
-    parts: RunParts, window: KernelWindow, steps: int, limits: MachineLimits, plot: Path
+    parts: Parts, window: KernelWindow, steps: int, limits: MachineLimits, plot: Path
 ) -> list[LayerPoint]:
     plan = parts.plan
     points = layer_points(
@@ -225,7 +223,7 @@ def _roofline(
         names=layer_names(parts.step.model, plan.image_size),
     )
     title = (
-        f"{parts.config.model}, {plan.image_size} px, batch {plan.device_batch_size}, "
+        f"{plan.model}, {plan.image_size} px, batch {plan.device_batch_size}, "
         f"precision {plan.precision}, {plan.device_name}"
     )
     plot_roofline(points, limits, title=title, path=plot)
@@ -276,23 +274,24 @@ def _named(rows: list[OperatorTime], limits: MachineLimits) -> str:
     return text
 
 
-def _record(profile: Profile, parts: RunParts, warmup: int, command: str) -> dict[str, Any]:
+def _record(profile: Profile, parts: Parts, warmup: int, command: str) -> dict[str, Any]:
     """What profile.json holds."""
     found = dataclasses.asdict(profile)
     directory = found.pop("directory")
     found["files"] = [str(path.relative_to(directory)) for path in profile.files]
     found["phases"]["sum_over_wall"] = profile.phases.sum_over_wall
+    found["phases"]["border_cost"] = profile.phases.border_cost
     return {
         "schema_version": SCHEMA_VERSION,
         "command": command,
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "units": {"ceilings": "images/s", "device_busy": "share", "seconds": "s a step"},
         "warmup_steps": warmup,
-        "dropped_steps": max(warmup, 1) + parts.steps_ahead,
+        "dropped_steps": max(warmup, 1) + parts.plan.steps_loaded_ahead,
         **found,
         "versions": library_versions(),
-        "hardware": dataclasses.asdict(parts.hardware),
-        "data": dataclasses.asdict(parts.facts),
-        "config": config_to_dict(parts.config),
+        "hardware": dataclasses.asdict(parts.planned.hardware),
+        "data": dataclasses.asdict(parts.planned.facts),
+        "config": parts.planned.settings,
         "plan": parts.plan.as_dict(),
     }

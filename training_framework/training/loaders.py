@@ -1,0 +1,166 @@
+"""The loaders of a run, and what turns their batches into the network's input."""
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from training_framework.data import (
+    BadImages,
+    Dataset,
+    EncodedSplit,
+    EvalTransform,
+    Loader,
+    MixedLabels,
+    Split,
+    TrainTransform,
+    UserLoader,
+    WorkerLoader,
+    build_loader,
+)
+from training_framework.machine.distributed import Processes, gathered
+from training_framework.plan import PlannedRun, TrainPlan, UserLoaders
+
+__all__ = ["Loaders", "Transform", "sample_name", "split_loader"]
+
+Transform = Callable[..., tuple[Tensor, Tensor, MixedLabels | None]]
+"""From a batch, with the run's `step` of batches before it and the `epoch`, to images, labels and
+mixed labels."""
+
+
+def sample_name(source: Dataset | UserLoaders, index: int) -> str:
+    """What to call a training sample in messages: its file, or its position where there is none."""
+    return source.train.name_of(index) if isinstance(source, Dataset) else str(index)
+
+
+class Loaders:
+    """The loaders of a run and what turns their batches into the network's input.
+
+    Attributes:
+        bad_images: Images that could not be decoded and were passed over; None where the first
+            one ends the run.
+    """
+
+    def __init__(
+        self,
+        *,
+        train: Loader,
+        val: Loader | None,
+        train_transform: Transform,
+        eval_transform: EvalTransform,
+        bad_images: BadImages | None = None,
+    ) -> None:
+        self.train = train
+        self.val = val
+        self.train_transform = train_transform
+        self.eval_transform = eval_transform
+        self.bad_images = bad_images
+
+    @classmethod
+    def build(cls, planned: PlannedRun, device: torch.device) -> "Loaders":
+        """Build them for a data set, or around the user's own (train, val) loaders.
+
+        Raises:
+            UserError: A validation file is empty, which would be met after an epoch only.
+        """
+        plan, facts, source = planned.plan, planned.facts, planned.source
+        bad_images = None
+        if isinstance(source, Dataset):
+            if plan.on_bad_image == "skip":
+                bad_images = BadImages(train=len(source.train), val=len(source.val))
+            elif isinstance(source.val, EncodedSplit):
+                source.val.refuse_empty()
+            load = functools.partial(
+                split_loader,
+                plan=plan,
+                processes=planned.processes,
+                device=device,
+                bad_images=bad_images,
+            )
+            val = load(source.val, train=False) if len(source.val) else None
+            train = load(source.train, train=True)
+        else:
+            own = functools.partial(UserLoader, device=device, num_classes=plan.num_classes)
+            train, val = own(source.train), None if source.val is None else own(source.val)
+        eval_transform = EvalTransform(
+            mean=facts.mean, std=facts.std, device=device, channels_last=plan.channels_last
+        )
+        train_transform = TrainTransform(
+            mean=facts.mean,
+            std=facts.std,
+            sample_count=facts.train_images,
+            seed=plan.seed,
+            device=device,
+            flip=plan.flip,
+            crop_padding=plan.crop_padding,
+            cutout=plan.cutout,
+            random_erasing=plan.random_erasing,
+            mixup=plan.mixup,
+            cutmix=plan.cutmix,
+            channels_last=plan.channels_last,
+        )
+        return cls(
+            train=train,
+            val=val,
+            train_transform=train_transform,
+            eval_transform=eval_transform,
+            bad_images=bad_images,
+        )
+
+    def report_to(self, report: Callable[[str], None], bad_images_file: Path) -> None:
+        """Say what happens while loading through `report`, and list bad images in a file."""
+        for loader in (self.train, self.val):
+            if isinstance(loader, WorkerLoader):
+                loader.report = report
+        if self.bad_images is not None:
+            self.bad_images.list_in(bad_images_file, report)
+
+    def share_bad_images(self) -> int:
+        """Let every process know of all bad images: their number.
+
+        All processes must call it at the same point.
+
+        Raises:
+            UserError: Together they are too many.
+        """
+        if self.bad_images is None:
+            return 0
+        for by_split in gathered(self.bad_images.by_split()):
+            for split, reasons in by_split.items():
+                self.bad_images.add(split, reasons)
+        return len(self.bad_images)
+
+    def close(self) -> None:
+        """End the loaders' processes."""
+        self.train.close()
+        if self.val is not None:
+            self.val.close()
+
+
+def split_loader(
+    split: Split,
+    *,
+    train: bool,
+    plan: TrainPlan,
+    processes: Processes,
+    device: torch.device,
+    bad_images: BadImages | None = None,
+) -> Loader:
+    """The loader of one split as planned: for training, or for evaluation."""
+    return build_loader(
+        split,
+        device=device,
+        global_batch_size=plan.global_batch_size if train else plan.evaluation_batch_size,
+        train=train,
+        image_size=plan.image_size,
+        seed=plan.seed,
+        rank=processes.rank,
+        world_size=processes.world_size,
+        resident=plan.resident_data,
+        num_workers=plan.num_workers,
+        prefetch_factor=plan.prefetch_factor,
+        pin_memory=plan.pin_memory,
+        bad_images=bad_images,
+    )

@@ -1,0 +1,100 @@
+"""What training changes, saved and taken over together."""
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from training_framework.optimizers import WeightAverage
+from training_framework.training.metrics import ClassificationSums
+
+__all__ = ["TrainState"]
+
+_NO_CONTEXT = nullcontext()
+
+
+class TrainState:
+    """The network, its optimizer and what goes with them from step to step.
+
+    Attributes:
+        model: The network, in DDP or not.
+        optimizer: Over the model's parameters.
+        scaler: Of the loss, with fp16; disabled otherwise.
+        sums: Where loss and hits of the training batches gather; None: nowhere.
+        average: The weight average; None: there is none.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        scaler: torch.amp.GradScaler,
+        sums: ClassificationSums | None,
+        average: WeightAverage | None,
+    ) -> None:
+        self.model = model
+        self.optimizer = optimizer
+        self.scaler = scaler
+        self.sums = sums
+        self.average = average
+        self._parameters = [
+            parameter for group in optimizer.param_groups for parameter in group["params"]
+        ]
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint holds of it: the live tensors, so copy them before the next step."""
+        return {
+            "model": self.network.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "sums": None if self.sums is None else self.sums.state_dict(),
+            "average": None if self.average is None else self.average.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any], *, with_sums: bool = True) -> None:
+        """Take over what `state_dict` gave. A part that either side lacks stays as it is.
+
+        Args:
+            state: Of a step with an equal network and optimizer.
+            with_sums: Take the sums too. Several processes add theirs up, so one of them takes
+                these.
+
+        Raises:
+            KeyError, RuntimeError, TypeError, ValueError: The state is of another network or
+                optimizer, or not a state at all.
+        """
+        self.network.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
+        if self.average is not None and state["average"] is not None:
+            self.average.load_state_dict(state["average"])
+        if self.sums is not None and state["sums"] is not None and with_sums:
+            self.sums.load_state_dict(state["sums"])
+
+    def checkpoint_bytes(self) -> int:
+        """About how large a checkpoint becomes: weights, their average, the optimizer's state."""
+        weights = sum(parameter.nbytes for parameter in self._parameters)
+        copies = 1 + (self.average is not None)
+        if isinstance(self.optimizer, torch.optim.SGD):
+            copies += any(group["momentum"] for group in self.optimizer.param_groups)
+        else:
+            copies += 2
+        return weights * copies
+
+    @property
+    def network(self) -> nn.Module:
+        """The model itself, without DDP around it."""
+        if isinstance(self.model, DistributedDataParallel):
+            inner: nn.Module = self.model.module
+            return inner
+        return self.model
+
+    def synchronization(self, on: bool) -> AbstractContextManager[object]:
+        """Whether a backward pass inside adds up the gradients of all processes."""
+        if on or not isinstance(self.model, DistributedDataParallel):
+            return _NO_CONTEXT
+        return self.model.no_sync()
