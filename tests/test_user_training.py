@@ -121,10 +121,10 @@ class Once:
         return self
 
     def __next__(self) -> Any:
-        images, labels = next(self.batches)
-        if isinstance(images, Tensor) and images.is_floating_point():
-            images = images + torch.rand(()).to(images.dtype)
-        return images, labels
+        batch = next(self.batches)
+        if isinstance(batch, tuple) and batch[0].is_floating_point():
+            batch = (batch[0] + torch.rand(()).to(batch[0].dtype), batch[1])
+        return batch
 
 
 def as_dicts(loader: DataLoader[Any]) -> DataLoader[Any]:
