@@ -335,11 +335,13 @@ class MachineChoices:
 
     def threads(self) -> int:
         """CPU threads of this process."""
+        limit = self.hardware.thread_limit
         if self.config.threads != "auto":
-            self.note("threads", self.config.threads, "asked for")
-            return self.config.threads
-        threads = max(1, self.hardware.cores // self.local_world_size)
-        self.note(
-            "threads", threads, f"{self.hardware.cores} cores, {self.local_world_size} process(es)"
-        )
+            threads, why = self.config.threads, "asked for"
+        else:
+            threads = max(1, self.hardware.cores // self.local_world_size)
+            why = f"{self.hardware.cores} cores, {self.local_world_size} process(es)"
+        if limit is not None and threads > limit:
+            threads, why = limit, f"OMP_THREAD_LIMIT allows no more ({threads}: {why})"
+        self.note("threads", threads, why)
         return threads
