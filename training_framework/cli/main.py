@@ -21,7 +21,7 @@ from training_framework.cli.compare import add_compare
 from training_framework.cli.data import add_inspect, add_pack
 from training_framework.cli.profile import add_profile
 from training_framework.cli.report import add_report
-from training_framework.cli.streams import discard_output, open_missing_streams, say
+from training_framework.cli.streams import discard_output, prepare_streams, say
 from training_framework.cli.tune import add_tune
 from training_framework.cli.verify import add_verify_resume
 from training_framework.config.flags import add_config_flags, given_settings
@@ -78,13 +78,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit status: 0, 2 for bad input, 70 for a fault of the program itself, or 128 and the
         number of the signal that ended a run.
     """
-    open_missing_streams()
+    prepare_streams()
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = DEBUG_FLAG in arguments
     if debug:
         arguments.remove(DEBUG_FLAG)
     try:
         check_fault_variable()
+        _check_working_directory()
         return _run(arguments)
     except UserError as error:
         if debug:
@@ -96,6 +97,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         text = one_line(f"{type(error).__name__}: {error}")
         say(f"error: {text}; a fault of the program: {_kept_traceback()}")
         return PROGRAM_FAULT
+
+
+def _check_working_directory() -> None:
+    """Refuse one that is gone, without which the numerical libraries end the process."""
+    try:
+        Path.cwd()
+    except OSError as error:
+        raise UserError(
+            f"the working directory cannot be used ({error.strerror})", "cd to one that exists"
+        ) from None
 
 
 def _kept_traceback() -> str:
@@ -146,6 +157,11 @@ def _report(error: UserError) -> int:
 def _shortage(error: Exception) -> UserError | None:
     """The user's error behind a disk or a memory that is full; None for any other."""
     if isinstance(error, OSError):
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            return UserError(
+                f"{error.filename or 'a file of the run'}: {error.strerror}",
+                "allow more open files (ulimit -n 1024), or lower num_workers",
+            )
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
             return None
         return UserError(

@@ -1,19 +1,21 @@
 """Standard input, output and error as they may be: closed, full, or read by nobody any more."""
 
 import contextlib
+import io
 import os
 import sys
 
-__all__ = ["discard_output", "open_missing_streams", "say"]
+__all__ = ["discard_output", "prepare_streams", "say"]
 
 _STREAMS = (("stdin", "r"), ("stdout", "w"), ("stderr", "w"))
 
 
-def open_missing_streams() -> None:
-    """Open the null device in the place of standard streams that were closed at the start.
+def prepare_streams() -> None:
+    """Open the null device in the place of closed streams, and let any text be written.
 
-    Python sets them to None then, and the next files that are opened take their numbers: what a
-    library prints would end up in a log or a checkpoint.
+    Python sets streams that were closed at the start to None, and the next files that are opened
+    take their numbers: what a library prints would end up in a log or a checkpoint. What a stream
+    cannot encode, such as a path of invalid bytes or an accent in the C locale, is escaped.
     """
     for descriptor, (name, mode) in enumerate(_STREAMS):
         try:
@@ -28,6 +30,9 @@ def open_missing_streams() -> None:
             # For as long as the process lives, as the streams of Python itself.
             stream = open(os.devnull, mode, encoding="utf-8")  # noqa: SIM115, PTH123
             setattr(sys, name, stream)
+    for output in (sys.stdout, sys.stderr):
+        if isinstance(output, io.TextIOWrapper):
+            output.reconfigure(errors="backslashreplace")
 
 
 def say(line: str) -> None:

@@ -3,6 +3,7 @@
 import importlib.metadata
 import os
 import platform
+import sys
 import time
 import warnings
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from pathlib import Path
 import psutil
 import torch
 
+from training_framework.errors import UserError
 from training_framework.kernels.compiler import find_compiler
 from training_framework.machine.load import MachineWatch
 from training_framework.machine.memory import can_keep_freed_memory, memory_in_use
@@ -113,9 +115,13 @@ def detect_hardware() -> Hardware:
 
     Where the CPU has instructions for bfloat16, their worth is measured, once a process, in about
     a tenth of a second. Meanwhile others' use of the cores is measured.
+
+    Raises:
+        UserError: The system does not tell.
     """
-    watch = MachineWatch()
-    watch.start()
+    if sys.platform == "linux" and not Path("/proc/self").exists():
+        raise UserError("/proc is not mounted", "mount it: it says what memory and cores there are")
+    watch = _started_watch()
     thread_limit = _heed_thread_limit()
     compiler = find_compiler()
     flags, cpu_name = _cpu_flags()
@@ -160,9 +166,18 @@ def _heed_thread_limit() -> int | None:
     return limit
 
 
-def _other_cpu_share(watch: MachineWatch) -> float:
-    """Others' share of the cores since the watch was started, at least some ticks ago."""
+def _started_watch() -> MachineWatch | None:
+    """None where the others are of the same training."""
     if "RANK" in os.environ:
+        return None
+    watch = MachineWatch()
+    watch.start()
+    return watch
+
+
+def _other_cpu_share(watch: MachineWatch | None) -> float:
+    """Others' share of the cores since the watch was started, at least some ticks ago."""
+    if watch is None:
         return 0.0
     time.sleep(max(0.0, SHORTEST_WATCH_SECONDS - watch.seconds))
     return watch.stop().other_cpu_share

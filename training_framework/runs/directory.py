@@ -8,6 +8,7 @@ import re
 import shutil
 import tempfile
 import uuid
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -238,10 +239,11 @@ def _nearest_existing(directory: Path) -> Path:
 
 
 def _not_writable(place: Path, error: OSError) -> UserError:
-    return UserError(
-        f"{error.filename or place}: cannot be written to ({error.strerror})",
-        "give another --output-dir",
-    )
+    cure = "give another --output-dir"
+    with suppress(OSError):
+        if error.errno == errno.EACCES and place.stat().st_uid == os.geteuid():
+            cure = f"it is yours: allow it (chmod u+rwx, umask 022), or {cure}"
+    return UserError(f"{error.filename or place}: cannot be written to ({error.strerror})", cure)
 
 
 def run_directory_of(checkpoint: Path) -> Path | None:
