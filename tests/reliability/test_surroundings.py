@@ -135,6 +135,13 @@ class NoMountError(Exception):
     """This process may not mount anything."""
 
 
+def little_memory() -> None:
+    """What the process has, and hardly more."""
+    status = Path("/proc/self/status").read_text()
+    taken = int(status.partition("VmSize:")[2].split()[0]) * 1024
+    limit("RLIMIT_AS", taken + 2**23)()
+
+
 def clock_before_1980() -> None:
     time.time = lambda: 86400.0  # type: ignore[assignment]
 
@@ -198,9 +205,7 @@ CASES = {
     "few open files": Case(limit("RLIMIT_NOFILE", 40)),
     "few open files, workers": Case(limit("RLIMIT_NOFILE", 40), WORKERS),
     "hardly any open files": Case(limit("RLIMIT_NOFILE", 6), says="open files"),
-    "little memory": Case(
-        lambda: limit("RLIMIT_AS", _address_space() + 2**24)(), says="memory is full"
-    ),
+    "little memory": Case(little_memory, says="memory is full"),
     "small files": Case(limit("RLIMIT_FSIZE", 2**16 + 1000), says="File too large"),
     "no files": Case(limit("RLIMIT_FSIZE", 0), status=2),  # not even one for what it says
     "one core": Case(lambda: os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])),
@@ -219,11 +224,6 @@ CASES = {
     "a temporary folder that is read-only": Case(mount("/tmp", "ro"), ("--output-dir=/var/tmp/x",)),
     "no /proc": Case(mount("/proc", "size=8k"), says="/proc is not mounted"),
 }  # fmt: skip
-
-
-def _address_space() -> int:
-    status = Path("/proc/self/status").read_text()
-    return int(status.partition("VmSize:")[2].split()[0]) * 1024
 
 
 def surroundings(names: list[str]) -> dict[str, Any]:
