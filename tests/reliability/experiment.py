@@ -10,20 +10,15 @@ with one thread, since its processes are forks of that one, and no thread surviv
 import importlib.util
 import json
 import os
-import platform
-import re
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-__all__ = ["RESULTS", "run_experiment", "write_result"]
+__all__ = ["run_experiment"]
 
-ROOT = Path(__file__).parents[2]
-RESULTS = ROOT / "benchmarks" / "results"
 _ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
 
@@ -40,33 +35,6 @@ def run_experiment(experiment: Callable[..., dict[str, Any]], **arguments: Any) 
         assert done.returncode == 0, done.stderr
         result: dict[str, Any] = json.loads(answer.read_text(encoding="utf-8"))
     return result
-
-
-def write_result(name: str, found: dict[str, Any], folder: Path = RESULTS) -> Path:
-    """Write `<name>_cpu-1-threads_<torch>_<date>.json`: what ran, on what, and what came of it."""
-    from training_framework.machine.hardware import detect_hardware, library_versions
-
-    versions, date = library_versions(), time.strftime("%Y-%m-%d", time.gmtime())
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        cwd=ROOT, capture_output=True, text=True, check=False,
-    ).stdout.strip()  # fmt: skip
-    result = {
-        "experiment": name,
-        "date": date,
-        "commit": commit,
-        "device_name": detect_hardware().cpu_name,
-        "python": platform.python_version(),
-        "versions": versions,
-        **found,
-    }
-    release = versions["torch"].partition("+")[0]
-    path = folder / f"{name}_cpu-1-threads_{release}_{date}.json"
-    text = json.dumps(result, indent=1)
-    # Messages name files in the temporary folder, whose path says nothing and is this machine's.
-    text = re.sub(r"(?<![\w.])/[\w./-]*/(?=[\w.=-]+)", "", text)
-    path.write_text(text + "\n", encoding="utf-8")
-    return path
 
 
 def _main(file: str, name: str, arguments: str, answer: str) -> None:

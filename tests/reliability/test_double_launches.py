@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from experiment import run_experiment, write_result
+from experiment import run_experiment
 from lives import Life, begin, end_fault, shared_memory_names, warm_up
+from reliability_result import RESULTS, write_result
 from tiny_training import differences, newest_version, write_configuration, write_images
 
 SITUATIONS = ("stopped, by auto", "stopped, by its path", "finished", "new")
@@ -142,7 +143,7 @@ def test_of_two_runs_started_at_once_on_a_directory_one_writes(long):
     launches = 50 if long else 4
     found = run_experiment(double_launches, launches=launches)
     if long:
-        write_result("double-launches", found)
+        write_result("double-launches", RESULTS, found)
     assert not found["faults"]
     assert sum(found["outcomes"].values()) == launches
     assert found["refusals"] >= launches // 2

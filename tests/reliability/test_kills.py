@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from experiment import run_experiment, write_result
+from experiment import run_experiment
 from lives import Life, begin, begin_fresh, shared_memory_names, warm_up
+from reliability_result import RESULTS, write_result
 from tiny_training import (
     STEPS,
     differences,
@@ -178,7 +179,7 @@ def _check(kills: int, *, workers: list[int], long: bool, long_kills: int, name:
     kills = long_kills if long else kills
     found = run_experiment(kill_runs, kills=kills, seed=0, workers=workers, fresh=long)
     if long:
-        write_result(name, found)
+        write_result(name, RESULTS, found)
     assert found["kills"] == sum(found["kills_by_place"].values()) == kills
     assert not found["faults"]
     assert not found["orphans"]

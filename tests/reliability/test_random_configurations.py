@@ -17,11 +17,12 @@ from typing import Any
 
 import pytest
 import yaml
-from experiment import run_experiment, write_result
+from experiment import run_experiment
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from lives import begin, end_fault, warm_up
 from pydantic import ValidationError
+from reliability_result import RESULTS, write_result
 from test_double_launches import digest_of_files
 from tiny_training import newest_version, write_images
 
@@ -293,7 +294,7 @@ def test_random_configurations_train_and_resume_exactly_or_are_refused_in_one_li
     valid, invalid = (1000, 1000) if long else (6, 40)
     found = run_experiment(random_configurations, valid=valid, invalid=invalid, start=0)
     if long:
-        write_result("random-configurations", found)
+        write_result("random-configurations", RESULTS, found)
     assert not found["faults"]
     assert found["outcomes_of_valid"]["trained"] > 0.8 * valid
     assert found["outcomes_of_invalid"] == {"refused in one line": invalid}

@@ -1,0 +1,53 @@
+"""The result files of the scripts that break things: what ran, on what, and what came of it."""
+
+import json
+import platform
+import re
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+from training_framework.machine.hardware import detect_hardware, library_versions
+
+__all__ = ["RESULTS", "write_result"]
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def write_result(
+    experiment: str, folder: Path, fields: dict[str, Any], *, device: str = "cpu-1-threads"
+) -> Path:
+    """Write `<experiment>_<device>_<torch>_<date>.json` and return its path.
+
+    Args:
+        experiment: Its name.
+        folder: For the file; made where it is missing.
+        fields: What the experiment found, of plain values.
+        device: As file names call it.
+    """
+    versions, date = library_versions(), time.strftime("%Y-%m-%d", time.gmtime())
+    result = {
+        "experiment": experiment,
+        "date": date,
+        "commit": _commit(),
+        "device_name": detect_hardware().cpu_name,
+        "python": platform.python_version(),
+        "versions": versions,
+        **fields,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    release = versions["torch"].partition("+")[0]
+    path = folder / f"{experiment}_{device}_{release}_{date}.json"
+    text = json.dumps(result, indent=1)
+    # Messages name files in the temporary folder, whose path says nothing and is this machine's.
+    text = re.sub(r"(?<![\w.])/[\w./-]*/(?=[\w.=-]+)", "", text)
+    path.write_text(text + "\n", encoding="utf-8")
+    return path
+
+
+def _commit() -> str:
+    command = ["git", "describe", "--always", "--dirty"]
+    folder = Path(__file__).parent
+    described = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    return described.stdout.strip()
