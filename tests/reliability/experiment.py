@@ -19,6 +19,8 @@ from typing import Any
 
 __all__ = ["run_experiment"]
 
+# As pyproject.toml gives them to pytest.
+_PATHS = [str(Path(__file__).parent), str(Path(__file__).parents[2] / "benchmarks")]
 _ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
 
@@ -28,7 +30,7 @@ def run_experiment(experiment: Callable[..., dict[str, Any]], **arguments: Any) 
         answer = Path(folder) / "answer.json"
         command = [sys.executable, __file__, experiment.__code__.co_filename, experiment.__name__,
                    json.dumps(arguments), answer]  # fmt: skip
-        environment = {**os.environ, **_ONE_THREAD, "PYTHONPATH": str(Path(__file__).parent)}
+        environment = {**os.environ, **_ONE_THREAD, "PYTHONPATH": os.pathsep.join(_PATHS)}
         done = subprocess.run(
             command, env=environment, stderr=subprocess.PIPE, text=True, check=False
         )
