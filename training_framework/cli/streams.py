@@ -31,8 +31,9 @@ def prepare_streams() -> None:
             stream = open(os.devnull, mode, encoding="utf-8")  # noqa: SIM115, PTH123
             setattr(sys, name, stream)
     for output in (sys.stdout, sys.stderr):
-        if isinstance(output, io.TextIOWrapper):
-            output.reconfigure(errors="backslashreplace")
+        with contextlib.suppress(OSError):  # it flushes, and that may fail already
+            if isinstance(output, io.TextIOWrapper):
+                output.reconfigure(errors="backslashreplace")
 
 
 def say(line: str) -> None:

@@ -240,9 +240,12 @@ def _nearest_existing(directory: Path) -> Path:
 
 def _not_writable(place: Path, error: OSError) -> UserError:
     cure = "give another --output-dir"
-    with suppress(OSError):
-        if error.errno == errno.EACCES and place.stat().st_uid == os.geteuid():
-            cure = f"it is yours: allow it (chmod u+rwx, umask 022), or {cure}"
+    if error.errno == errno.EACCES:
+        for folder in (place, *place.parents):
+            with suppress(OSError):  # below a folder that is closed, nothing can be asked
+                if folder.stat().st_uid == os.geteuid() and not os.access(folder, os.W_OK):
+                    cure = f"{folder} is yours: allow it (chmod u+rwx, umask 022), or {cure}"
+                break
     return UserError(f"{error.filename or place}: cannot be written to ({error.strerror})", cure)
 
 
