@@ -196,7 +196,7 @@ class Tries:
         self._images = write_images(folder / "images")
         self._draws = random.Random(start)
         self.outcomes: Counter[str] = Counter()
-        self.refusals: set[str] = set()
+        self.refusals: dict[str, str] = {}
         self.faults: list[dict[str, Any]] = []
 
     def valid(self, values: dict[str, Any]) -> None:
@@ -210,7 +210,7 @@ class Tries:
         fault, outcome = self._fault_of(straight), "trained"
         if not fault and straight[0] == 2:
             outcome = "refused in one line"
-            self.refusals.add(straight[1].splitlines()[-1])
+            self.refusals[straight[1].splitlines()[-1]] = repr(values)
         elif not fault:
             run = newest_version(next((runs / "straight").iterdir()))
             fault = self._stopped_differs(values, run)
@@ -288,7 +288,7 @@ def random_configurations(valid: int, invalid: int, start: int) -> dict[str, Any
         "found_before": len(FOUND),
         "start": start,
         "outcomes_of_valid": dict(trained.outcomes),
-        "refusals_of_valid": sorted(trained.refusals),
+        "refusals_of_valid": trained.refusals,
         "outcomes_of_invalid": dict(refused.outcomes),
         "faults": [*trained.faults, *refused.faults],
         "seconds": time.monotonic() - started,
