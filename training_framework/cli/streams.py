@@ -17,7 +17,7 @@ def prepare_streams() -> None:
     take their numbers: what a library prints would end up in a log or a checkpoint. What a stream
     cannot encode, such as a path of invalid bytes or an accent in the C locale, is escaped.
     """
-    for descriptor, (name, mode) in enumerate(_STREAMS):
+    for descriptor in range(len(_STREAMS)):
         try:
             os.fstat(descriptor)
         except OSError:
@@ -26,6 +26,7 @@ def prepare_streams() -> None:
                 os.dup2(null, descriptor)
                 os.close(null)
             os.set_inheritable(descriptor, True)
+    for name, mode in _STREAMS:  # not before all three numbers are taken
         if getattr(sys, name) is None:
             # For as long as the process lives, as the streams of Python itself.
             stream = open(os.devnull, mode, encoding="utf-8")  # noqa: SIM115, PTH123
