@@ -573,7 +573,8 @@ FOLDERS = [
     Attack(
         "a folder that holds itself",
         f"plan {PICTURES}",
-        r"pictures/train/ant/again: the class holds this folder twice, through a link; remove the link",
+        r"pictures/train/ant/again: the class holds this folder twice, through a link; "
+        "remove the link",
         pictures(link("pictures/train/ant/again", ".")),
     ),
     Attack(

@@ -31,8 +31,12 @@ def find_compiler() -> str | None:
 
 def cache_folder() -> Path:
     """Where compiled kernels are kept between runs; `XDG_CACHE_HOME` moves it."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(home) / "efficient-resnet" / "native"
+    given = os.environ.get("XDG_CACHE_HOME")
+    try:
+        home = Path(given) if given else Path.home() / ".cache"
+    except RuntimeError:  # a container's user, with neither HOME nor a name
+        home = Path(tempfile.gettempdir()) / f"cache-of-user-{os.getuid()}"
+    return home / "efficient-resnet" / "native"
 
 
 @functools.cache
