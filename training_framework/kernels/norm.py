@@ -2,7 +2,6 @@
 
 import ctypes
 import functools
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from training_framework.kernels.compiler import load_library
+from training_framework.kernels.scratch import scratch_memory, thread_count
 
 __all__ = [
     "CHANNEL_MULTIPLE",
@@ -45,21 +45,6 @@ def load_norm_kernels() -> ctypes.CDLL:
     return library
 
 
-class _Scratch(threading.local):
-    """A small buffer of a thread, kept and grown."""
-
-    buffer = torch.empty(0)
-
-    def of(self, floats: int) -> int:
-        """Address of room for so many fp32 numbers."""
-        if self.buffer.numel() < floats:
-            self.buffer = torch.empty(floats)
-        return self.buffer.data_ptr()
-
-
-_scratch = _Scratch()
-
-
 def _channels_last(tensor: Tensor) -> Tensor:
     return tensor.contiguous(memory_format=torch.channels_last)
 
@@ -87,14 +72,14 @@ def rectified_norm(
         variance in row UNBIASED_VARIANCE, and what the backward pass needs.
     """
     batch, channels, height, width = images.shape
-    library, threads = load_norm_kernels(), torch.get_num_threads()
+    library, threads = load_norm_kernels(), thread_count()
     images = _channels_last(images)
     shortcut = None if shortcut is None else _channels_last(shortcut)
     output, statistics = _like(images), torch.empty(STATISTICS, channels)
     library.norm_forward(
         images.data_ptr(), None if shortcut is None else shortcut.data_ptr(),
         weight.data_ptr(), bias.data_ptr(), eps, relu, output.data_ptr(), statistics.data_ptr(),
-        _scratch.of(library.norm_scratch(channels, threads)),
+        scratch_memory(library.norm_scratch(channels, threads)),
         batch * height * width, channels, threads,
     )  # fmt: skip
     return output, statistics
@@ -135,7 +120,7 @@ def rectified_norm_backward(
         By images and by shortcut, (N, C, H, W) in channels_last; by weight and by bias, (C,).
     """
     batch, channels, height, width = images.shape
-    library, threads = load_norm_kernels(), torch.get_num_threads()
+    library, threads = load_norm_kernels(), thread_count()
     grad_output, images = _channels_last(grad_output), _channels_last(images)
     grads = [_like(images) if want else grad_output.new_empty(0) for want in wanted]
     grad_weight, grad_bias = torch.empty(channels), torch.empty(channels)
@@ -144,7 +129,7 @@ def rectified_norm_backward(
         weight.data_ptr(), statistics.data_ptr(), relu,
         *(grad.data_ptr() if want else None for grad, want in zip(grads, wanted, strict=True)),
         grad_weight.data_ptr(), grad_bias.data_ptr(),
-        _scratch.of(library.norm_scratch(channels, threads)),
+        scratch_memory(library.norm_scratch(channels, threads)),
         batch * height * width, channels, threads,
     )  # fmt: skip
     return grads[0], grads[1], grad_weight, grad_bias

@@ -2,8 +2,6 @@
 
 import ctypes
 import functools
-import mmap
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +9,7 @@ import torch
 from torch import Tensor
 
 from training_framework.kernels.compiler import load_library
+from training_framework.kernels.scratch import scratch_memory, thread_count
 
 __all__ = [
     "CHANNEL_MULTIPLE",
@@ -20,7 +19,6 @@ __all__ = [
 ]
 
 CHANNEL_MULTIPLE = 16
-HUGE_PAGE_BYTES = 2**21
 
 
 @functools.cache
@@ -50,30 +48,6 @@ def tile_side(stride: int, batch: int, height: int, width: int, *, weight_gradie
     library = load_winograd_kernels()
     side: int = library.winograd_tile(int(weight_gradient), stride, batch, height, width)
     return side
-
-
-class _Scratch(threading.local):
-    """Memory of a thread for the kernels, kept: fresh pages would cost more than the work on them.
-
-    It is mapped, not allocated, so that the system may back it with huge pages.
-    """
-
-    size = 0
-    address = 0
-
-    def of(self, floats: int) -> int:
-        """Address of room for so many fp32 numbers."""
-        needed = 4 * floats + HUGE_PAGE_BYTES
-        if needed > self.size:
-            self.memory = mmap.mmap(-1, needed)
-            if hasattr(mmap, "MADV_HUGEPAGE"):
-                self.memory.madvise(mmap.MADV_HUGEPAGE)
-            start = ctypes.addressof(ctypes.c_char.from_buffer(self.memory))
-            self.size, self.address = needed, -(-start // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES
-        return self.address
-
-
-_scratch = _Scratch()
 
 
 def _channels_last(tensor: Tensor) -> Tensor:
@@ -124,10 +98,10 @@ def _run(
     """
     if not result.numel():
         return result
-    library, threads = load_winograd_kernels(), torch.get_num_threads()
+    library, threads = load_winograd_kernels(), thread_count()
     tile = tile_side(stride, *shape[:3], weight_gradient=False)
     sizes = (stride, tile, *shape)
-    scratch = _scratch.of(library.winograd_scratch(0, *sizes, int(back), threads))
+    scratch = scratch_memory(library.winograd_scratch(0, *sizes, int(back), threads))
     source, weight = _channels_last(source), _channels_last(weight)
     library.winograd_forward(
         source.data_ptr(), weight.data_ptr(), result.data_ptr(), scratch, *sizes, int(back), threads
@@ -139,11 +113,11 @@ def _weight_gradient(grad_output: Tensor, images: Tensor, weight: Tensor, stride
     gradient = torch.empty_like(weight, memory_format=torch.channels_last)
     if not grad_output.numel():
         return gradient.zero_()
-    library, threads = load_winograd_kernels(), torch.get_num_threads()
+    library, threads = load_winograd_kernels(), thread_count()
     batch, channels, height, width = images.shape
     tile = tile_side(stride, batch, height, width, weight_gradient=True)
     sizes = (stride, tile, batch, height, width, channels, len(weight))
-    scratch = _scratch.of(library.winograd_scratch(1, *sizes, 0, threads))
+    scratch = scratch_memory(library.winograd_scratch(1, *sizes, 0, threads))
     images, grad_output = _channels_last(images), _channels_last(grad_output)
     library.winograd_weight(
         images.data_ptr(), grad_output.data_ptr(), gradient.data_ptr(), scratch, *sizes, threads
