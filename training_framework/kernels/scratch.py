@@ -25,7 +25,12 @@ class _Scratch(threading.local):
     def of(self, floats: int) -> int:
         needed = 4 * floats + HUGE_PAGE_BYTES
         if needed > self.size:
-            self.memory = mmap.mmap(-1, needed, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            try:
+                self.memory = mmap.mmap(-1, needed, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            except (OSError, OverflowError):
+                raise RuntimeError(
+                    f"native kernels: can't allocate memory: {needed} bytes of scratch"
+                ) from None
             if hasattr(mmap, "MADV_HUGEPAGE"):
                 self.memory.madvise(mmap.MADV_HUGEPAGE)
             start = ctypes.addressof(ctypes.c_char.from_buffer(self.memory))
@@ -44,7 +49,11 @@ _scratch = _Scratch()
 
 
 def scratch_memory(floats: int) -> int:
-    """Address of room for so many fp32 numbers, of this thread, until its next call."""
+    """Address of room for so many fp32 numbers, of this thread, until its next call.
+
+    Raises:
+        RuntimeError: There is no such memory; the message is like that of torch's allocator.
+    """
     return _scratch.of(floats)
 
 
@@ -65,4 +74,5 @@ def _go_on_with_one_thread() -> None:
         torch.set_num_threads(1)
 
 
-os.register_at_fork(after_in_child=_go_on_with_one_thread)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_go_on_with_one_thread)

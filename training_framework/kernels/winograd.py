@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from training_framework.kernels.compiler import load_library
+from training_framework.kernels.operands import check_operand
 from training_framework.kernels.scratch import scratch_memory, thread_count
 
 __all__ = [
@@ -54,6 +55,11 @@ def _channels_last(tensor: Tensor) -> Tensor:
     return tensor.contiguous(memory_format=torch.channels_last)
 
 
+def _like_images(*shape: int) -> Tensor:
+    # By name, since the defaults for new tensors are the user's to change.
+    return torch.empty(shape, dtype=torch.float32, device="cpu", memory_format=torch.channels_last)
+
+
 def _empty_channels_last(like: Tensor, *shape: int) -> Tensor:
     return like.new_empty(shape).contiguous(memory_format=torch.channels_last)
 
@@ -65,14 +71,14 @@ def _output_size(side: int, stride: int) -> int:
 def _convolve(images: Tensor, weight: Tensor, stride: int) -> Tensor:
     batch, channels, height, width = images.shape
     size = [_output_size(side, stride) for side in (height, width)]
-    output = torch.empty((batch, len(weight), *size), memory_format=torch.channels_last)
+    output = _like_images(batch, len(weight), *size)
     shape = (batch, height, width, channels, len(weight))
     return _run(images, weight, output, stride, shape, back=False)
 
 
 def _image_gradient(grad_output: Tensor, images: Tensor, weight: Tensor, stride: int) -> Tensor:
     batch, channels, height, width = images.shape
-    gradient = torch.empty(images.shape, memory_format=torch.channels_last)
+    gradient = _like_images(*images.shape)
     shape = (batch, height, width, len(weight), channels)
     return _run(grad_output, weight, gradient, stride, shape, back=True)
 
@@ -125,6 +131,22 @@ def _weight_gradient(grad_output: Tensor, images: Tensor, weight: Tensor, stride
     return gradient
 
 
+def _check(images: Tensor, weight: Tensor, stride: int) -> None:
+    """Raise a RuntimeError, as torch's convolution would, for what the kernels cannot compute."""
+    operator = "winograd_convolution"
+    check_operand(operator, "images", images, (None, None, None, None))
+    check_operand(operator, "weight", weight, (None, images.shape[1], 3, 3))
+    if stride not in (1, 2):
+        raise RuntimeError(f"{operator}: expected a stride of 1 or 2, got {stride}")
+    if any(channels % CHANNEL_MULTIPLE or not channels for channels in weight.shape[:2]):
+        raise RuntimeError(
+            f"{operator}: expected channels in multiples of {CHANNEL_MULTIPLE}, "
+            f"got a weight of shape {tuple(weight.shape)}"
+        )
+    if not all(images.shape[2:]):
+        raise RuntimeError(f"{operator}: images of shape {tuple(images.shape)} have no pixels")
+
+
 @torch.library.custom_op("efficient_resnet::winograd_convolution", mutates_args=())
 def winograd_convolution(images: Tensor, weight: Tensor, stride: int) -> Tensor:
     """3x3 convolution with a padding of 1, in fp32 on the CPU.
@@ -136,7 +158,11 @@ def winograd_convolution(images: Tensor, weight: Tensor, stride: int) -> Tensor:
 
     Returns:
         (N, K, (H - 1) // stride + 1, (W - 1) // stride + 1) in channels_last.
+
+    Raises:
+        RuntimeError: A tensor has another shape or dtype, or lies on another device.
     """
+    _check(images, weight, stride)
     return _convolve(images, weight, stride)
 
 
@@ -161,7 +187,14 @@ def winograd_convolution_backward(
 
     Returns:
         (N, C, H, W) in channels_last, and (K, C, 3, 3) with the strides of the weight.
+
+    Raises:
+        RuntimeError: A tensor has another shape or dtype, or lies on another device.
     """
+    _check(images, weight, stride)
+    size = [_output_size(side, stride) for side in images.shape[2:]]
+    expected = (len(images), len(weight), *size)
+    check_operand("winograd_convolution_backward", "grad_output", grad_output, expected)
     grad_images, grad_weight = grad_output.new_empty(0), grad_output.new_empty(0)
     if wanted[0]:
         grad_images = _image_gradient(grad_output, images, weight, stride)
