@@ -7,7 +7,8 @@ usual; nothing is computed, since the counting runs on a copy without storage.
 import copy
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter, is_lazy
 from torch.utils.flop_counter import FlopCounterMode
 
 __all__ = ["forward_flops_per_image", "meta_copy", "training_flops_per_image"]
@@ -53,8 +54,25 @@ def meta_copy(model: nn.Module) -> nn.Module:
     """A copy of the model on the meta device: shapes without storage, no weight is copied."""
     copies: dict[int, object] = {}
     for parameter in model.parameters():
-        meta = torch.empty_like(parameter, device="meta")
-        copies[id(parameter)] = nn.Parameter(meta, requires_grad=parameter.requires_grad)
+        copies[id(parameter)] = _meta_parameter(parameter)
     for buffer in model.buffers():
-        copies[id(buffer)] = torch.empty_like(buffer, device="meta")
+        copies[id(buffer)] = (
+            UninitializedBuffer(dtype=buffer.dtype, device=torch.device("meta"))
+            if is_lazy(buffer)
+            else torch.empty_like(buffer, device="meta")
+        )
+    # Reparametrized modules keep the weight that they computed last as an attribute.
+    for module in model.modules():
+        for value in vars(module).values():
+            if isinstance(value, Tensor):
+                copies[id(value)] = torch.empty_like(value.detach(), device="meta")
     return copy.deepcopy(model, copies)
+
+
+def _meta_parameter(parameter: nn.Parameter) -> nn.Parameter:
+    if is_lazy(parameter):
+        return UninitializedParameter(
+            parameter.requires_grad, device=torch.device("meta"), dtype=parameter.dtype
+        )
+    meta = torch.empty_like(parameter, device="meta")
+    return nn.Parameter(meta, requires_grad=parameter.requires_grad)
