@@ -41,6 +41,7 @@ class FusedBatchNorm2d(nn.BatchNorm2d):
         return (
             self.training
             and self.momentum is not None
+            and self.num_features % CHANNEL_MULTIPLE == 0
             and all(tensor is not None and is_readable(tensor) for tensor in tensors)
             and input.dim() == 4
             and input.shape[1] == self.num_features
