@@ -5,13 +5,18 @@ usual; nothing is computed, since the counting runs on a copy without storage.
 """
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedBuffer, UninitializedParameter, is_lazy
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.utils.flop_counter import FlopCounterMode
 
 __all__ = ["forward_flops_per_image", "meta_copy", "training_flops_per_image"]
+
+# Their arguments are unknown to the type stubs of torch.
+LAZY_BUFFER: Any = UninitializedBuffer
+LAZY_PARAMETER: Any = UninitializedParameter
 
 
 def forward_flops_per_image(model: nn.Module, image_size: int) -> int:
@@ -57,8 +62,8 @@ def meta_copy(model: nn.Module) -> nn.Module:
         copies[id(parameter)] = _meta_parameter(parameter)
     for buffer in model.buffers():
         copies[id(buffer)] = (
-            UninitializedBuffer(dtype=buffer.dtype, device=torch.device("meta"))
-            if is_lazy(buffer)
+            LAZY_BUFFER(dtype=buffer.dtype, device="meta")
+            if isinstance(buffer, UninitializedBuffer)
             else torch.empty_like(buffer, device="meta")
         )
     # Reparametrized modules keep the weight that they computed last as an attribute.
@@ -70,9 +75,10 @@ def meta_copy(model: nn.Module) -> nn.Module:
 
 
 def _meta_parameter(parameter: nn.Parameter) -> nn.Parameter:
-    if is_lazy(parameter):
-        return UninitializedParameter(
-            parameter.requires_grad, device=torch.device("meta"), dtype=parameter.dtype
+    if isinstance(parameter, UninitializedParameter):
+        lazy: nn.Parameter = LAZY_PARAMETER(
+            parameter.requires_grad, device="meta", dtype=parameter.dtype
         )
+        return lazy
     meta = torch.empty_like(parameter, device="meta")
     return nn.Parameter(meta, requires_grad=parameter.requires_grad)
