@@ -14,7 +14,7 @@ from training_framework.plan import TrainPlan
 __all__ = ["tuning_space"]
 
 SMALLEST_BATCH = 8
-MAX_LOADER_PROCESSES = 8
+MOST_LOADER_PROCESSES = 8
 COMPILE_MODES_ON_CUDA = ("default", "reduce-overhead")
 
 Value = tuple[str, dict[str, Any]]
@@ -31,7 +31,7 @@ def tuning_space(
 ) -> list[Dimension]:
     """The dimensions, each beginning with the plan's own choice; those with no other are left out.
 
-    Values that this machine can only emulate are left out.
+    Values that this machine can only emulate are left out: they need no trial.
 
     Args:
         config: What is tuned.
@@ -92,7 +92,7 @@ def _precisions(plan: TrainPlan, hardware: Hardware) -> Iterator[Value]:
 
 
 def _batches(config: TrainConfig, facts: DatasetFacts, allow_change: bool) -> Iterator[Value]:
-    """The same images a step in other batches. If `allow_change`, also other batch sizes."""
+    """The same images for each step in fewer or more batches; with leave, other numbers of them."""
     effective = config.batch_size * config.accumulate_grad_batches
     for accumulate in (1, 2, 4, 8):
         batch, rest = divmod(effective, accumulate)
@@ -133,7 +133,7 @@ def _loading(
     if facts.storage == "arrays" and not plan.resident_data:
         yield "resident data", {"resident_data": True}
     for workers in (0, 1, 2, 4, 8):
-        enough = workers <= min(hardware.cores, MAX_LOADER_PROCESSES)
+        enough = workers <= min(hardware.cores, MOST_LOADER_PROCESSES)
         if not enough or (not plan.resident_data and workers == plan.num_workers):
             continue
         settings: dict[str, Any] = {"num_workers": workers}
