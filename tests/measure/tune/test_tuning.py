@@ -105,6 +105,39 @@ def test_value_that_is_hopeless_alone_is_not_tried_in_combination():
     assert max(rung for _, rung in timer.trials) == 2
 
 
+def random_space(source):
+    """Factors of 4 to 7 dimensions, some of whose values help or hinder each other."""
+    sizes = [source.choice([2, 2, 3, 4]) for _ in range(source.randint(4, 7))]
+    factors = [[1.0, *(math.exp(source.gauss(0, 0.15)) for _ in range(n - 1))] for n in sizes]
+    together = {
+        ((a, source.randrange(1, sizes[a])), (b, source.randrange(1, sizes[b]))): factor
+        for a, b in itertools.combinations(range(len(sizes)), 2)
+        if (factor := math.exp(source.gauss(0, 0.08))) > 1.05 or factor < 0.95
+    }
+    return sizes, factors, together
+
+
+def test_search_with_noise_and_interactions_comes_near_the_best_at_the_default_of_32_trials():
+    shares = []
+    for seed in range(20):
+        source = random.Random(seed)
+        sizes, factors, together = random_space(source)
+
+        def speed(candidate, factors=factors, together=together):
+            values = set(enumerate(candidate))
+            pairs = (factor for pair, factor in together.items() if values.issuperset(pair))
+            alone = (row[v] for row, v in zip(factors, candidate, strict=True))
+            return math.prod([*alone, *pairs])
+
+        def measured(candidate, rung, best, speed=speed, source=source):
+            return Score(speed(candidate) * math.exp(source.gauss(0, 0.03 / 2**rung)))
+
+        ranking = search(dimensions(factors), measured, max_trials=32)
+        best = max(map(speed, itertools.product(*map(range, sizes))))
+        shares.append(speed(ranking[0]) / best)
+    assert sum(shares) / len(shares) > 0.97
+
+
 def test_search_that_is_out_of_time_keeps_what_it_has():
     timer = FakeTimer(FACTORS)
     ranking = search(
