@@ -193,7 +193,7 @@ def _refuse_beside_resume(options: argparse.Namespace, settings: dict[str, Any])
     given = [name for name, value in others.items() if value]
     if given:
         raise UserError(
-            f"compare: {given[0]} cannot be changed by --resume, which follows the file",
+            f"compare: {given[0]} cannot be used with --resume, which follows the file",
             f"drop {given[0]}",
         )
 
