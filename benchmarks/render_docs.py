@@ -27,7 +27,7 @@ from result_tables import (
     step_overhead,
     step_phases,
 )
-from switches import switch_picture, switch_table, switch_worths
+from switches import switch_cards, switch_picture, switch_table, switch_worths
 
 from training_framework.measure.compare.result import Result
 from training_framework.measure.compare.table import result_lines
@@ -216,6 +216,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "demo-output": demo_output,
     "runs": runs,
     "switches": switches,
+    "switch-cards": switch_cards,
     "claims": lambda: claims_table(newest_or_none),
     "controls": controls,
     "reliability-price-short": guarantees,

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from training_framework.data import ArraySplit, FileSplit, SyntheticSplit, open_dataset
-from training_framework.data.splits import limit_split
+from training_framework.data import ArraySplit, FileSplit, open_dataset
+from training_framework.data.sources.synthetic import SyntheticSplit
 from training_framework.errors import UserError
 
 
@@ -31,7 +31,7 @@ def test_the_digest_of_files_covers_paths_sizes_and_labels_but_not_where_they_ar
         replace(split, labels=split.labels.flip(0)),
         _files(tmp_path / "c", "x/1.jpg", "y/22.jpg"),
         _files(tmp_path / "d", "x/22.jpg", "x/1.jpg"),
-        limit_split(split, 1, seed=0),
+        split.limited(1, seed=0),
     ]
     (tmp_path / "b/x/1.jpg").write_bytes(b"longer than before")
     changed.append(FileSplit(tmp_path / "b", split.paths, split.labels))
@@ -72,7 +72,7 @@ def test_the_digest_of_resized_arrays_does_not_depend_on_rounding() -> None:
     split = ArraySplit(images, torch.tensor([0, 1, 0, 1])).resized(8)
     rounded = replace(split, images=split.images ^ 1)
     assert rounded.digest() == split.digest() != replace(split, made_from="").digest()
-    parts = [limit_split(split, 2, seed=seed).digest() for seed in range(4)]
+    parts = [split.limited(2, seed=seed).digest() for seed in range(4)]
     assert len({split.digest(), *parts}) > 2
 
 

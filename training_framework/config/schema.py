@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeAlias, get_
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from training_framework.config.architectures import MODELS
+from training_framework.config.data_sets import DATA_SETS
 from training_framework.schedules import SCHEDULES
 
 __all__ = ["TRAJECTORY_FREE_KEYS", "Section", "TrainConfig", "sections"]
@@ -32,10 +33,12 @@ Precision = Annotated[
 ]
 OptimizerName = Literal["sgd", "adam", "adamw"]
 if TYPE_CHECKING:
+    DataSetName: TypeAlias = str
     ModelName: TypeAlias = str
     ScheduleName: TypeAlias = str
 else:
-    ModelName, ScheduleName = Literal[tuple(MODELS)], Literal[tuple(SCHEDULES)]
+    DataSetName, ModelName = Literal[tuple(DATA_SETS)], Literal[tuple(MODELS)]
+    ScheduleName = Literal[tuple(SCHEDULES)]
 # A file name or path arrives as text from YAML and from flags.
 FilePath = Annotated[Path, Field(strict=False)]
 Resume = Annotated[Literal["auto", "never"] | FilePath, Field(union_mode="left_to_right")]
@@ -62,8 +65,8 @@ class TrainConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
 
     # fmt: off
-    data: Literal["digits", "cifar10", "cifar100", "folder", "packed", "synthetic"] | None = _setting("data", None, "data set: digits, cifar10, cifar100, folder, packed or synthetic, or the path of a folder or packed file; unset: what data_root holds, else digits")
-    data_root: FilePath | None = _setting("data", None, "folder or packed file with the data, relative to the working directory")
+    data: DataSetName | None = _setting("data", None, f"data set: {', '.join(DATA_SETS)}, or the path of a folder; unset: what data_root holds, else digits")
+    data_root: FilePath | None = _setting("data", None, "folder with the data, relative to the working directory")
     img_size: Annotated[int, Field(ge=8, le=4096)] | None = _setting("data", None, "side in pixels of the images the network sees; unset: the data set's own")
     num_classes: Annotated[int, Field(ge=2, le=MOST)] | None = _setting("data", None, "number of classes; unset: counted in the data")
     limit_train_images: PositiveInt | None = _setting("data", None, "train on so many of the training images, drawn evenly over the classes; unset: all")
@@ -75,7 +78,7 @@ class TrainConfig(BaseModel):
     random_erasing: Annotated[float, Field(ge=0, le=1)] = _setting("data", 0.0, "probability of erasing a random rectangle of a training image; 0: off")
     mixup: NonNegativeFloat = _setting("data", 0.0, "mixup's alpha; 0: off")
     cutmix: NonNegativeFloat = _setting("data", 0.0, "cutmix's alpha; 0: off; with mixup too, each step draws one of them")
-    on_bad_image: Literal["stop", "skip"] = _setting("data", "stop", "a picture that cannot be decoded: stop names it and ends the run; skip passes over it and lists it in bad_images.txt, 1% of a split at most")
+    on_bad_image: Literal["stop", "skip"] = _setting("data", "stop", "an image that cannot be decoded: stop names it and ends the run; skip leaves it out and lists it in bad_images.txt, at most 1% of a split")
 
     model: ModelName = _setting("model", "resnet18", _one_of(MODELS))
     stem: Literal["auto", "cifar", "imagenet"] = _setting("model", "auto", "first layers: cifar (3x3, stride 1, no pooling), imagenet (7x7, stride 2, pooling), or auto, from the image size")
@@ -193,7 +196,7 @@ def _contradictions(config: TrainConfig) -> list[str]:
         faults.append(
             "resume and weights are both given; resume restores its own weights, so drop weights"
         )
-    if config.data in ("digits", "synthetic") and config.data_root is not None:
+    if config.data and not DATA_SETS[config.data].reads_files and config.data_root is not None:
         faults.append(
             f"data is {config.data}, which reads no files, but data_root is "
             f"{str(config.data_root)!r}; drop data_root (null) or name the data set that it holds"

@@ -255,6 +255,11 @@ def _fused_optimizer(situation: Situation) -> Decision:
     return Decision(True, "one kernel for the whole update, where there is one")
 
 
+def _fused_optimizer_trials(situation: Situation) -> Iterator[Trial]:
+    if situation.on_cuda or has_fused_optimizer(situation.config.optimizer, situation.device):
+        yield from turned("fused_optimizer", "fused optimizer")(situation)
+
+
 FUSED_OPTIMIZER = Switch(
     key="fused_optimizer",
     name="fused optimizer",
@@ -262,7 +267,7 @@ FUSED_OPTIMIZER = Switch(
     choose=_fused_optimizer,
     ablation=off_and_on("fused_optimizer"),
     dimension="fused optimizer",
-    trials=turned("fused_optimizer", "fused optimizer"),
+    trials=_fused_optimizer_trials,
     card=Card(
         use="Nearly always: the update of all weights is one pass over memory.",
         price="None.",

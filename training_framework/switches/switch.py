@@ -119,7 +119,7 @@ class Network:
     device_type: str
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)  # an entry is itself alone, and hashable
 class Switch:
     """One optimization or method of training.
 
