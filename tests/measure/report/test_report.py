@@ -11,7 +11,7 @@ import pytest
 from training_framework.cli.main import main
 from training_framework.errors import UserError
 from training_framework.measure.report.figures import Bar, BarChart, LineChart, Series
-from training_framework.measure.report.report import html_report, markdown_report
+from training_framework.measure.report.render import html_report, markdown_report
 from training_framework.measure.report.sources import read_source
 
 HOSTILE = """<script>alert("x&y's")</script>"""
