@@ -72,7 +72,7 @@ def test_the_shipped_experiments_are_listed(capsys):
     [
         ([], "nothing to compare"),
         (["mine.yaml", "--ablate"], "too much to compare"),
-        (["mine.yaml", "--base", "b.yaml"], "--base beside an experiment"),
+        (["mine.yaml", "--base", "b.yaml"], "--base cannot be used with an experiment"),
         (["--vary", "lr"], "no KEY=A,B"),
         (["--vary", "lr=[1,2"], "a value is not YAML"),
         (["--vary", "lr=0.1,0.2", "--steps", "2", "--seconds", "3"], "drop one of them"),
