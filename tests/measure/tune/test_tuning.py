@@ -22,7 +22,9 @@ from training_framework.measure.tune.search import (
 )
 from training_framework.measure.tune.trials import limited_worker
 from training_framework.measure.tune.tuning import tune
+from training_framework.switches import SWITCHES
 
+BATCH = ("batch_size", "accumulate_grad_batches")
 SETTINGS = {
     "data": "synthetic", "synthetic_train_images": 64, "synthetic_val_images": 8, "img_size": 8,
     "num_classes": 4, "model": "resnet10", "batch_size": 32, "epochs": 100, "precision": "32",
@@ -226,7 +228,8 @@ def test_gain_that_does_not_repeat_in_paired_turns_falls_back_to_the_default(tmp
         changed = config.batch_size != 32 and next(calls) < 4
         return 130.0 if changed else 100.0
 
-    result = tuned(tmp_path, lucky, max_trials=5, keep=["compile", "channels_last", "precision"])
+    others = [switch.key for switch in SWITCHES if switch.key not in BATCH]
+    result = tuned(tmp_path, lucky, max_trials=5, keep=others)
     assert result.winner and not result.chosen
     assert load_config(tmp_path / "tuned.yaml").batch_size == 32
 
