@@ -553,7 +553,7 @@ CHECKPOINTS = [
     Bad(
         "random bytes for a checkpoint",
         "train --resume noise.ckpt",
-        r"noise\.ckpt: cannot be read as a checkpoint .*; it is damaged or no checkpoint; .*",
+        r"noise\.ckpt: cannot be read as a checkpoint .*; it is damaged or not a checkpoint; .*",
         file("noise.ckpt", np.random.default_rng(0).bytes(5000)),
     ),
     Bad(
