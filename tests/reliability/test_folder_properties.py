@@ -54,7 +54,8 @@ def _is_name(name: bytes) -> bool:
 
 names = st.one_of(
     st.lists(st.sampled_from([b"a", b"B", b" ", b"\n", b"'", b'"', b"\\", b"\xff", b"\x1b[2J",
-                              b"\t", b"%s", b"{}", b"$(x)", b"\xe2\x80\xae"]), min_size=1, max_size=5)
+                              b"\t", b"%s", b"{}", b"$(x)", b"\xe2\x80\xae"]),
+             min_size=1, max_size=4)
     .map(b"".join),
     st.text(st.characters(exclude_characters="/\0", exclude_categories=("Cs",)), min_size=1,
             max_size=8).map(str.encode),
