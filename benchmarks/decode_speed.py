@@ -37,7 +37,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from training_framework.data import FileSplit, PackedSplit, WorkerLoader, open_dataset
+from training_framework.data import EncodedSplit, FileSplit, WorkerLoader, open_dataset
 from training_framework.data.decoding import (
     Pixels,
     decode_random_resized_crop,
@@ -110,7 +110,7 @@ class PlainPhotographs:
 class OwnBatches:
     """The framework's batches of a split, made in this process."""
 
-    def __init__(self, split: FileSplit | PackedSplit) -> None:
+    def __init__(self, split: EncodedSplit) -> None:
         self._count = len(split)
         self._batches = FileBatches(split, image_size=SIZE, train=True, seed=0)
 
@@ -140,26 +140,27 @@ def main() -> None:
     print(path)
 
 
-def packed_copy(files: Sequence[Path], folder: Path) -> PackedSplit:
+def packed_copy(files: Sequence[Path], folder: Path) -> EncodedSplit:
     """The photographs packed; a set needs a validation split, which nobody reads here."""
     for name, chosen in (("train", files), ("val", files[:1])):
         (folder / name / "photograph").mkdir(parents=True)
         for number, file in enumerate(chosen):
             (folder / name / "photograph" / f"{number:06}.jpg").symlink_to(file.resolve())
-    path = folder / "packed.arrow"
-    pack_folder(folder, path, shorter_side=SHORTER_SIDE, processes=detect_hardware().cores)
-    split = open_dataset("packed", root=path).train
-    assert isinstance(split, PackedSplit)
+    path = folder / "shards"
+    pack_folder(folder, path, shorter_side=SHORTER_SIDE, workers=detect_hardware().cores)
+    split = open_dataset("shards", root=path).train
+    assert isinstance(split, EncodedSplit)
     return split
 
 
 def measure(
-    files: Sequence[Path], packed: PackedSplit, *, rounds: int, repeats: int
+    files: Sequence[Path], packed: EncodedSplit, *, rounds: int, repeats: int
 ) -> dict[str, Any]:
     """All turns, the ratios, and how far the framework's pixels are from Pillow's."""
     split = FileSplit(Path("/"), tuple(str(file.resolve()) for file in files), labels(len(files)))
     plain = PlainPhotographs([file.read_bytes for file in files])
-    in_memory = [packed.file.read(int(row)) for row in packed.rows]
+    stored = packed.images()
+    in_memory = [stored.read(sample) for sample in range(len(stored))]
     sides: dict[str, PlainPhotographs | OwnBatches] = {
         "pillow": plain,
         "files": OwnBatches(split),

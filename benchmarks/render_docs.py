@@ -27,10 +27,11 @@ from result_tables import (
     step_overhead,
     step_phases,
 )
-from switches import switch_picture, switch_table, switch_worths
+from switches import switch_cards, switch_picture, switch_table, switch_worths
 
 from training_framework.measure.compare.result import Result
 from training_framework.measure.compare.table import result_lines
+from training_framework.measure.report.report import html_report
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -215,6 +216,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "demo-output": demo_output,
     "runs": runs,
     "switches": switches,
+    "switch-cards": switch_cards,
     "claims": lambda: claims_table(newest_or_none),
     "controls": controls,
     "reliability-price-short": guarantees,
@@ -226,6 +228,26 @@ BLOCKS: dict[str, Callable[[], str]] = {
     **{name: functools.partial(table, name) for name in OTHERS},
 }
 PICTURES: dict[Path, Callable[[], str | None]] = {ROOT / "docs" / "switches.svg": picture}
+REPORTS = (
+    "ablation", "baseline-vs-optimized", "batch-sweep", "framework-check", "hardware-ladder",
+    "switch-accuracy",
+)  # fmt: skip
+SVG = re.compile(r"<svg.*?</svg>", re.DOTALL)
+
+
+def reports() -> dict[Path, str]:
+    """The HTML report of each comparison that has a page."""
+    results = {name: Result.model_validate(newest(name)) for name in REPORTS}
+    folder = ROOT / "docs" / "reports"
+    return {folder / f"{name}.html": html_report([result]) for name, result in results.items()}
+
+
+def says_the_same(path: Path, text: str) -> bool:
+    """Whether a file holds the text; lines of charts may be those of another matplotlib."""
+    if not path.exists():
+        return False
+    held = path.read_text(encoding="utf-8")
+    return held == text or (path.suffix == ".html" and SVG.sub("", held) == SVG.sub("", text))
 
 
 def rendered(text: str) -> str:
@@ -241,8 +263,9 @@ def main() -> int:
     texts = {document: document.read_text(encoding="utf-8") for document in DOCUMENTS}
     fresh = {document: rendered(text) for document, text in texts.items()}
     fresh |= {path: text for path, draw in PICTURES.items() if (text := draw()) is not None}
+    fresh |= reports()
     for path, text in fresh.items():
-        if not path.exists() or path.read_text(encoding="utf-8") != text:
+        if not says_the_same(path, text):
             stale.append(str(path.relative_to(ROOT)))
             if not options.check:
                 path.write_text(text, encoding="utf-8")

@@ -26,7 +26,7 @@ def _ratio(ratio: Mapping[str, Any]) -> str:
 
 
 def input_speed(result: Result) -> str:
-    """How fast pictures become batches, of `decode_speed.py`."""
+    """How fast images become batches, of `decode_speed.py`."""
     speeds = result["images_per_second_of_one_core"]
     rows = ["| one core | images/s | against Pillow [95%] |", "|---|---|---|"]
     for name, turns in speeds.items():
@@ -43,7 +43,7 @@ def input_speed(result: Result) -> str:
         f"loader gives {statistics.median(loaded['images_per_second']['loader']):.0f} images/s, "
         f"{share['median']:.0%} [{share['low']:.0%}, {share['high']:.0%}] of what they decode "
         f"where nothing is handed over. Pixels differ from Pillow's by {errors['mean']:.2f} of "
-        f"255, by {errors['worst_picture']:.2f} in the worst picture.",
+        f"255, by {errors['worst_picture']:.2f} in the worst image.",
         "",
         f"({result['environment']['cpu_name']}, {result['date']})",
     ]
@@ -51,7 +51,7 @@ def input_speed(result: Result) -> str:
 
 
 def decoding_accuracy(result: Result) -> str:
-    """What decoding a part of each picture does to accuracy, of `decoding_accuracy.py`."""
+    """What decoding a part of each image does to accuracy, of `decoding_accuracy.py`."""
     rows = ["| seed | framework's pixels | Pillow's pixels |", "|---|---|---|"]
     rows += [
         f"| {seed} | {row['framework']:.2f}% | {row['pillow']:.2f}% |"

@@ -32,7 +32,7 @@ from torch import nn
 
 from training_framework.config import TrainConfig
 from training_framework.config.loading import config_to_dict
-from training_framework.data import Dataset, SyntheticSplit
+from training_framework.data import Dataset
 from training_framework.data.augmentation import scale_and_shift
 from training_framework.loggers import CsvLogger, LoggerGroup
 from training_framework.machine.hardware import detect_hardware, library_versions
@@ -110,8 +110,7 @@ class Comparison:
         bare = prepare_network(self._plan, tiny_network(config.seed), self.device)
         self._bare = build_step(self._plan, bare, self.device)
         assert isinstance(dataset, Dataset)
-        assert isinstance(dataset.train, SyntheticSplit)
-        arrays = dataset.train.materialize(self.device)
+        arrays = dataset.train.array(self.device)
         # NHWC, since a gather of channels_last images would return contiguous ones.
         self._pixels = arrays.images.permute(0, 2, 3, 1).contiguous()
         self._labels = arrays.labels

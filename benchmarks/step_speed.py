@@ -114,7 +114,7 @@ class LoopSampler:
         plan = make_plan(config, detect_hardware(), dataset.facts)
         torch.set_num_threads(plan.threads)
         self._device = plan.torch_device(0)
-        arrays = dataset.train.materialize("cpu")  # type: ignore[union-attr]
+        arrays = dataset.train.array("cpu")
         self._batch_size = config.batch_size
         self._loop = _loop_class(name)(
             config.model, plan.stem, dataset.facts.num_classes, arrays.images, arrays.labels,

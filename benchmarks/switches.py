@@ -1,11 +1,15 @@
-"""What each switch is worth, from a result of `ablation`: a Markdown table and a picture."""
+"""What each switch is (its card), and what it is worth (an ablation, as table and picture)."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from html import escape
 from typing import Any
 
-__all__ = ["Worth", "switch_picture", "switch_table", "switch_worths"]
+from training_framework.switches import SWITCHES, Switch
+
+__all__ = ["Worth", "switch_cards", "switch_picture", "switch_table", "switch_worths"]
+
+RESULTS = {"same": "same bits", "rounding": "other rounding", "different": "different"}
 
 ALONE, AMONG = "only ", ("with ", "without ")
 ROW, LEFT, RIGHT, TOP, BAR = 46, 190, 660, 40, 13
@@ -87,18 +91,39 @@ def _interval(ratio: Mapping[str, Any] | None) -> tuple[float, float, float] | N
 def switch_table(worths: list[Worth]) -> str:
     """The worths as a Markdown table."""
     rows = [
-        "| switch | speed alone [95%] | among the others | memory | start |",
-        "|---|---|---|---|---|",
+        "| switch | speed alone [95%] | among the others | memory | start | results |",
+        "|---|---|---|---|---|---|",
     ]
+    results = {switch.name: RESULTS[switch.numbers] for switch in SWITCHES}
     for worth in worths:
         if worth.alone is None:
-            rows.append(f"| {worth.switch} | not measured: {worth.missing} | | | |")
+            rows.append(f"| {worth.switch} | not measured: {worth.missing} | | | | |")
             continue
         rows.append(
             f"| {worth.switch} | {_text(worth.alone)} | {_text(worth.among)} "
-            f"| {worth.memory:.2f}x | +{worth.startup_seconds:.1f} s |"
+            f"| {worth.memory:.2f}x | +{worth.startup_seconds:.1f} s "
+            f"| {results.get(worth.switch, '-')} |"
         )
     return "\n".join(rows) + "\n"
+
+
+def switch_cards() -> str:
+    """The cards of all switches, in Markdown."""
+    return "\n".join(_card(switch) for switch in SWITCHES)
+
+
+def _card(switch: Switch) -> str:
+    card = switch.card
+    rows = {
+        "Setting": f"`{switch.key}` (`{switch.flag}`): {switch.help}",
+        "Results": RESULTS[switch.numbers],
+        "Use it for": card.use,
+        "Price": card.price,
+        "Where it fails": card.failure,
+        "Source": card.source,
+    }
+    lines = [f"- **{name}**: {text}" for name, text in rows.items()]
+    return "\n".join([f"## {switch.name}", "", *lines, ""])
 
 
 def _text(interval: tuple[float, float, float] | None) -> str:

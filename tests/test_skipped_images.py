@@ -67,8 +67,8 @@ def test_bad_pictures_are_listed_counted_and_the_same_with_workers_and_after_a_r
 ) -> None:
     alone = train("alone", "--num-workers 0")
     printed = capsys.readouterr()
-    assert "data   4 bad pictures passed over: bad_images.txt lists them" in printed.out
-    assert "note: passed over pictures/val/bee/2.jpg: cannot be decoded" in printed.err
+    assert "data   4 bad images skipped: bad_images.txt lists them" in printed.out
+    assert "note: skipped pictures/val/bee/2.jpg: cannot be decoded" in printed.err
     assert listed(alone) == ALL
     assert json.loads((alone / "run.json").read_text())["results"]["bad_images"] == 4
 
@@ -81,7 +81,7 @@ def test_bad_pictures_are_listed_counted_and_the_same_with_workers_and_after_a_r
     resumed = train("resumed", "--num-workers 0 --resume resumed/resnet10-pictures/version_0/"
                     "checkpoints/last.ckpt")  # fmt: skip
     assert listed(resumed) == ALL
-    assert "data   4 bad pictures" in capsys.readouterr().out
+    assert "data   4 bad images" in capsys.readouterr().out
     assert_same_weights(alone, resumed)
 
 
@@ -96,7 +96,7 @@ def test_bad_pictures_do_not_count_in_evaluate_and_predict(
     assert main(shlex.split(f"{evaluate} --on-bad-image skip")) == 0
     printed = capsys.readouterr()
     assert printed.out.startswith("pictures: 9 images ")
-    assert "note: 1 of 10 pictures are bad and not counted" in printed.err
+    assert "note: 1 of 10 images are bad and not counted" in printed.err
 
     predict = f"predict {checkpoint} pictures/val --threads 1"
     assert main(shlex.split(predict)) == 2
@@ -104,7 +104,7 @@ def test_bad_pictures_do_not_count_in_evaluate_and_predict(
     assert main(shlex.split(f"{predict} --on-bad-image skip")) == 0
     printed = capsys.readouterr()
     assert len(printed.out.splitlines()) == 9
-    assert "note: passed over pictures/val/bee/2.jpg: cannot be decoded" in printed.err
+    assert "note: skipped pictures/val/bee/2.jpg: cannot be decoded" in printed.err
 
 
 def test_two_processes_list_what_either_of_them_met(pictures: Path) -> None:
@@ -119,5 +119,5 @@ def test_two_processes_list_what_either_of_them_met(pictures: Path) -> None:
         check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "data   4 bad pictures passed over" in done.stdout
+    assert "data   4 bad images skipped" in done.stdout
     assert listed(Path("two/resnet10-pictures/version_0")) == ALL

@@ -21,7 +21,7 @@ from training_framework.data.decoding import (
     resize,
 )
 from training_framework.data.facts import DatasetFacts
-from training_framework.data.host_batches import StorageFault, read_picture
+from training_framework.data.image_files import StorageFault, read_image
 from training_framework.errors import UserError
 from training_framework.machine.distributed import process_group
 from training_framework.machine.hardware import detect_hardware
@@ -196,13 +196,13 @@ def _prepared(
     prepared = []
     for file in files:
         try:
-            prepared.append((file, _view(read_picture(file), file, card)))
+            prepared.append((file, _view(read_image(file), file, card)))
         except StorageFault:
             raise
         except UserError as error:
             if not skip_bad:
                 raise
-            _to_stderr(f"note: passed over {error.fault}")
+            _to_stderr(f"note: skipped {error.fault}")
     return prepared
 
 

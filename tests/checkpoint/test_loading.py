@@ -17,9 +17,9 @@ def write(path: Path, step: int) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ([1], "holds no state of a run"),
+        ([1], "does not hold the state of a run"),
         ({"model": {}}, "lacks 'average'"),
-        ({**dict.fromkeys(PARTS), "optimizer": 3}, "its 'optimizer' is none"),
+        ({**dict.fromkeys(PARTS), "optimizer": 3}, "its 'optimizer' is not a state"),
     ],
 )
 def test_states_of_other_things_are_told_apart(tmp_path, content: Any, message: str):

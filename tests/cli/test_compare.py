@@ -73,11 +73,11 @@ def test_the_shipped_experiments_are_listed(capsys):
         (["mine.yaml", "--ablate"], "too much to compare"),
         (["mine.yaml", "--base", "b.yaml"], "--base beside an experiment"),
         (["--vary", "lr"], "no KEY=A,B"),
-        (["--vary", "lr=[1,2"], "a value is no YAML"),
+        (["--vary", "lr=[1,2"], "a value is not YAML"),
         (["--vary", "lr=0.1,0.2", "--steps", "2", "--seconds", "3"], "drop one of them"),
         (["mine.yaml", "--output", "mine.yaml"], "exists already"),
         (["--resume", "mine.yaml", "--lr", "1"], "--lr beside --resume"),
-        (["--resume", "mine.yaml"], "is no result file"),
+        (["--resume", "mine.yaml"], "not a result file"),
         (["mine.yaml", "--rounds", "0"], "rounds: 0 should be"),
     ],
 )

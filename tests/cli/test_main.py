@@ -234,7 +234,7 @@ def test_a_subset_is_copied_and_described(in_tmp_path, capsys):
     assert run(f"{command} --seed 1") == 0
     out = capsys.readouterr().out
     assert re.fullmatch(
-        r"small/set: 6 training and 2 validation pictures of 2 classes \(\w+, \w+\)\n", out
+        r"small/set: 6 training and 2 validation images of 2 classes \(\w+, \w+\)\n", out
     )
     assert len(list(Path("small/set/train").rglob("*.png"))) == 6
     assert run("plan --data-root small/set --accelerator cpu") == 0

@@ -22,11 +22,11 @@ def test_each_is_said_and_counted_once_and_splits_count_apart() -> None:
     bad.add("val", {"c.jpg": "is a\nbomb"})
     assert len(bad) == 3
     assert said == [
-        "note: passed over a.jpg: is truncated",
-        "note: passed over b.jpg: is empty",
-        "note: passed over c.jpg: is a bomb",
+        "note: skipped a.jpg: is truncated",
+        "note: skipped b.jpg: is empty",
+        "note: skipped c.jpg: is a bomb",
     ]
-    with pytest.raises(UserError, match=r"2 pictures of the val split .* 1 of 3 .*: c.jpg, d.jpg"):
+    with pytest.raises(UserError, match=r"2 images of the val split .* 1 of 3 .*: c.jpg, d.jpg"):
         bad.add("val", {"d.jpg": "is empty"})
 
 
@@ -35,9 +35,9 @@ def test_many_are_listed_but_not_all_said(tmp_path: Path) -> None:
     bad = BadImages(train=5000, val=0)
     bad.list_in(tmp_path / "bad.txt", said.append)
     bad.add("train", {f"{number}.jpg": "is empty" for number in range(50)})
-    assert len(said) == 11 and said[-1] == "note: further bad pictures are only listed"
+    assert len(said) == 11 and said[-1] == "note: more bad images are listed, not shown"
     assert len((tmp_path / "bad.txt").read_text().splitlines()) == 50
-    with pytest.raises(UserError, match=r"51 pictures .*, \.\.\.; mend .*bad\.txt lists them"):
+    with pytest.raises(UserError, match=r"51 images .*, \.\.\.; repair .*bad\.txt lists them"):
         bad.add("train", {"last.jpg": "is empty"})
 
 
@@ -62,14 +62,14 @@ def test_a_list_is_gone_on_from_whatever_the_names(tmp_path: Path) -> None:
     assert second.by_split() == first.by_split()
     second.add("train", dict.fromkeys(ODD, "is empty"))
     second.add("val", {"late.jpg": "is empty"})
-    assert said == ["note: passed over late.jpg: is empty"]
+    assert said == ["note: skipped late.jpg: is empty"]
     assert path.read_text(encoding="utf-8").splitlines() == [*lines, "val\tlate.jpg\tis empty"]
 
 
 @pytest.mark.parametrize("content", [b"train only\n", b"test\ta\tb\n", b"\xff\n", b'val\t"a\tb\n'])
 def test_a_file_that_is_no_such_list_is_an_error(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "bad.txt").write_bytes(content)
-    with pytest.raises(UserError, match=r"bad\.txt: is no list of bad pictures"):
+    with pytest.raises(UserError, match=r"bad\.txt: not a list of bad images"):
         BadImages(train=9, val=9).list_in(tmp_path / "bad.txt", print)
     assert (tmp_path / "bad.txt").read_bytes() == content
 

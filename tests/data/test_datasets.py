@@ -3,8 +3,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from training_framework.data import DATASETS, detect_dataset, open_dataset
-from training_framework.data.splits import ArraySplit, FileSplit, SyntheticSplit, limit_split
+from training_framework.data import DATA_SETS, ArraySplit, FileSplit, detect_dataset, open_dataset
+from training_framework.data.sources.synthetic import SyntheticSplit
 from training_framework.errors import UserError
 
 
@@ -22,14 +22,14 @@ def test_synthetic_set_has_the_asked_sizes() -> None:
     assert isinstance(dataset.train, SyntheticSplit)
     assert isinstance(dataset.val, SyntheticSplit)
     assert (len(dataset.train), len(dataset.val)) == (50, 10)
-    assert dataset.train.materialize("cpu").images.shape == (50, 3, 20, 20)
+    assert dataset.train.array("cpu").images.shape == (50, 3, 20, 20)
     assert dataset.train.stream != dataset.val.stream
 
 
 def test_unknown_name_suggests_the_nearest() -> None:
     with pytest.raises(UserError, match="'cifar-10'; did you mean 'cifar10'"):
         open_dataset("cifar-10")
-    with pytest.raises(UserError, match=f"choose from {', '.join(DATASETS)}"):
+    with pytest.raises(UserError, match=f"choose from {', '.join(DATA_SETS)}"):
         open_dataset("xyz")
 
 
@@ -48,6 +48,8 @@ def test_another_number_of_classes_is_an_error() -> None:
         (["cifar-10-batches-py/data_batch_1", "cifar-10-batches-py/test_batch"], "cifar10"),
         (["cifar-100-python/train", "cifar-100-python/test"], "cifar100"),
         (["train", "test"], "cifar100"),
+        (["train-000000.tar", "val-000000.tar"], "shards"),
+        (["pets-train-0.tar", "pets-val-0.tar"], "shards"),
     ],
 )
 def test_what_a_folder_holds_is_detected(tmp_path: Path, paths: list[str], expected: str) -> None:
@@ -60,7 +62,7 @@ def test_what_a_folder_holds_is_detected(tmp_path: Path, paths: list[str], expec
 def test_unknown_and_missing_folders_are_errors_that_name_them(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=rf"{tmp_path} holds no known data set; .*train/ and val/"):
         detect_dataset(tmp_path)
-    with pytest.raises(UserError, match="gone is no folder"):
+    with pytest.raises(UserError, match="gone is not a folder"):
         detect_dataset(tmp_path / "gone")
 
 
@@ -87,7 +89,7 @@ def test_limited_parts_nest_and_keep_files_with_their_labels() -> None:
     labels = torch.tensor([0] * 30 + [1] * 3 + [2] * 17)
     paths = tuple(f"{label}/{number}.jpg" for number, label in enumerate(labels.tolist()))
     split = FileSplit(Path("root"), paths, labels)
-    small, large = (limit_split(split, count, seed=0) for count in (12, 20))
+    small, large = (split.limited(count, seed=0) for count in (12, 20))
     assert isinstance(small, FileSplit) and isinstance(large, FileSplit)
     assert set(small.paths) < set(large.paths)
     assert sorted(small.labels.bincount().tolist()) == [3, 4, 5]

@@ -114,12 +114,12 @@ def test_truncated_pictures_are_errors_that_name_the_file(kind: str, kept: float
 
 
 def test_other_files_are_no_pictures() -> None:
-    with pytest.raises(UserError, match=r"notes\.jpg: no picture of a known format"):
+    with pytest.raises(UserError, match=r"notes\.jpg: not an image of a known format"):
         decode_image(b"not a picture", "notes.jpg")
 
 
 def test_formats_beyond_the_known_ones_are_refused() -> None:
-    with pytest.raises(UserError, match="no picture of a known format"):
+    with pytest.raises(UserError, match="not an image of a known format"):
         decode_image(_encoded(_picture(), "PPM"), "x.png")
 
 

@@ -3,8 +3,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from training_framework.data import ArraySplit, FileSplit
 from training_framework.data.loading import ResidentLoader, build_loader
-from training_framework.data.splits import ArraySplit, FileSplit, SyntheticSplit
+from training_framework.data.sources.synthetic import SyntheticSplit
 from training_framework.data.worker_loading import WorkerLoader
 from training_framework.errors import UserError
 
@@ -86,7 +87,7 @@ def test_synthetic_split_is_learnable_and_always_resident() -> None:
     assert isinstance(loader, ResidentLoader)
     (batch,) = loader.epoch(0)
     assert torch.bincount(batch.labels).tolist() == [80] * 5
-    held_out = SyntheticSplit(400, 5, 16, seed=3, stream=1).materialize("cpu")
+    held_out = SyntheticSplit(400, 5, 16, seed=3, stream=1).array("cpu")
     assert (held_out.images != batch.images).any()
     # Nearest class mean: the classes of one stream are those of the other.
     means = torch.stack([batch.images[batch.labels == k].float().mean(0) for k in range(5)])
@@ -96,9 +97,9 @@ def test_synthetic_split_is_learnable_and_always_resident() -> None:
 
 def test_synthetic_split_is_deterministic() -> None:
     split = SyntheticSplit(count=30, num_classes=3, image_size=8, seed=1)
-    assert torch.equal(split.materialize("cpu").images, split.materialize("cpu").images)
+    assert torch.equal(split.array("cpu").images, split.array("cpu").images)
     other = SyntheticSplit(count=30, num_classes=3, image_size=8, seed=2)
-    assert (split.materialize("cpu").images != other.materialize("cpu").images).any()
+    assert (split.array("cpu").images != other.array("cpu").images).any()
 
 
 def test_resizing_a_split_equals_torchs_float_interpolation() -> None:

@@ -13,12 +13,12 @@ import pytest
 import torch
 from PIL import Image
 
+from training_framework.data import FileSplit
 from training_framework.data.bad_images import BadImages
 from training_framework.data.batch import Batch
 from training_framework.data.decoding import decode_center_crop
 from training_framework.data.host_batches import FileBatches
 from training_framework.data.sampling import BatchPlan
-from training_framework.data.splits import FileSplit
 from training_framework.data.worker_loading import WorkerLoader
 from training_framework.errors import UserError
 
@@ -145,7 +145,7 @@ def test_the_next_whole_picture_stands_in_for_a_bad_one_with_other_crops(
             loader.close()
         assert bad.by_split()["train"].keys() == names
         reasons = bad.by_split()["train"].values()
-        assert all(reason.startswith(("cannot be decoded", "no picture")) for reason in reasons)
+        assert all(reason.startswith(("cannot be decoded", "not an image")) for reason in reasons)
     got, with_workers = results
     for ours, theirs in zip(got[:3], with_workers[:3], strict=True):
         assert torch.equal(ours, theirs)
@@ -184,7 +184,7 @@ def test_more_bad_pictures_than_allowed_end_the_epoch_and_are_named(
 ) -> None:
     _break(split, *range(6))
     loader, bad = _skipping(split, num_workers, train=True)
-    with pytest.raises(UserError, match=r"6 pictures of the train split .* 5 of 12 .*bild-ü-\d"):
+    with pytest.raises(UserError, match=r"6 images of the train split .* 5 of 12 .*bild-ü-\d"):
         list(loader.epoch(0))
     loader.close()
     assert len(bad) == 6
@@ -192,7 +192,7 @@ def test_more_bad_pictures_than_allowed_end_the_epoch_and_are_named(
 
 def test_a_file_that_cannot_be_read_is_no_bad_picture(split: FileSplit) -> None:
     path = split.root / split.paths[3]
-    for vandalize, says in ((path.unlink, "No such file"), (lambda: os.mkfifo(path), "is no file")):
+    for vandalize, says in ((path.unlink, "No such file"), (lambda: os.mkfifo(path), "not a file")):
         vandalize()
         loader, bad = _skipping(split, 0, train=True)
         with pytest.raises(UserError, match=f"bild-ü-3.*{says}"):
@@ -297,7 +297,7 @@ import os, signal, sys
 from pathlib import Path
 import torch
 from training_framework.data.sampling import BatchPlan
-from training_framework.data.splits import FileSplit
+from training_framework.data import FileSplit
 from training_framework.data.worker_loading import WorkerLoader
 
 root = Path(sys.argv[1])

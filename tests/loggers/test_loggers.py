@@ -1,6 +1,7 @@
 import pytest
 
-from training_framework.loggers import ConsoleLogger, CsvLogger, Logger, LoggerGroup
+from training_framework.loggers import LOGGERS, ConsoleLogger, CsvLogger, Logger, LoggerGroup
+from training_framework.training.outputs import file_loggers
 
 
 class Recorder:
@@ -60,3 +61,23 @@ def test_the_sinks_take_the_same_values_and_close_twice(tmp_path, capsys):
     group.close()
     assert capsys.readouterr() == ("", "step 1/2  loss 0.500\nhalfway\n")
     assert (tmp_path / "metrics.csv").read_text().count("\n") == 2
+
+
+def test_a_new_logger_is_one_line_and_a_run_opens_it(tmp_path, monkeypatch):
+    opened = []
+
+    def open_mine(folder, resume_step):
+        opened.append((folder, resume_step))
+        return Recorder([])
+
+    monkeypatch.setitem(LOGGERS, "mine", open_mine)
+    with LoggerGroup(file_loggers(tmp_path, tensorboard=False, resume_step=20)) as group:
+        group.log(30, {"lr": 0.1})
+    assert opened == [(tmp_path, 20)]
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.csv"]
+
+
+def test_events_are_written_unless_they_are_off(tmp_path):
+    with LoggerGroup(file_loggers(tmp_path, tensorboard=True)):
+        pass
+    assert len(list(tmp_path.glob("events.*"))) == 1

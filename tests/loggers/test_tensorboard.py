@@ -28,16 +28,16 @@ def test_a_resumed_run_shows_each_step_once(tmp_path):
     for step in (10, 20, 30):
         first.log(step, {"lr": 1.0})
     first.close()
-    second = TensorBoardLogger(tmp_path, purge_step=21)
+    second = TensorBoardLogger(tmp_path, resume_step=20)
     for step in (30, 40):
         second.log(step, {"lr": 2.0})
     second.close()
     assert scalars(tmp_path, "lr") == [(10, 1.0), (20, 1.0), (30, 2.0), (40, 2.0)]
 
 
-@pytest.mark.parametrize(("purge_step", "expected"), [(None, 0), (21, 20)])
-def test_a_message_stands_at_the_last_step(tmp_path, purge_step, expected):
-    logger = TensorBoardLogger(tmp_path, purge_step=purge_step)
+@pytest.mark.parametrize(("resume_step", "expected"), [(None, 0), (20, 20)])
+def test_a_message_stands_at_the_last_step(tmp_path, resume_step, expected):
+    logger = TensorBoardLogger(tmp_path, resume_step=resume_step)
     logger.message("before")
     logger.log(30, {"lr": 1.0})
     logger.message("after")
@@ -77,7 +77,7 @@ def test_a_torn_event_hides_nothing_of_the_run_that_goes_on(tmp_path):
     first.close()
     (file,) = tmp_path.iterdir()
     file.write_bytes(file.read_bytes()[:-5])
-    second = TensorBoardLogger(tmp_path, purge_step=21)
+    second = TensorBoardLogger(tmp_path, resume_step=20)
     second.log(30, {"lr": 2.0})
     second.close()
     assert scalars(tmp_path, "lr") == [(10, 1.0), (20, 1.0), (30, 2.0)]
@@ -88,7 +88,7 @@ def test_files_sort_in_the_order_of_their_runs_however_the_clock_jumps(tmp_path,
     now = 1_700_000_000
     monkeypatch.setattr(time, "time_ns", lambda: now * 10**9)
     for start in range(3):
-        logger = TensorBoardLogger(tmp_path, purge_step=10 * start + 1 if start else None)
+        logger = TensorBoardLogger(tmp_path, resume_step=10 * start if start else None)
         for step in (10 * start + 10, 10 * start + 20):
             logger.log(step, {"lr": float(start)})
         logger.close()

@@ -381,13 +381,13 @@ DATA = [
     Bad(
         "an empty class",
         f"train {PICTURES}",
-        r"pictures/train/cow: the class is empty; add pictures or remove the folder",
+        r"pictures/train/cow: the class is empty; add images or remove the folder",
         pictures(lambda: Path("pictures/train/cow").mkdir()),
     ),
     Bad(
         "no class at all",
         f"train {PICTURES}",
-        r"pictures/train: holds no class folder; .*",
+        r"pictures/train: has no class folders; .*",
         pictures(lambda: shutil.rmtree("pictures/train"), lambda: Path("pictures/train").mkdir()),
     ),
     Bad(
@@ -399,13 +399,13 @@ DATA = [
     Bad(
         "a picture outside the classes",
         f"plan {PICTURES}",
-        r"pictures/train/1\.jpg: lies outside the class folders; move it .*",
+        r"pictures/train/1\.jpg: not in a class folder; move it .*",
         pictures(file("pictures/train/1.jpg")),
     ),
     Bad(
         "notes among the pictures",
         f"train {PICTURES}",
-        r"pictures/train/ant/notes\.txt: no picture by its name .*; move it away",
+        r"pictures/train/ant/notes\.txt: not an image by its suffix; move it away.*",
         pictures(file("pictures/train/ant/notes.txt")),
     ),
     Bad(
@@ -425,14 +425,14 @@ DATA = [
     Bad(
         "text in a picture's clothes",
         f"train {PICTURES} --batch-size 8",
-        r"pictures/train/ant/1\.jpg: no picture of a known format .*; replace or delete the file",
+        r"pictures/train/ant/1\.jpg: not an image of a known format .*; replace or delete the file",
         pictures(file("pictures/train/ant/1.jpg")),
         begins=True,
     ),
     Bad(
         "an empty picture, met by a loader process",
         f"train {PICTURES} --batch-size 8 --num-workers 1",
-        r"pictures/train/ant/1\.jpg: no picture of a known format .*; replace or delete the file",
+        r"pictures/train/ant/1\.jpg: not an image of a known format .*; replace or delete the file",
         pictures(file("pictures/train/ant/1.jpg", b"")),
         begins=True,
     ),
@@ -451,7 +451,7 @@ DATA = [
     Bad(
         "a truncated CIFAR file",
         "train --data-root .",
-        r"cifar-10-batches-py/data_batch_3: not a CIFAR file .*; replace it by the original",
+        r"cifar-10-batches-py/data_batch_3: not a CIFAR file .*; replace it with the original",
         cifar(truncate("cifar-10-batches-py/data_batch_3")),
     ),
     Bad(
@@ -481,20 +481,20 @@ DATA = [
     Bad(
         "more bad pictures than may be passed over",
         f"train {PICTURES} --batch-size 8 --on-bad-image skip",
-        r"4 pictures of the train split cannot be decoded, and 3 of 8 are passed over at most: .*",
+        r"4 images of the train split cannot be decoded, and 3 of 8 are skipped at most: .*",
         pictures(*(file(f"pictures/train/ant/{number}.jpg") for number in range(4))),
         begins=True,
     ),
     Bad(
         "a link that leads nowhere",
         f"plan {PICTURES}",
-        r"pictures/train/ant/9\.jpg: is no file; remove it, or mend the link",
+        r"pictures/train/ant/9\.jpg: not a file; remove it, or repair the link",
         pictures(lambda: Path("pictures/train/ant/9.jpg").symlink_to("gone.jpg")),
     ),
     Bad(
         "a link that goes round in a circle",
         f"plan {PICTURES}",
-        r"pictures/train/ant/again: is in its class twice, by a link; remove the link",
+        r"pictures/train/ant/again: the class holds this folder twice, through a link; remove the link",
         pictures(lambda: Path("pictures/train/ant/again").symlink_to(".")),
     ),
     Bad(
@@ -510,13 +510,13 @@ DATA = [
     Bad(
         "a CIFAR file of text",
         "plan --data cifar10 --data-root .",
-        r"cifar-10-batches-py/data_batch_5: not a CIFAR file \(damaged: .*\); replace it by .*",
+        r"cifar-10-batches-py/data_batch_5: not a CIFAR file \(damaged: .*\); replace it with .*",
         cifar(file("cifar-10-batches-py/data_batch_5")),
     ),
     Bad(
         "a folder for a CIFAR file",
         "plan --data cifar10 --data-root .",
-        r"cifar-10-batches-py/data_batch_2: is no file; complete the data set's folder",
+        r"cifar-10-batches-py/data_batch_2: not a file; complete the data set's folder",
         cifar(
             lambda: (
                 Path("cifar-10-batches-py/data_batch_2").unlink(),
@@ -564,13 +564,13 @@ CHECKPOINTS = [
     Bad(
         "bare weights for a checkpoint",
         "train --resume bare.pth",
-        r"bare\.pth: was written by torch\.save and is no checkpoint .* give them as --weights",
+        r"bare\.pth: was written by torch\.save, not by this framework; .* give it as --weights",
         torch_file("bare.pth", lambda: {"fc.weight": torch.zeros(2, 2)}),
     ),
     Bad(
         "a checkpoint that would run code",
         "train --resume hostile.ckpt",
-        r"hostile\.ckpt: was written by torch\.save and is no checkpoint of this framework; .*",
+        r"hostile\.ckpt: was written by torch\.save, not by this framework; .*",
         torch_file("hostile.ckpt", lambda: {"format_version": 1, "model": Command()}),
     ),
     Bad(
@@ -748,7 +748,7 @@ CHECKPOINTS = [
     Bad(
         "predicting text",
         f"predict {CHECKPOINT} notes.txt",
-        r"notes\.txt: no picture of a known format .*; replace or delete the file",
+        r"notes\.txt: not an image of a known format .*; replace or delete the file",
         file("notes.txt"),
     ),
     Bad(
@@ -816,7 +816,7 @@ COMMANDS = [
     Bad(
         "a subset of more pictures than there are",
         "data subset pictures dest --classes 2 --train-per-class 2 --val-per-class 7",
-        r"pictures/val/\w+: has 2 pictures, not 7; ask for 2 at most",
+        r"pictures/val/\w+: has 2 images, not 7; ask for 2 at most",
         pictures(),
     ),
     Bad(
@@ -866,49 +866,49 @@ COMMANDS = [
     Bad(
         "text for a result",
         "report notes.txt",
-        r"notes\.txt: is no JSON \(.*\); name a file that .*",
+        r"notes\.txt: not JSON \(.*\); name a file that .*",
         file("notes.txt"),
     ),
     Bad(
         "bytes for a result",
         "report bytes.json",
-        r"bytes\.json: is no JSON \(.*\); name a file that .*",
+        r"bytes\.json: not JSON \(.*\); name a file that .*",
         file("bytes.json", b"\xff\xfe"),
     ),
     Bad(
         "a folder for a result",
         "report folder",
-        r"folder: is no file; name a file that .*",
+        r"folder: not a file; name a file that .*",
         lambda: Path("folder").mkdir(),
     ),
     Bad(
         "JSON of something else",
         "report other.json",
-        r"other\.json: holds no result; name a file that .*",
+        r"other\.json: not a result; name a file that .*",
         file("other.json", b'{"a": 1}'),
     ),
     Bad(
         "a run's record for a result",
         "report run/run.json",
-        r"run/run\.json: holds no result; name a file that .*",
+        r"run/run\.json: not a result; name a file that .*",
         file("run/run.json", b'{"config": {}, "results": {}}'),
     ),
     Bad(
         "a result without its variants",
         "report r.json",
-        r"r\.json: is no result file of schema version 1 \(experiment: .*\); name a file .*",
+        r"r\.json: not a result file of schema version 1 \(experiment: .*\); name a file .*",
         file("r.json", b'{"variants": 3}'),
     ),
     Bad(
         "a run with text for a step",
         "report r.json",
-        r"r\.json: metrics: .*row 2: step: 'two' is no number; name a file that .*",
+        r"r\.json: metrics: .*row 2: step: 'two' is not a number; name a file that .*",
         file("r.json", run_result(metrics=[{"step": "1"}, {"step": "two"}])),
     ),
     Bad(
         "a run with text for a loss",
         "report r.json",
-        r"r\.json: metrics: .*row 1: train/loss: 'low' is no number; name a file that .*",
+        r"r\.json: metrics: .*row 1: train/loss: 'low' is not a number; name a file that .*",
         file("r.json", run_result(metrics=[{"step": "1", "train/loss": "low"}])),
     ),
     Bad(

@@ -205,7 +205,7 @@ def nested_lists(depth: int) -> list[Any]:
 LAUGHS = "".join(f"l{n}: &l{n} [{', '.join([f'*l{n - 1}'] * 10)}]\n" for n in range(1, 15))
 EXPERIMENT = "variants:\n- name: plain\n- name: hostile\n  environment: {{{}}}\n"
 COMPARE = "compare hostile.yaml --model resnet10 --data synthetic"
-NOT_CIFAR = r"cifar-10-batches-py/data_batch_1: not a CIFAR file \({}\); replace it by the original"
+NOT_CIFAR = r"cifar-10-batches-py/data_batch_1: not a CIFAR file \({}\); replace it with the original"
 FROM_CIFAR = "plan --data cifar10 --data-root ."
 FROM_WEIGHTS = f"train {TINY} --weights"
 HOSTILE_TEXT = 200_000 * b"a"
@@ -266,7 +266,7 @@ PICKLES += [
     Attack(
         "a CIFAR file with a memo of billions",
         FROM_CIFAR,
-        r".*data_batch_1: holds no 'data' and 'labels'; take the file from .*",
+        r".*data_batch_1: does not hold 'data' and 'labels'; take the file from .*",
         cifar(b"\x80\x02Nr\xff\xff\xff\x7f."),
         memory=True,
     ),
@@ -552,32 +552,32 @@ FOLDERS = [
     Attack(
         "a picture that links to the password file",
         f"train {PICTURES} --batch-size 6",
-        r"pictures/train/ant/0\.png: no picture of a known format (?!.*root).*",
+        r"pictures/train/ant/0\.png: not an image of a known format (?!.*root).*",
         pictures(link(HOSTILE_PICTURE, "/etc/passwd")),
     ),
     Attack(
         "a picture that never ends",
         f"plan {PICTURES}",
-        r"pictures/train/ant/0\.png: is no file; .*",
+        r"pictures/train/ant/0\.png: not a file; .*",
         pictures(link(HOSTILE_PICTURE, "/dev/zero")),
         memory=True,
     ),
     Attack(
         "a pipe for a picture",
         f"plan {PICTURES}",
-        r"pictures/train/ant/pipe\.png: is no file; .*",
+        r"pictures/train/ant/pipe\.png: not a file; .*",
         pictures(lambda: os.mkfifo("pictures/train/ant/pipe.png")),
     ),
     Attack(
         "a folder that holds itself",
         f"plan {PICTURES}",
-        r"pictures/train/ant/again: is in its class twice, by a link; remove the link",
+        r"pictures/train/ant/again: the class holds this folder twice, through a link; remove the link",
         pictures(link("pictures/train/ant/again", ".")),
     ),
     Attack(
         "a file name that commands the terminal",
         f"plan {PICTURES}",
-        r"pictures/train/ant/\\x1b\]0;evil\\x07 \\x1b\[2J\.txt: no picture by its name .*",
+        r"pictures/train/ant/\\x1b\]0;evil\\x07 \\x1b\[2J\.txt: not an image by its suffix .*",
         pictures(text("pictures/train/ant/\x1b]0;evil\x07\n\x1b[2J.txt", "")),
     ),
     Attack(
@@ -596,20 +596,20 @@ FOLDERS = [
             memory=True,
         )
         for name, says, content in (
-            ("a page of PostScript", "no picture", b"%!PS-Adobe-3.0 EPSF-3.0\n%%Page: 1"),
-            ("a page of SVG", "no picture", b"<svg xmlns='http://www.w3.org/2000/svg'/>"),
-            ("a PCX file", "no picture", lambda: picture_bytes("PCX", Image.new("L", (9, 9)))),
+            ("a page of PostScript", "not an image", b"%!PS-Adobe-3.0 EPSF-3.0\n%%Page: 1"),
+            ("a page of SVG", "not an image", b"<svg xmlns='http://www.w3.org/2000/svg'/>"),
+            ("a PCX file", "not an image", lambda: picture_bytes("PCX", Image.new("L", (9, 9)))),
             ("a PNG of 900 million pixels", "(30000x30000|more than)", png(30_000, 30_000)),
-            ("a PNG of 2**60 pixels", "(no picture|more than|.* pixels)", png(1 << 30, 1 << 30)),
+            ("a PNG of 2**60 pixels", "(not an image|more than|.* pixels)", png(1 << 30, 1 << 30)),
             (
                 "a PNG with a text of a gigabyte",
-                "(cannot be decoded|no picture)",
+                "(cannot be decoded|not an image)",
                 lambda: png(8, 8, (b"zTXt", b"k\0\0" + zlib.compress(bytes(1 << 28))),
                             data=bytes(8 * 25)),
             ),
             (
                 "a PNG with a thousand texts",
-                "(cannot be decoded|no picture)",
+                "(cannot be decoded|not an image)",
                 lambda: png(8, 8, *[(b"zTXt", b"k\0\0" + zlib.compress(bytes(1 << 20)))] * 200,
                             data=bytes(8 * 25)),
             ),
@@ -644,7 +644,7 @@ RESULTS = [
     ),
     Attack("a result of a terabyte", "report r.json", r"r\.json: is larger than .*",
            sparse("r.json"), memory=True),
-    Attack("an endless result", "report /dev/zero", r"/dev/zero: is no file; .*", memory=True),
+    Attack("an endless result", "report /dev/zero", r"/dev/zero: not a file; .*", memory=True),
 ]  # fmt: skip
 ATTACKS = [*PICKLES, *WEIGHTS, *YAML, *CODE_IN_NAMES, *FOLDERS, *RESULTS]
 

@@ -1,7 +1,7 @@
 """The checkpoint's file: a state of tensors and plain values, in one file that notices damage.
 
 The file is a safetensors file. Nested names become the tensors' names (`model/conv1.weight`), and
-everything that is no tensor is JSON in the header, with the places of the tensors in it. A CRC-32
+everything else is JSON in the header, with the places of the tensors in it. A CRC-32
 of each tensor stands in the header too, and a SHA-256 of the header in its first field, so a file
 that was cut, mixed up or changed in any bit is refused. Nothing in it is a pickle: reading a
 hostile one builds tensors, numbers and text, and cannot run code.
@@ -96,7 +96,7 @@ def write_tensors(file: RawIOBase, state: FlatState) -> list[str]:
 
 
 def write_header(file: RawIOBase, state: FlatState, checksums: list[str]) -> None:
-    """Write what makes the file one: until then it begins with zeros and is none."""
+    """Write the header last, so that a partial file is never valid."""
     header = bytearray(_header(state, checksums))
     header[_DIGEST] = hashlib.sha256(header).hexdigest().encode()
     file.seek(0)
@@ -183,7 +183,7 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
         reason = str(error) if isinstance(error, _Damage) else type(error).__name__
         raise UserError(
             f"{path}: cannot be read as a checkpoint ({reason})",
-            "it is damaged or no checkpoint; take another one from the same folder",
+            "it is damaged or not a checkpoint; use another one from the same folder",
         ) from None
 
 
@@ -212,8 +212,8 @@ def _read_header(file: BinaryIO) -> bytes:
     start = file.read(8 + len(_START))
     if start.startswith((b"PK\x03\x04", b"\x80\x02")):
         raise UserError(
-            f"{file.name}: was written by torch.save and is no checkpoint of this framework",
-            "to start from the weights in it give them as --weights",
+            f"{file.name}: was written by torch.save, not by this framework",
+            "to start from its weights, give it as --weights",
         )
     if start[8:] != _START:
         raise _Damage("it does not begin like one" if any(start) else "it is empty")

@@ -77,7 +77,7 @@ class CheckpointKeeper:
     def is_due(self, step: int) -> bool:
         """Whether an interval between two saves has passed, after `step` steps.
 
-        While a save is being written, no number of seconds makes another one due.
+        While a save is being written, the time alone never makes another one due.
         """
         if self._every_n_steps is not None and step % self._every_n_steps == 0:
             return True

@@ -19,15 +19,13 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     """
     state = read_state(path)
     if not isinstance(state, dict):
-        raise UserError(f"{path}: holds no state of a run", "take another checkpoint")
+        raise UserError(f"{path}: does not hold the state of a run", "use another checkpoint")
     missing = [name for name in _REQUIRED if name not in state]
     if missing:
-        raise UserError(
-            f"{path}: is incomplete: it lacks {missing[0]!r}", "take another checkpoint"
-        )
+        raise UserError(f"{path}: is incomplete: it lacks {missing[0]!r}", "use another checkpoint")
     wrong = [name for name in _REQUIRED if not isinstance(state[name], (dict, type(None)))]
     if wrong:
-        raise UserError(f"{path}: its {wrong[0]!r} is none", "take another checkpoint")
+        raise UserError(f"{path}: its {wrong[0]!r} is not a state", "use another checkpoint")
     return state
 
 
@@ -55,7 +53,7 @@ def load_newest(last: Path) -> tuple[dict[str, Any], Path, list[str]]:
     except UserError as error:
         raise UserError(
             f"{fault}, and {error.fault}",
-            "go on from another checkpoint of that folder with --resume, or start anew with "
+            "resume from another checkpoint of that folder with --resume, or start over with "
             "--resume never",
         ) from None
     return state, previous, [f"warning: {fault}; {previous.name}, the one before it, is used"]

@@ -71,7 +71,7 @@ def unwritable(path: Path, error: OSError) -> UserError:
     """The user's error behind one of the system, about a checkpoint."""
     cure = "free some space or give another --output-dir; the checkpoint before it is kept"
     if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ESTALE):
-        cure = "bring its folder back and go on from the checkpoint in it, or start a new run"
+        cure = "restore its folder and resume from the checkpoint in it, or start a new run"
     return UserError(
         f"{path}: the checkpoint cannot be written ({error.strerror or error})",
         cure,

@@ -45,7 +45,7 @@ def add_compare(commands: Any) -> None:
     parser.add_argument("--list", action="store_true", help="list the shipped experiments")
     parser.add_argument("--output", type=Path, metavar="FILE", help="result file (JSON)")
     parser.add_argument(
-        "--resume", type=Path, metavar="FILE", help="go on with the comparison of a result file"
+        "--resume", type=Path, metavar="FILE", help="resume the comparison of a result file"
     )
     parser.add_argument(
         "--strict", action="store_true", help="exit with 1 where the validity gate marks anything"
@@ -85,7 +85,7 @@ def _compare(options: argparse.Namespace) -> int:
     if comparison.stopped_by:
         if result.rounds:
             print(
-                f"stopped by {comparison.stopped_by} after {result.rounds} rounds; go on with\n"
+                f"stopped by {comparison.stopped_by} after {result.rounds} rounds; resume it with\n"
                 f"  efficient-resnet compare --resume {shlex.quote(str(comparison.path))}"
             )
         return SIGNAL_EXIT_CODES.get(comparison.stopped_by, 1)
@@ -158,7 +158,7 @@ def _axis(text: str) -> tuple[str, list[Any]]:
     try:
         return key.strip().replace("-", "_"), [parse_yaml(value) for value in values.split(",")]
     except (yaml.YAMLError, ValueError):
-        raise UserError(f"--vary {text}: a value is no YAML", "write plain values") from None
+        raise UserError(f"--vary {text}: a value is not YAML", "write plain values") from None
 
 
 def _output_path(output: Path | None, experiment: Any) -> Path:
@@ -172,7 +172,7 @@ def _output_path(output: Path | None, experiment: Any) -> Path:
         return unused_path(Path("benchmarks/results") / name)
     if output.exists():
         raise UserError(
-            f"--output {output}: exists already", "name another file, or go on with it by --resume"
+            f"--output {output}: exists already", "name another file, or resume it with --resume"
         )
     return output
 
@@ -193,7 +193,7 @@ def _refuse_beside_resume(options: argparse.Namespace, settings: dict[str, Any])
     given = [name for name, value in others.items() if value]
     if given:
         raise UserError(
-            f"compare: {given[0]} beside --resume, which goes on as the file says",
+            f"compare: {given[0]} cannot be changed by --resume, which follows the file",
             f"drop {given[0]}",
         )
 

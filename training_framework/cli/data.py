@@ -7,45 +7,39 @@ from typing import Any
 
 __all__ = ["add_inspect", "add_pack"]
 
-_MOST_SKIPPED_SHOWN = 20
+_MAX_SKIPPED_SHOWN = 20
 
 
 def add_pack(actions: Any) -> None:
     """Add the command to a parser's subcommands, as `add_subparsers` gives them."""
-    summary = "pack an image folder into one file, which is read faster"
+    summary = "pack an image folder into tar shards, which are read faster and copied easily"
     parser = actions.add_parser("pack", help=summary, description=summary, allow_abbrev=False)
     parser.set_defaults(run=_pack, parser=parser)
     parser.add_argument("source", type=Path, metavar="SRC", help="folder with train/ and val/")
-    parser.add_argument("destination", type=Path, metavar="DEST.arrow", help="new file")
+    parser.add_argument("destination", type=Path, metavar="DEST", help="new folder")
     parser.add_argument(
         "--shorter-side",
         type=int,
         metavar="PIXELS",
-        help="scale larger pictures down to this shorter side; others keep their bytes",
-    )
-    parser.add_argument(
-        "--quality", type=int, help="JPEG quality of those that are scaled down, 1 to 100 (90)"
-    )
-    parser.add_argument(
-        "--pixels", action="store_true", help="store raw pixels of the squares in the middle"
+        help="scale larger images down to this shorter side; others keep their bytes",
     )
     parser.add_argument(
         "--on-bad-image",
         choices=("stop", "skip"),
         default="stop",
-        help="a picture that cannot be decoded: stop, or skip and list it, 1%% of a split at most",
+        help="an image that cannot be decoded: stop, or skip and list it, at most 1%% of a split",
     )
-    parser.add_argument("--processes", type=int, help="processes (as many as there are cores)")
+    parser.add_argument("--workers", type=int, help="threads (as many as there are cores)")
 
 
 def add_inspect(actions: Any) -> None:
     """Add the command to a parser's subcommands, as `add_subparsers` gives them."""
-    summary = "show what is in a packed file"
+    summary = "show what is in a folder of tar shards"
     parser = actions.add_parser("inspect", help=summary, description=summary, allow_abbrev=False)
     parser.set_defaults(run=_inspect, parser=parser)
-    parser.add_argument("file", type=Path, metavar="FILE", help="what `data pack` wrote")
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="folder of shards")
     parser.add_argument(
-        "--verify", action="store_true", help="read every picture and compare its checksum"
+        "--verify", action="store_true", help="read everything and compare all checksums"
     )
 
 
@@ -53,21 +47,20 @@ def _pack(options: argparse.Namespace) -> None:
     from training_framework.data.shards.packing import pack_folder
     from training_framework.machine.hardware import usable_cores
 
-    summary = pack_folder(
+    info, index = pack_folder(
         options.source,
         options.destination,
-        pixels=options.pixels,
         shorter_side=options.shorter_side,
-        quality=options.quality,
         skip_bad=options.on_bad_image == "skip",
-        processes=usable_cores() if options.processes is None else options.processes,
+        workers=usable_cores() if options.workers is None else options.workers,
         report=_to_stderr,
         show_progress=True,
     )
-    info = summary.info
     print(
-        f"{summary.dest}: {info.train_images:,} training and {info.val_images:,} validation "
-        f"pictures of {len(info.class_names):,} classes, {summary.file_bytes / 1e6:,.1f} MB"
+        f"{options.destination}: {index.train_images:,} training and "
+        f"{len(index) - index.train_images:,} validation images of {len(info.class_names):,} "
+        f"classes in {len(index.shards):,} shards, "
+        f"{sum(size for _, size in index.shards) / 1e6:,.1f} MB"
         + (f", {len(info.skipped)} bad ones left out" if info.skipped else "")
     )
 
@@ -79,40 +72,39 @@ def _to_stderr(line: str) -> None:
 
 
 def _inspect(options: argparse.Namespace) -> None:
-    from training_framework.data.shards.packed import inspect_packed
+    import numpy as np
+
+    from training_framework.data.shards.shard_index import open_index
+    from training_framework.data.sources.shards import verify_shards
     from training_framework.errors import one_line
 
-    report = inspect_packed(options.file, verify=options.verify)
-    info = report.info
-    count = info.train_images + info.val_images
-    if info.pixels is not None:
-        stored = f"raw pixels, {info.pixels}x{info.pixels}"
-    else:
-        stored = (
-            f"picture files, {_range(report.width_range)} px wide, "
-            f"{_range(report.height_range)} px high"
-        )
-        if info.shorter_side is not None:
-            stored += f"; shorter side at most {info.shorter_side}, quality {info.quality}"
-    print(one_line(f"{options.file}: packed from {info.source}, format {info.format_version}"))
-    print(f"  {count:,} pictures: {info.train_images:,} to train, {info.val_images:,} to validate")
-    print(f"  {stored}")
+    info, index, notes = open_index(options.folder)
+    if options.verify:
+        verify_shards(options.folder)
+    count, lengths = len(index), index.lengths
+    source = f", packed from {info.source}" if info.source else ""
+    print(*notes, sep="\n", end="\n" if notes else "")
+    print(one_line(f"{options.folder}: {len(index.shards):,} tar shards{source}"))
     print(
-        f"  {report.file_bytes / 1e6:,.1f} MB; pictures of {report.median_image_bytes:,} bytes at "
-        f"the median, {report.largest_image_bytes:,} at most"
+        f"  {count:,} images: {index.train_images:,} to train, "
+        f"{count - index.train_images:,} to validate"
+    )
+    if info.shorter_side is not None:
+        print(f"  shorter side at most {info.shorter_side} px")
+    print(
+        f"  {sum(size for _, size in index.shards) / 1e6:,.1f} MB; images of "
+        f"{int(np.median(lengths)):,} bytes at the median, {lengths.max():,} at most"
     )
     if options.verify:
         print(f"  checksums: all {count:,} are right")
-    for name in info.skipped[:_MOST_SKIPPED_SHOWN]:
+    for name in info.skipped[:_MAX_SKIPPED_SHOWN]:
         print(one_line(f"  left out as bad: {name}"))
-    if len(info.skipped) > _MOST_SKIPPED_SHOWN:
-        print(f"  and {len(info.skipped) - _MOST_SKIPPED_SHOWN:,} more")
-    print(f"  {len(info.class_names):,} classes, training and validation pictures:")
-    for name, train, val in zip(
-        info.class_names, report.train_per_class, report.val_per_class, strict=True
-    ):
+    if len(info.skipped) > _MAX_SKIPPED_SHOWN:
+        print(f"  and {len(info.skipped) - _MAX_SKIPPED_SHOWN:,} more")
+    print(f"  {len(info.class_names):,} classes, training and validation images:")
+    counts = (
+        np.bincount(part, minlength=len(info.class_names))
+        for part in np.split(index.labels, [index.train_images])
+    )
+    for name, train, val in zip(info.class_names, *counts, strict=True):
         print(f"  {train:7,} {val:7,}  {one_line(name)}")
-
-
-def _range(ends: tuple[int, int]) -> str:
-    return f"{ends[0]:,}" if ends[0] == ends[1] else f"{ends[0]:,} to {ends[1]:,}"

@@ -282,7 +282,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     passed_over = facts.val_images - metrics.count
     if passed_over:
         print(
-            f"note: {passed_over:,} of {facts.val_images:,} pictures are bad and not counted",
+            f"note: {passed_over:,} of {facts.val_images:,} images are bad and not counted",
             file=sys.stderr,
         )
     print(
@@ -318,5 +318,5 @@ def _subset(options: argparse.Namespace) -> None:
     )
     print(
         f"{summary.dest}: {summary.train_images} training and {summary.val_images} validation "
-        f"pictures of {len(summary.classes)} classes ({', '.join(summary.classes)})"
+        f"images of {len(summary.classes)} classes ({', '.join(summary.classes)})"
     )

@@ -70,9 +70,7 @@ def result_lines(result: TrainResult) -> list[str]:
             f"{total / len(result.epoch_seconds):.1f} s each with evaluation"
         )
     if result.bad_images:
-        lines.append(
-            f"data   {result.bad_images:,} bad pictures passed over: bad_images.txt lists them"
-        )
+        lines.append(f"data   {result.bad_images:,} bad images skipped: bad_images.txt lists them")
     lines.append(f"speed  {result.images_per_second:,.0f} training images/s")
     lines.append(f"files  {result.run_directory}")
     return lines

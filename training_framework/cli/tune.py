@@ -58,7 +58,7 @@ def _tune(options: argparse.Namespace) -> None:
         options.config,
         given_settings(options),
         output=options.output,
-        most_trials=options.trials,
+        max_trials=options.trials,
         budget_seconds=options.budget_seconds,
         memory_limit_bytes=None if memory is None else round(memory * 2**30),
         allow_batch_change=options.allow_batch_change,

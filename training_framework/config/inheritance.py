@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from training_framework.config.data_sets import DATA_SETS
 from training_framework.config.names import ALIASES, canonical
 from training_framework.errors import UserError, shown
 
@@ -231,7 +232,7 @@ def _take_data_by_path(settings: dict[str, Setting]) -> None:
     if "data" not in settings:
         return
     data, source = settings["data"]
-    if not isinstance(data, str) or not (data.endswith(".arrow") or Path(data).name != data):
+    if not isinstance(data, str) or not _is_path(data):
         return
     root = settings.get("data_root")
     if root is not None and root.value is not None:
@@ -240,3 +241,7 @@ def _take_data_by_path(settings: dict[str, Setting]) -> None:
             "keep one of them",
         )
     settings["data"], settings["data_root"] = Setting(None, source), Setting(data, source)
+
+
+def _is_path(data: str) -> bool:
+    return data not in DATA_SETS and (Path(data).name != data or Path(data).is_dir())

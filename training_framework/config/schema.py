@@ -1,9 +1,14 @@
 """The one real configuration: flat, typed, frozen, validated."""
 
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeAlias, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from training_framework.config.architectures import MODELS
+from training_framework.config.data_sets import DATA_SETS
+from training_framework.schedules import SCHEDULES
 
 __all__ = ["TRAJECTORY_FREE_KEYS", "Section", "TrainConfig", "sections"]
 
@@ -26,9 +31,23 @@ def _plain_precision(value: Any) -> Any:
 Precision = Annotated[
     Literal["auto", "32", "mixed", "bf16-mixed", "16-mixed"], BeforeValidator(_plain_precision)
 ]
+OptimizerName = Literal["sgd", "adam", "adamw"]
+if TYPE_CHECKING:
+    DataSetName: TypeAlias = str
+    ModelName: TypeAlias = str
+    ScheduleName: TypeAlias = str
+else:
+    DataSetName, ModelName = Literal[tuple(DATA_SETS)], Literal[tuple(MODELS)]
+    ScheduleName = Literal[tuple(SCHEDULES)]
 # A file name or path arrives as text from YAML and from flags.
 FilePath = Annotated[Path, Field(strict=False)]
 Resume = Annotated[Literal["auto", "never"] | FilePath, Field(union_mode="left_to_right")]
+
+
+def _one_of(names: Iterable[str]) -> str:
+    """The names as a person lists them."""
+    *first, last = names
+    return f"{', '.join(first)} or {last}"
 
 
 def _setting(section: Section, default: Any, description: str) -> Any:
@@ -46,8 +65,8 @@ class TrainConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
 
     # fmt: off
-    data: Literal["digits", "cifar10", "cifar100", "folder", "packed", "synthetic"] | None = _setting("data", None, "data set: digits, cifar10, cifar100, folder, packed or synthetic, or the path of a folder or packed file; unset: what data_root holds, else digits")
-    data_root: FilePath | None = _setting("data", None, "folder or packed file with the data, relative to the working directory")
+    data: DataSetName | None = _setting("data", None, f"data set: {', '.join(DATA_SETS)}, or the path of a folder; unset: what data_root holds, else digits")
+    data_root: FilePath | None = _setting("data", None, "folder with the data, relative to the working directory")
     img_size: Annotated[int, Field(ge=8, le=4096)] | None = _setting("data", None, "side in pixels of the images the network sees; unset: the data set's own")
     num_classes: Annotated[int, Field(ge=2, le=MOST)] | None = _setting("data", None, "number of classes; unset: counted in the data")
     limit_train_images: PositiveInt | None = _setting("data", None, "train on so many of the training images, drawn evenly over the classes; unset: all")
@@ -59,9 +78,9 @@ class TrainConfig(BaseModel):
     random_erasing: Annotated[float, Field(ge=0, le=1)] = _setting("data", 0.0, "probability of erasing a random rectangle of a training image; 0: off")
     mixup: NonNegativeFloat = _setting("data", 0.0, "mixup's alpha; 0: off")
     cutmix: NonNegativeFloat = _setting("data", 0.0, "cutmix's alpha; 0: off; with mixup too, each step draws one of them")
-    on_bad_image: Literal["stop", "skip"] = _setting("data", "stop", "a picture that cannot be decoded: stop names it and ends the run; skip passes over it and lists it in bad_images.txt, 1% of a split at most")
+    on_bad_image: Literal["stop", "skip"] = _setting("data", "stop", "an image that cannot be decoded: stop names it and ends the run; skip leaves it out and lists it in bad_images.txt, at most 1% of a split")
 
-    model: Literal["resnet10", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152"] = _setting("model", "resnet18", "resnet10, resnet18, resnet34, resnet50, resnet101 or resnet152")
+    model: ModelName = _setting("model", "resnet18", _one_of(MODELS))
     stem: Literal["auto", "cifar", "imagenet"] = _setting("model", "auto", "first layers: cifar (3x3, stride 1, no pooling), imagenet (7x7, stride 2, pooling), or auto, from the image size")
     weights: FilePath | None = _setting("model", None, "weights to start from: a .safetensors or .pth file with torchvision's names")
     share_early_weights: bool = _setting("model", False, "let the two convolutions of each early block share one weight (resnet10, 18, 34)")
@@ -70,7 +89,7 @@ class TrainConfig(BaseModel):
     epochs: PositiveInt = _setting("training", 15, "passes over the training set")
     batch_size: PositiveInt = _setting("training", 64, "images of one forward pass over all devices together; one optimizer step sees accumulate_grad_batches of them")
     accumulate_grad_batches: PositiveInt = _setting("training", 1, "batches whose gradients are averaged for one optimizer step")
-    optimizer: Literal["sgd", "adam", "adamw"] = _setting("training", "sgd", "sgd, adam or adamw")
+    optimizer: OptimizerName = _setting("training", "sgd", _one_of(get_args(OptimizerName)))
     lr: PositiveFloat | Auto = _setting("training", "auto", "peak learning rate; auto: from the optimizer and the batch size")
     momentum: Fraction = _setting("training", 0.9, "momentum of sgd")
     nesterov: bool | Auto = _setting("training", "auto", "Nesterov's momentum for sgd; auto: on where momentum is above 0")
@@ -79,7 +98,7 @@ class TrainConfig(BaseModel):
     eps: PositiveFloat = _setting("training", 1e-8, "term that keeps adam's and adamw's denominators above zero")
     weight_decay: NonNegativeFloat = _setting("training", 5e-4, "weight decay; norms and biases are left out")
     decay_norm_and_bias: bool = _setting("training", False, "apply weight decay to norms and biases too")
-    scheduler: Literal["cosine", "step", "multi_step", "one_cycle", "linear", "constant"] = _setting("training", "one_cycle", "learning-rate schedule: cosine, step, multi_step, one_cycle, linear or constant")
+    scheduler: ScheduleName = _setting("training", "one_cycle", f"learning-rate schedule: {_one_of(SCHEDULES)}")
     warmup_epochs: NonNegativeFloat | None = _setting("training", None, "warm-up in epochs; unset: none, or the first 30% of one_cycle")
     warmup_steps: NonNegativeInt | None = _setting("training", None, "warm-up in optimizer steps, instead of warmup_epochs")
     step_size: PositiveFloat = _setting("training", 30.0, "scheduler step: epochs between two drops")
@@ -92,7 +111,7 @@ class TrainConfig(BaseModel):
 
     accelerator: Literal["auto", "cpu", "gpu"] = _setting("machine", "auto", "auto, cpu or gpu; auto: a GPU that this PyTorch can use, else the CPU")
     devices: PositiveInt | Auto = _setting("machine", "auto", "devices to train on; more than one: start with torchrun")
-    strategy: Literal["auto", "ddp"] = _setting("machine", "auto", "auto or ddp (torch's DistributedDataParallel)")
+    strategy: Literal["auto", "ddp"] = _setting("machine", "auto", "auto: torch's DistributedDataParallel where torchrun starts several processes; ddp: the same, and refuse to train in one process")
     sync_batchnorm: bool = _setting("machine", False, "batch norm over the batches of all devices")
     precision: Precision = _setting("machine", "auto", "32, bf16-mixed, 16-mixed, mixed (the device's best of the two), or auto")
     channels_last: bool | Auto = _setting("machine", "auto", "memory format with the channels last; auto: on")
@@ -160,10 +179,11 @@ def _contradictions(config: TrainConfig) -> list[str]:
         )
     if config.nesterov is True and config.momentum == 0:
         faults.append("nesterov needs momentum above 0; raise momentum or drop nesterov")
-    if config.share_early_weights and config.model in ("resnet50", "resnet101", "resnet152"):
+    if config.share_early_weights and MODELS[config.model].block != "basic":
+        basic = _one_of(name for name, found in MODELS.items() if found.block == "basic")
         faults.append(
             f"share_early_weights has no pair of equal convolutions in {config.model}; "
-            "use resnet10, resnet18 or resnet34, or switch it off"
+            f"use {basic}, or switch it off"
         )
     if config.compile_mode is not None and config.compile is False:
         faults.append("compile_mode is given but compile is false; drop one of them")
@@ -176,7 +196,7 @@ def _contradictions(config: TrainConfig) -> list[str]:
         faults.append(
             "resume and weights are both given; resume restores its own weights, so drop weights"
         )
-    if config.data in ("digits", "synthetic") and config.data_root is not None:
+    if config.data and not DATA_SETS[config.data].reads_files and config.data_root is not None:
         faults.append(
             f"data is {config.data}, which reads no files, but data_root is "
             f"{str(config.data_root)!r}; drop data_root (null) or name the data set that it holds"

@@ -1,86 +1,44 @@
 """Data: sources that open a data set, loaders that yield its batches, transforms on the device."""
 
 import difflib
-from collections.abc import Callable
-from dataclasses import dataclass
+import pkgutil
 from pathlib import Path
-from typing import Literal
 
+from training_framework.config.data_sets import DATA_SETS
 from training_framework.data.bad_images import BadImages
 from training_framework.data.batch import Batch, Loader
+from training_framework.data.image_files import FileSplit, StorageFault
 from training_framework.data.loading import ResidentLoader, build_loader
-from training_framework.data.shards.packed import is_packed, open_packed
-from training_framework.data.sources.cifar import CIFAR10, CIFAR100, cifar_folder, open_cifar
-from training_framework.data.sources.digits import open_digits
-from training_framework.data.sources.folder import open_folder
-from training_framework.data.sources.synthetic import open_synthetic
-from training_framework.data.splits import (
-    ArraySplit,
-    Dataset,
-    FileSplit,
-    PackedSplit,
-    Split,
-    SyntheticSplit,
-)
+from training_framework.data.sources.source import DatasetRequest, DataSource
+from training_framework.data.splits import ArraySplit, Dataset, EncodedSplit, Split
 from training_framework.data.transforms import EvalTransform, MixedLabels, TrainTransform
 from training_framework.data.user_loader import ForeignLoader
 from training_framework.data.worker_loading import WorkerLoader
 from training_framework.errors import UserError
 
 __all__ = [
-    "DATASETS",
+    "DATA_SETS",
     "ArraySplit",
     "BadImages",
     "Batch",
+    "DataSource",
     "Dataset",
     "DatasetRequest",
+    "EncodedSplit",
     "EvalTransform",
     "FileSplit",
     "ForeignLoader",
     "Loader",
     "MixedLabels",
-    "PackedSplit",
     "ResidentLoader",
     "Split",
-    "SyntheticSplit",
+    "StorageFault",
     "TrainTransform",
     "WorkerLoader",
     "build_loader",
     "detect_dataset",
     "open_dataset",
 ]
-
-
-@dataclass(frozen=True, kw_only=True)
-class DatasetRequest:
-    """What `open_dataset` was asked for; each opener reads what concerns it."""
-
-    root: Path | None = None
-    image_size: int | None = None
-    num_classes: int | None = None
-    synthetic_train_images: int = 2048
-    synthetic_val_images: int = 512
-    seed: int = 0
-
-
-def _open_synthetic(request: DatasetRequest) -> Dataset:
-    return open_synthetic(
-        train_images=request.synthetic_train_images,
-        val_images=request.synthetic_val_images,
-        image_size=request.image_size,
-        num_classes=request.num_classes,
-        seed=request.seed,
-    )
-
-
-DATASETS: dict[str, Callable[[DatasetRequest], Dataset]] = {
-    "digits": lambda asked: open_digits(image_size=asked.image_size),
-    "cifar10": lambda asked: open_cifar(CIFAR10, root=asked.root, image_size=asked.image_size),
-    "cifar100": lambda asked: open_cifar(CIFAR100, root=asked.root, image_size=asked.image_size),
-    "folder": lambda asked: open_folder(root=asked.root, image_size=asked.image_size),
-    "packed": lambda asked: open_packed(root=asked.root, image_size=asked.image_size),
-    "synthetic": _open_synthetic,
-}
 
 
 def open_dataset(
@@ -97,24 +55,24 @@ def open_dataset(
     """Open a data set by name.
 
     Args:
-        name: One of `DATASETS`.
-        root: Where its files are; needed by `folder`, `data` for CIFAR unless given.
+        name: One of `DATA_SETS`.
+        root: Where its files are; needed by `folder` and `shards`; for CIFAR `data` unless given.
         image_size: Side in pixels; the set's own default unless given.
-        num_classes: How many classes the set must have; made, for `synthetic`.
+        num_classes: How many classes the set must have; `synthetic` makes this many.
         synthetic_train_images: Training images of `synthetic`.
         synthetic_val_images: Validation images of `synthetic`.
-        limit_train_images: Keep so many of the training images, drawn evenly over the classes.
-        seed: Draws `synthetic`'s images, and those that are kept.
+        limit_train_images: Keep this many of the training images, drawn evenly over the classes.
+        seed: Draws `synthetic`'s images, and which training images are kept.
 
     Raises:
         UserError: No such set, files missing or wrong, another number of classes, or fewer training
-            images than shall be kept.
+            images than are to be kept.
     """
-    if name not in DATASETS:
-        near = difflib.get_close_matches(name, DATASETS, 1)
+    if name not in DATA_SETS:
+        near = difflib.get_close_matches(name, DATA_SETS, 1)
         raise UserError(
             f"data: no data set is called {name!r}",
-            f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(DATASETS)}",
+            f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(DATA_SETS)}",
         )
     request = DatasetRequest(
         root=root,
@@ -124,7 +82,7 @@ def open_dataset(
         synthetic_val_images=synthetic_val_images,
         seed=seed,
     )
-    dataset = DATASETS[name](request)
+    dataset = _source(name).open(request)
     found = dataset.facts.num_classes
     if num_classes is not None and num_classes != found:
         where = f" in {root}" if root else ""
@@ -137,22 +95,25 @@ def open_dataset(
     return dataset
 
 
-def detect_dataset(root: Path) -> Literal["folder", "packed", "cifar10", "cifar100"]:
-    """What a folder holds, or a file.
+def detect_dataset(root: Path) -> str:
+    """The name of the data set that a folder holds.
 
     Raises:
         UserError: None of the known layouts.
     """
-    if (root / "train").is_dir():  # without val/ too, which opening it then names
-        return "folder"
-    if cifar_folder(CIFAR10, root):
-        return "cifar10"
-    if cifar_folder(CIFAR100, root):
-        return "cifar100"
-    if is_packed(root):
-        return "packed"
+    layouts = []
+    for name, entry in DATA_SETS.items():
+        source = _source(name) if entry.reads_files else None
+        if source and source.recognizes:
+            if source.recognizes(root):
+                return name
+            layouts.append(source.layout)
     raise UserError(
-        f"data_root {root} " + ("holds no known data set" if root.is_dir() else "is no folder"),
-        f"it must hold train/ and val/, {CIFAR10.folder}/ or {CIFAR100.folder}/, or be a packed "
-        ".arrow file",
+        f"data_root {root} " + ("holds no known data set" if root.is_dir() else "is not a folder"),
+        f"it must hold {', '.join(layouts[:-1])} or {layouts[-1]}",
     )
+
+
+def _source(name: str) -> DataSource:
+    source: DataSource = pkgutil.resolve_name(DATA_SETS[name].source)
+    return source

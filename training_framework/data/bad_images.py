@@ -1,4 +1,4 @@
-"""Pictures that could not be decoded and were passed over: counted, capped, listed."""
+"""Images that could not be decoded and were skipped: counted, capped, listed."""
 
 import json
 import warnings
@@ -16,7 +16,7 @@ _SPLITS: tuple[SplitName, ...] = ("train", "val")
 _FEWEST_ALLOWED = 10
 _ALLOWED_PERCENT = 1
 _NAMED_IN_ERROR = 5
-_MOST_NOTES = 10
+_MAX_NOTES = 10
 
 
 def _warn(line: str) -> None:
@@ -24,13 +24,13 @@ def _warn(line: str) -> None:
 
 
 class BadImages:
-    """The bad pictures of a run, each once; more of them than a split may have are an error.
+    """The bad images of a run, each once; more of them than a split may have are an error.
 
-    A split may have 1% of its pictures, or 10 where that is more, but always less than half.
+    A split may have 1% of its images, or 10 where that is more, but always less than half.
 
     Args:
-        train: Pictures of the training split.
-        val: Pictures of the validation split.
+        train: Images of the training split.
+        val: Images of the validation split.
         report: Says a line to people; by default that is a warning.
     """
 
@@ -44,12 +44,12 @@ class BadImages:
         return sum(map(len, self._reasons.values()))
 
     def limit(self, split: SplitName) -> int:
-        """How many bad pictures a split may have."""
+        """How many bad images a split may have."""
         count = self._counts[split]
         return max(0, min(max(_FEWEST_ALLOWED, count * _ALLOWED_PERCENT // 100), (count - 1) // 2))
 
     def add(self, split: SplitName, reasons: Mapping[str, str]) -> None:
-        """Take note of pictures, by name with the reason; those known already change nothing.
+        """Take note of images, by name with the reason; those known already change nothing.
 
         Raises:
             UserError: They are more than the split may have, or the list cannot be written.
@@ -64,10 +64,10 @@ class BadImages:
         if fresh and len(known) > limit:
             first = ", ".join(list(known)[:_NAMED_IN_ERROR])
             raise UserError(
-                f"{len(known)} pictures of the {split} split cannot be decoded, and {limit} of "
-                f"{self._counts[split]} are passed over at most: {first}"
+                f"{len(known)} images of the {split} split cannot be decoded, and {limit} of "
+                f"{self._counts[split]} are skipped at most: {first}"
                 + (", ..." if len(known) > _NAMED_IN_ERROR else ""),
-                "mend or delete them" + (f"; {self._path} lists them" if self._path else ""),
+                "repair or delete them" + (f"; {self._path} lists them" if self._path else ""),
             )
 
     def by_split(self) -> dict[SplitName, dict[str, str]]:
@@ -77,11 +77,11 @@ class BadImages:
     def list_in(self, path: Path, report: Callable[[str], None]) -> None:
         """Go on from what a file lists, and list them there from now on.
 
-        A line holds the split, the picture's name and the reason, between tabs. A name with tabs,
-        newlines or bytes that are no text is a JSON string.
+        A line holds the split, the image's name and the reason, between tabs. A name with tabs,
+        newlines or bytes that are not text is a JSON string.
 
         Args:
-            path: The file; it need not exist, and is not made before there is a bad picture.
+            path: The file; it need not exist, and is not made before there is a bad image.
             report: Says a line to people from now on.
 
         Raises:
@@ -96,10 +96,10 @@ class BadImages:
             self._append(split, new)
 
     def _say(self, name: str, reason: str) -> None:
-        if len(self) <= _MOST_NOTES:
-            self._report(one_line(f"note: passed over {name}: {reason}"))
-        if len(self) == _MOST_NOTES:
-            self._report("note: further bad pictures are only listed")
+        if len(self) <= _MAX_NOTES:
+            self._report(one_line(f"note: skipped {name}: {reason}"))
+        if len(self) == _MAX_NOTES:
+            self._report("note: more bad images are listed, not shown")
 
     def _append(self, split: SplitName, reasons: Mapping[str, str]) -> None:
         if self._path is None or not reasons:
@@ -134,7 +134,7 @@ def _read(path: Path) -> dict[SplitName, dict[str, str]]:
         raise UserError(f"{path}: cannot be read ({error.strerror})", "check the file") from None
     except ValueError:  # no UTF-8, no JSON
         raise UserError(
-            f"{path}: is no list of bad pictures", "move it away; a new one is begun"
+            f"{path}: not a list of bad images", "move it away; a new one is started"
         ) from None
     return listed
 

@@ -1,6 +1,6 @@
-"""From the bytes of a picture to the uint8 pixels that are wanted of it, and no more than those.
+"""From the bytes of an image to the uint8 pixels that are wanted of it, and no more than those.
 
-Pictures are taken as they are stored: an EXIF orientation is not applied and transparency is
+Images are taken as they are stored: an EXIF orientation is not applied and transparency is
 dropped, as torchvision's loader does, whose crops these are.
 """
 
@@ -33,7 +33,7 @@ __all__ = [
 ]
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
-MAX_PIXELS = 178_956_970  # where Pillow, too, takes a picture for a decompression bomb
+MAX_PIXELS = 178_956_970  # where Pillow, too, takes an image for a decompression bomb
 
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 _JPEG_ERRORS = (ValueError, KeyError)  # KeyError where the header ends before the sampling factors
@@ -58,7 +58,7 @@ def image_shape(data: bytes, path: Path | str) -> tuple[int, int]:
         path: What to call it in errors.
 
     Raises:
-        UserError: It is no picture of a known format, or has more than `MAX_PIXELS` pixels.
+        UserError: It is not an image of a known format, or has more than `MAX_PIXELS` pixels.
     """
     if _is_jpeg(data):
         try:
@@ -69,7 +69,7 @@ def image_shape(data: bytes, path: Path | str) -> tuple[int, int]:
         height, width = _pillow_shape(data, path)
     if height * width > MAX_PIXELS:
         raise UserError(
-            f"{path}: {width}x{height} pixels are more than {MAX_PIXELS}", "scale the picture down"
+            f"{path}: {width}x{height} pixels are more than {MAX_PIXELS}", "scale the image down"
         )
     return height, width
 
@@ -77,7 +77,7 @@ def image_shape(data: bytes, path: Path | str) -> tuple[int, int]:
 def decode_image(
     data: bytes, path: Path | str, *, min_size: tuple[int, int] | None = None
 ) -> Pixels:
-    """Decode a picture: (H, W, 3) uint8 RGB.
+    """Decode an image: (H, W, 3) uint8 RGB.
 
     JPEG goes through libjpeg-turbo, the rest (and CMYK, and what libjpeg-turbo complains of)
     through Pillow.
@@ -89,7 +89,7 @@ def decode_image(
             size where that still suffices, which is cheaper. None is the whole size.
 
     Raises:
-        UserError: It is truncated, no picture, or has more than `MAX_PIXELS` pixels.
+        UserError: It is truncated, not an image, or has more than `MAX_PIXELS` pixels.
     """
     height, width = image_shape(data, path)
     if _is_jpeg(data):
@@ -114,7 +114,7 @@ def decode_random_resized_crop(
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
     out: Pixels | None = None,
 ) -> Pixels:
-    """A random crop of a picture, resized: (size, size, 3) uint8 RGB.
+    """A random crop of an image, resized: (size, size, 3) uint8 RGB.
 
     The crop is chosen from the header, so that a JPEG is decoded no larger than the crop needs, and
     as little as possible of what lies outside of it. Where it is decoded at 1/2, 1/4 or 1/8 of its
@@ -125,13 +125,13 @@ def decode_random_resized_crop(
         path: What to call it in errors.
         size: Side of the result in pixels.
         rng: Draws the crop.
-        scale: Least and largest area of the crop, as a share of the picture.
+        scale: Least and largest area of the crop, as a share of the image.
         ratio: Least and largest width over height of the crop.
         out: Where to put the result, a new array unless given.
 
     Raises:
-        UserError: It is no picture, has more than `MAX_PIXELS` pixels, or is damaged in a part that
-            has to be read.
+        UserError: It is not an image, has more than `MAX_PIXELS` pixels, or is damaged in a part
+            that has to be read.
     """
     height, width = image_shape(data, path)
     box = random_crop_box(height, width, rng=rng, scale=scale, ratio=ratio)
@@ -152,7 +152,7 @@ def decode_random_resized_crop(
 def decode_center_crop(
     data: bytes, path: Path | str, *, size: int, out: Pixels | None = None
 ) -> Pixels:
-    """The middle of a picture, resized: (size, size, 3) uint8 RGB.
+    """The middle of an image, resized: (size, size, 3) uint8 RGB.
 
     The shorter side becomes 256/224 of `size`, of which the middle is kept.
 
@@ -163,7 +163,7 @@ def decode_center_crop(
         out: Where to put the result, a new array unless given.
 
     Raises:
-        UserError: It is truncated, no picture, or has more than `MAX_PIXELS` pixels.
+        UserError: It is truncated, not an image, or has more than `MAX_PIXELS` pixels.
     """
     height, width = _resized_shape(*image_shape(data, path), size)
     wanted = math.ceil(_OVERSAMPLING * height), math.ceil(_OVERSAMPLING * width)
@@ -204,7 +204,7 @@ def random_crop_box(
 
 
 def resize_and_center_crop(pixels: Pixels, size: int) -> Pixels:
-    """The middle of a picture, as torchvision's Resize(256/224 of size), CenterCrop(size) keep it.
+    """The middle of an image, as torchvision's Resize(256/224 of size), CenterCrop(size) keep it.
 
     Args:
         pixels: (H, W, 3) uint8.
@@ -233,7 +233,7 @@ def resize(pixels: Pixels, height: int, width: int, *, out: Pixels | None = None
     """
     if out is None:
         out = np.empty((height, width, 3), dtype=np.uint8)
-    # Contiguous, since reading rows out of a wider picture costs more than a copy; writable, since
+    # Contiguous, since reading rows out of a wider image costs more than a copy; writable, since
     # torch warns of arrays that are not.
     source = np.require(pixels, requirements=("C", "W"))
     # What functional.interpolate(antialias=True) computes, but that would lay out its result by
@@ -250,7 +250,7 @@ def _as_batch(pixels: Pixels) -> torch.Tensor:
 def _on_grid(box: Box, factor: int) -> Box:
     """The box with its edges on multiples of `factor`, where pixels of that scale begin.
 
-    Resampling from between them would shift the picture, which costs more than all else.
+    Resampling from between them would shift the image, which costs more than all else.
     """
     if factor == 1:
         return box
@@ -269,7 +269,7 @@ def _resized_shape(height: int, width: int, size: int) -> tuple[int, int]:
 
 
 def _middle(pixels: Pixels) -> Pixels:
-    """Pixels without the ends of a very long picture, which resizing would blow up in vain."""
+    """Pixels without the ends of a very long image, which resizing would blow up in vain."""
     height, width = pixels.shape[:2]
     top = max(0, (height - _LONGEST_SIDES * width) // 2)
     left = max(0, (width - _LONGEST_SIDES * height) // 2)
@@ -296,11 +296,11 @@ def _open_with_pillow(data: bytes, path: Path | str) -> Image.Image:
             return Image.open(io.BytesIO(data), formats=_FORMATS)
         except Image.DecompressionBombError:
             raise UserError(
-                f"{path}: more than {MAX_PIXELS} pixels", "scale the picture down"
+                f"{path}: more than {MAX_PIXELS} pixels", "scale the image down"
             ) from None
         except Exception:  # Pillow's readers raise whatever a broken header leads them to
             raise UserError(
-                f"{path}: no picture of a known format ({', '.join(_FORMATS)})",
+                f"{path}: not an image of a known format ({', '.join(_FORMATS)})",
                 "replace or delete the file",
             ) from None
 
@@ -308,7 +308,7 @@ def _open_with_pillow(data: bytes, path: Path | str) -> Image.Image:
 def _pillow_shape(data: bytes, path: Path | str) -> tuple[int, int]:
     image = _open_with_pillow(data, path)
     if isinstance(image, TiffImageFile):
-        # A tile is unpacked whole, however little of it the picture shows.
+        # A tile is unpacked whole, however little of it the image shows.
         width, height = (image.tag_v2.get(tag, 0) for tag in (_TILE_WIDTH, _TILE_LENGTH))
         if width * height > MAX_PIXELS:
             raise UserError(

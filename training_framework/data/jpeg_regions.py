@@ -32,7 +32,7 @@ _UNREAD_ROWS = re.compile(r"extraneous bytes before marker 0xd[0-79]\b")
 
 
 class Box(NamedTuple):
-    """A rectangle of a picture, in pixels."""
+    """A rectangle of an image, in pixels."""
 
     top: int
     left: int
@@ -41,11 +41,11 @@ class Box(NamedTuple):
 
 
 class Region(NamedTuple):
-    """A decoded part of a picture.
+    """A decoded part of an image.
 
     Attributes:
         pixels: (H, W, 3) uint8 RGB, scaled.
-        top: Rows of the whole picture, scaled as `pixels` are, above them.
+        top: Rows of the whole image, scaled as `pixels` are, above them.
         left: Columns to the left of them.
     """
 
@@ -72,12 +72,12 @@ def decode_region(data: bytes, box: Box, *, factor: int) -> Region | None:
 
     Args:
         data: The file's bytes.
-        box: The rectangle, in the whole picture.
+        box: The rectangle, in the whole image.
         factor: 1, 2, 4 or 8.
 
     Returns:
         At least the rectangle (every scaled pixel that touches it), equal to that part of the whole
-        picture; None where that is not to be had (another kind of JPEG, or a damaged one), or would
+        image; None where that is not to be had (another kind of JPEG, or a damaged one), or would
         not save anything.
     """
     frame = _read_frame(data)
@@ -218,7 +218,7 @@ def _joined(
     struct.pack_into(">HH", joined, frame.size_position, height, width)
     ends = frame.scan_position + np.cumsum(kept[:, :, 1] - kept[:, :, 0] + 2)[:-1]
     numbers = np.arange(len(ends)) % 8
-    # Also where a row of segments ends, which is a marker in the whole picture no longer.
+    # Also where a row of segments ends, which is a marker in the whole image no longer.
     view = np.frombuffer(joined, dtype=np.uint8)
     view[ends - 1] = 0xD0 + numbers
     return joined

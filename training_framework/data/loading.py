@@ -8,13 +8,7 @@ import torch
 from training_framework.data.bad_images import BadImages
 from training_framework.data.batch import Batch, Loader
 from training_framework.data.sampling import BatchPlan
-from training_framework.data.splits import (
-    ArraySplit,
-    FileSplit,
-    PackedSplit,
-    Split,
-    SyntheticSplit,
-)
+from training_framework.data.splits import ArraySplit, EncodedSplit, Split
 from training_framework.data.worker_loading import WorkerLoader
 from training_framework.errors import UserError
 
@@ -48,7 +42,7 @@ class ResidentLoader:
             yield Batch(images, self._labels.index_select(0, indices), indices)
 
     def close(self) -> None:
-        """Nothing to let go of: the images live as long as the loader."""
+        """Do nothing: the images live as long as the loader."""
 
 
 def build_loader(
@@ -70,7 +64,7 @@ def build_loader(
     """Choose and build the loader of a split.
 
     Args:
-        split: What to load. A synthetic split is made on the device here and is always resident.
+        split: What to load. Images that are made on the device are always resident.
         device: Where the batches are wanted.
         global_batch_size: Samples of a batch over all ranks.
         train: Shuffled, random crops, whole batches; otherwise in order and every sample once.
@@ -79,11 +73,10 @@ def build_loader(
         rank: This process, from 0.
         world_size: Processes.
         resident: Keep an array split whole on the device.
-        num_workers: Loader processes; 0 loads in this one. Of no concern to a resident split.
+        num_workers: Loader processes; 0 loads in this one. A resident split needs none.
         prefetch_factor: Batches that each worker prepares ahead.
         pin_memory: Page-locked host memory, for copies to CUDA that run beside the computation.
-        bad_images: Where pictures that cannot be decoded are passed over and noted; None: each is
-            an error.
+        bad_images: Notes images that cannot be decoded and are skipped; None: each is an error.
 
     Raises:
         UserError: Files cannot be resident, arrays have another image size, or a batch would leave
@@ -97,23 +90,24 @@ def build_loader(
         rank=rank,
         world_size=world_size,
     )
-    if isinstance(split, SyntheticSplit):
-        split, resident = split.materialize(device), True
-    if isinstance(split, FileSplit | PackedSplit) and resident:
-        raise UserError(
-            f"resident_data is on, but {split.place} holds files", "set resident_data to false"
-        )
-    if isinstance(split, ArraySplit):
-        height, width = split.images.shape[2:]
+    stored = split if isinstance(split, EncodedSplit) else split.array(device)
+    if isinstance(stored, EncodedSplit):
+        if resident:
+            raise UserError(
+                f"resident_data is on, but {stored.place} holds files",
+                "set resident_data to false",
+            )
+    else:
+        height, width = stored.images.shape[2:]
         if (height, width) != (image_size, image_size):
             raise UserError(
                 f"the images are {width}x{height} px, not {image_size}x{image_size}",
                 f"open the data set with img_size {image_size}",
             )
-        if resident:
-            return ResidentLoader(split, plan=plan, device=device)
+        if resident or stored is not split:  # made on the device, so it stays there
+            return ResidentLoader(stored, plan=plan, device=device)
     return WorkerLoader(
-        split,
+        stored,
         plan=plan,
         device=device,
         image_size=image_size,

@@ -9,7 +9,7 @@ from torch import Tensor
 __all__ = ["SampleDigest", "digest_of_batches"]
 
 _DIGEST_BYTES = 8
-_MOST_UNREAD = 32
+_MAX_UNREAD = 32
 
 
 class SampleDigest:
@@ -34,7 +34,7 @@ class SampleDigest:
         """Add a batch: (N,) int64 positions in the split, on any device."""
         self._unread.append(indices)
         # A loader's processes share their tensors by open files, of which there may be few.
-        if len(self._unread) >= _MOST_UNREAD and indices.device.type == "cpu":
+        if len(self._unread) >= _MAX_UNREAD and indices.device.type == "cpu":
             self.read()
 
     def read(self) -> str:

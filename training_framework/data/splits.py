@@ -1,7 +1,11 @@
-"""Data sets in memory: what a source opens, before any loader."""
+"""Data sets, opened: their splits, before any loader."""
 
+import hashlib
+import os
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, Protocol, Self
 
 import numpy as np
 import torch
@@ -10,177 +14,157 @@ from torch import Tensor
 from torch.nn import functional
 
 from training_framework.data.facts import DatasetFacts
-from training_framework.data.shards.packed_file import PackedFile
 from training_framework.errors import UserError
 
-__all__ = [
-    "ArraySplit",
-    "Dataset",
-    "FileSplit",
-    "PackedSplit",
-    "Split",
-    "SyntheticSplit",
-    "limit_split",
-]
+__all__ = ["ArraySplit", "Dataset", "EncodedImages", "EncodedSplit", "Split", "sha256_of"]
 
 _RESIZED_AT_ONCE = 4096
-_GENERATED_BYTES_AT_ONCE = 1 << 28
+
+
+class Split(ABC):
+    """A part of a data set: images and their labels, wherever they are.
+
+    Attributes:
+        labels: (N,) int64.
+    """
+
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @abstractmethod
+    def take(self, samples: Tensor) -> "Split":
+        """The split of these samples alone: (n,) int64 positions, in their order."""
+
+    @abstractmethod
+    def digest(self) -> str:
+        """SHA-256, as hexadecimal text, of what a run's result depends on in this split."""
+
+    def name_of(self, sample: int) -> str:
+        """What to call a sample in messages: its position, unless it has a name."""
+        return str(sample)
+
+    def array(self, device: torch.device | str) -> "ArraySplit":
+        """The images as one array, perhaps made on the device; an `EncodedSplit` has none."""
+        raise NotImplementedError
+
+    def limited(self, count: int, *, seed: int) -> "Split":
+        """A part of the split: `count` samples, drawn evenly over the classes, in their order.
+
+        Every class gives the same number of samples, or one more, or all where it has fewer.
+
+        Args:
+            count: Samples to keep, at most as many as there are.
+            seed: Draws them; the same seed draws the same samples, and of two counts the larger
+                one's contain the smaller one's.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        shuffled = torch.randperm(len(self), generator=generator)
+        by_class = shuffled[torch.argsort(self.labels[shuffled], stable=True)]
+        sizes = torch.bincount(self.labels)
+        starts = torch.repeat_interleave(sizes.cumsum(0) - sizes, sizes)
+        turn = torch.arange(len(self)) - starts
+        return self.take(by_class[torch.argsort(turn, stable=True)[:count]].sort().values)
+
+
+class EncodedImages(Protocol):
+    """The encoded images of a split, as loader processes read them."""
+
+    def __len__(self) -> int: ...
+
+    def name_of(self, sample: int) -> str:
+        """What to call a sample in messages."""
+        ...
+
+    def read(self, sample: int) -> bytes:
+        """The bytes of an encoded image.
+
+        Raises:
+            StorageFault: They cannot be read, or are not the bytes that were stored.
+            UserError: They are too many for an image.
+        """
+        ...
+
+
+class EncodedSplit(Split):
+    """Images that are stored encoded (JPEG, PNG, ...), to be decoded one by one."""
+
+    @property
+    @abstractmethod
+    def place(self) -> Path:
+        """Where they are, for messages."""
+
+    @abstractmethod
+    def images(self) -> EncodedImages:
+        """The images, in a form that forked processes share."""
+
+    def refuse_empty(self) -> None:
+        """Refuse empty files, which else would be met only after an epoch.
+
+        Raises:
+            UserError: There is one.
+        """
 
 
 @dataclass(frozen=True, eq=False)
-class ArraySplit:
+class ArraySplit(Split):
     """Images as one array.
 
     Attributes:
         images: (N, C, H, W) uint8.
         labels: (N,) int64.
+        made_from: Digest of what the images were computed from; empty where they are the originals.
     """
 
     images: Tensor
     labels: Tensor
+    made_from: str = ""
 
-    def __len__(self) -> int:
-        return len(self.labels)
+    def take(self, samples: Tensor) -> Self:
+        """The split of these samples alone: (n,) int64 positions, in their order."""
+        made_from = self.made_from and sha256_of(self.made_from, samples.numpy())
+        return replace(
+            self, images=self.images[samples], labels=self.labels[samples], made_from=made_from
+        )
+
+    def array(self, device: torch.device | str) -> "ArraySplit":
+        """The split itself, wherever its images are."""
+        return self
+
+    def digest(self) -> str:
+        """SHA-256 of all pixels, their shape and the labels, as hexadecimal text.
+
+        For resized images it covers the originals and the new size instead, so it does not depend
+        on how a machine rounds. It reads all originals: 0.3 s for CIFAR-10.
+        """
+        if self.made_from:
+            return self.made_from
+        pixels = self.images.cpu().contiguous().numpy()
+        return sha256_of(str(pixels.shape), pixels, self.labels.cpu().numpy())
 
     def resized(self, size: int) -> "ArraySplit":
         """The split with images of `size` by `size` pixels: bilinear, antialiased where smaller."""
         if self.images.shape[-2:] == (size, size):
             return self
-        pieces = [
-            functional.interpolate(piece, (size, size), mode="bilinear", antialias=True)
-            for piece in self.images.split(_RESIZED_AT_ONCE)
+        parts = [
+            functional.interpolate(part, (size, size), mode="bilinear", antialias=True)
+            for part in self.images.split(_RESIZED_AT_ONCE)
         ]
-        return ArraySplit(torch.cat(pieces), self.labels)
+        return ArraySplit(torch.cat(parts), self.labels, sha256_of(self.digest(), f"{size} px"))
 
 
-@dataclass(frozen=True, eq=False)
-class FileSplit:
-    """Images in files.
-
-    Attributes:
-        root: Folder that the paths are relative to.
-        paths: One a sample.
-        labels: (N,) int64.
-    """
-
-    root: Path
-    paths: tuple[str, ...]
-    labels: Tensor
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    @property
-    def place(self) -> Path:
-        """Where the pictures are."""
-        return self.root
-
-    def name_of(self, sample: int) -> str:
-        """What to call a sample in messages: its path."""
-        return str(self.root / self.paths[sample])
-
-
-@dataclass(frozen=True, eq=False)
-class PackedSplit:
-    """Picture files in a packed file.
-
-    Attributes:
-        file: The packed file.
-        rows: (N,) int64, their rows in it.
-        labels: (N,) int64.
-    """
-
-    file: PackedFile
-    rows: NDArray[np.int64]
-    labels: Tensor
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    @property
-    def place(self) -> Path:
-        """Where the pictures are."""
-        return self.file.path
-
-    def name_of(self, sample: int) -> str:
-        """What to call a sample in messages: the file, and the sample's split and path in it."""
-        return f"{self.file.path}/{self.file.name_of(int(self.rows[sample]))}"
-
-
-@dataclass(frozen=True)
-class SyntheticSplit:
-    """Images made up on the device: a coarse pattern a class, under noise, so it can be learnt.
-
-    Attributes:
-        count: Images; the classes take turns.
-        num_classes: Classes.
-        image_size: Side in pixels.
-        seed: Draws the classes' patterns; splits of one set share it.
-        stream: Draws the noise; splits of one set differ in it.
-    """
-
-    count: int
-    num_classes: int
-    image_size: int
-    seed: int
-    stream: int = 0
-
-    def __len__(self) -> int:
-        return self.count
-
-    def materialize(self, device: torch.device | str) -> ArraySplit:
-        """Make the images on the device: (count, 3, S, S) uint8, channels_last in memory.
-
-        The same arguments give the same images on the same kind of device.
-        """
-        device = torch.device(device)
-        side = self.image_size
-        generator = torch.Generator(device).manual_seed(self.seed)
-        patterns = 80 + 96 * torch.rand(
-            (self.num_classes, 3, 4, 4), generator=generator, device=device
-        )
-        generator.manual_seed((self.seed + 1) * 1_000_003 + self.stream)
-        labels = torch.arange(self.count, device=device) % self.num_classes
-        images = torch.empty((self.count, side, side, 3), dtype=torch.uint8, device=device)
-        at_once = max(1, _GENERATED_BYTES_AT_ONCE // (4 * 3 * side * side))
-        for start in range(0, self.count, at_once):
-            own = patterns[labels[start : start + at_once]]
-            smooth = functional.interpolate(own, (side, side), mode="bilinear")
-            noise = torch.randn(smooth.shape, generator=generator, device=device)
-            pixels = noise.mul_(48).add_(smooth).clamp_(0, 255)
-            images[start : start + at_once] = pixels.permute(0, 2, 3, 1)
-        return ArraySplit(images.permute(0, 3, 1, 2), labels)
-
-
-Split = ArraySplit | FileSplit | PackedSplit | SyntheticSplit
-
-
-def limit_split(split: Split, count: int, *, seed: int) -> Split:
-    """A part of a split: `count` of its samples, drawn evenly over the classes, in their order.
-
-    Every class gives the same number of samples, or one more, or all where it has fewer.
-
-    Args:
-        split: Of at least `count` samples.
-        count: Samples to keep.
-        seed: Draws them; the same seed draws the same samples, and of two counts the larger one's
-            contain the smaller one's.
-    """
-    if isinstance(split, SyntheticSplit):  # its classes take turns
-        return replace(split, count=count)
-    generator = torch.Generator().manual_seed(seed)
-    shuffled = torch.randperm(len(split), generator=generator)
-    by_class = shuffled[torch.argsort(split.labels[shuffled], stable=True)]
-    sizes = torch.bincount(split.labels)
-    starts = torch.repeat_interleave(sizes.cumsum(0) - sizes, sizes)
-    turn = torch.arange(len(split)) - starts
-    kept = by_class[torch.argsort(turn, stable=True)[:count]].sort().values
-    if isinstance(split, FileSplit):
-        paths = tuple(split.paths[index] for index in kept.tolist())
-        return replace(split, paths=paths, labels=split.labels[kept])
-    if isinstance(split, PackedSplit):
-        return replace(split, rows=split.rows[kept.numpy()], labels=split.labels[kept])
-    return ArraySplit(split.images[kept], split.labels[kept])
+def sha256_of(*parts: str | bytes | NDArray[Any]) -> str:
+    """SHA-256 of several parts, as hexadecimal text; where one ends makes a difference."""
+    digest = hashlib.sha256()
+    for part in parts:
+        content: Any = part.encode() if isinstance(part, str) else part
+        if isinstance(content, np.ndarray):
+            content = np.ascontiguousarray(content)
+        view = memoryview(content).cast("B") if len(content) else memoryview(b"")
+        digest.update(b"%d:" % len(view))
+        digest.update(view)
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True, eq=False)
@@ -192,8 +176,20 @@ class Dataset:
     val: Split
     notes: tuple[str, ...] = ()
 
+    def digest(self) -> str:
+        """SHA-256 of the class names and of both splits' digests, as hexadecimal text.
+
+        Two sets with the same digest train alike. What it covers of a split, and what it costs, say
+        the splits' own `digest`.
+
+        Raises:
+            UserError: A file is gone.
+        """
+        names = "\0".join(self.facts.class_names)
+        return sha256_of(os.fsencode(names), self.train.digest(), self.val.digest())
+
     def with_train_images(self, count: int, *, seed: int) -> "Dataset":
-        """The set with `count` of its training images, drawn as `limit_split` does.
+        """The set with `count` of its training images, drawn as `Split.limited` does.
 
         Raises:
             UserError: It has fewer.
@@ -210,4 +206,4 @@ class Dataset:
             train_images=count,
             array_bytes=image_bytes * (count + self.facts.val_images),
         )
-        return Dataset(facts, limit_split(self.train, count, seed=seed), self.val, self.notes)
+        return Dataset(facts, self.train.limited(count, seed=seed), self.val, self.notes)

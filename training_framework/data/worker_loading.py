@@ -17,7 +17,7 @@ from training_framework.data.bad_images import BadImages, SplitName
 from training_framework.data.batch import Batch, prefetch_to_device
 from training_framework.data.host_batches import ArrayBatches, FileBatches, HostBatch, Request
 from training_framework.data.sampling import BatchPlan, Indices
-from training_framework.data.splits import ArraySplit, FileSplit, PackedSplit
+from training_framework.data.splits import ArraySplit, EncodedSplit
 from training_framework.errors import UserError
 
 __all__ = ["WorkerLoader"]
@@ -47,15 +47,14 @@ class WorkerLoader:
     killed costs a few seconds: new ones go on with the batch that is missing, twice an epoch.
 
     Args:
-        split: Files or arrays.
+        split: Encoded images or arrays.
         plan: Which samples each batch takes; its seed also draws the crops.
         device: Where the batches are wanted.
         image_size: Side in pixels that files are cropped and resized to.
         num_workers: Processes; 0 loads in this one.
         prefetch_factor: Batches that each worker prepares ahead.
         pin_memory: Page-locked host memory; only for CUDA.
-        bad_images: Where pictures that cannot be decoded are passed over and noted; None: each is
-            an error.
+        bad_images: Notes images that cannot be decoded and are skipped; None: each is an error.
 
     Attributes:
         report: Says a line to people; a warning, unless set.
@@ -63,7 +62,7 @@ class WorkerLoader:
 
     def __init__(
         self,
-        split: ArraySplit | FileSplit | PackedSplit,
+        split: ArraySplit | EncodedSplit,
         *,
         plan: BatchPlan,
         device: torch.device | str,
@@ -74,7 +73,7 @@ class WorkerLoader:
         bad_images: BadImages | None = None,
     ) -> None:
         self._batches: Dataset[HostBatch]
-        if isinstance(split, FileSplit | PackedSplit):
+        if isinstance(split, EncodedSplit):
             self._batches = FileBatches(
                 split,
                 image_size=image_size,

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from training_framework.kernels.replaced_convolution import ReplacedConv2d
 from training_framework.kernels.winograd import CHANNEL_MULTIPLE, winograd_convolution
 
-__all__ = ["WinogradConv2d", "winograd_applies"]
+__all__ = ["SMALLEST_MAP", "WinogradConv2d", "winograd_applies"]
 
 # Below, the border is much of the map, and SmallMapConv2d is for that.
 SMALLEST_MAP = 3

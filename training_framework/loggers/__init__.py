@@ -4,8 +4,9 @@ The names of the values, their units and their order are COLUMNS; every sink tak
 them. A value that is missing was not measured at that step.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Protocol, Self
 
 from training_framework.loggers.console import ConsoleLogger
@@ -14,6 +15,7 @@ from training_framework.loggers.tensorboard import TensorBoardLogger
 
 __all__ = [
     "COLUMNS",
+    "LOGGERS",
     "ConsoleLogger",
     "CsvLogger",
     "Logger",
@@ -66,3 +68,14 @@ class LoggerGroup:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+LOGGERS: dict[str, Callable[[Path, int | None], Logger]] = {
+    "csv": lambda folder, step: CsvLogger(folder / "metrics.csv", resume_step=step),
+    "tensorboard": lambda folder, step: TensorBoardLogger(folder, resume_step=step),
+}
+"""What opens each logger of a run that writes files, in their order.
+
+Its arguments are the run's folder and, where a run is resumed, the steps made so far. A run opens
+all of them but those whose name is a setting that is off: a new one is a module and a line here.
+"""

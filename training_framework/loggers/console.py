@@ -17,7 +17,7 @@ class ConsoleLogger:
     """Shows progress on stderr, so that stdout is left for results.
 
     Where nobody can read it any more (a closed terminal, a pipe whose reader has left), it is
-    silent, and the run goes on.
+    silent, and the run continues.
 
     On a terminal: a bar with the loss, accuracy, learning rate and images per second of the last
     logged step and the time left, and a line for each evaluation. Elsewhere (a file, a batch
@@ -25,7 +25,7 @@ class ConsoleLogger:
 
     Args:
         total_steps: Optimizer steps of the whole run.
-        start_step: Steps made before this start, where a run goes on.
+        start_step: Steps made before this start, where a run is resumed.
         total_epochs: Epochs of the whole run, to show beside the epoch; None: not shown.
         terminal: Draw a bar; None: where `stream` is a terminal.
         stream: Where to write; None: stderr as it is now.
@@ -99,7 +99,7 @@ class ConsoleLogger:
 
 
 class _StreamThatMayGo:
-    """A text stream whose loss is no error."""
+    """A text stream that may be lost without an error."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -144,7 +144,7 @@ def _evaluation(values: Mapping[str, float]) -> list[str]:
 
 
 def _line(fields: list[str]) -> str:
-    """The fields side by side; the last ones, which matter least, go where there is no room."""
+    """The fields side by side; those at the end, which matter least, only where they fit."""
     line = "  ".join(fields)
     while len(line) > _LINE_WIDTH and len(fields) > 1:
         fields = fields[:-1]

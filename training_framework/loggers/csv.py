@@ -38,16 +38,16 @@ class CsvLogger:
     """Appends a row for every call of `log`, at once; a missing value is an empty field.
 
     Whole numbers are written in full, others with the fewest digits that give back the same
-    float32. Messages have no place in the file and are not kept.
+    float32. Messages are not kept.
 
     Args:
         path: The file, in an existing directory.
-        resume_step: The steps made so far, where a run goes on: rows after that step go, since
-            they will be logged again, and so does a last row that a crash tore. The file is
-            replaced in one move, so a crash here loses nothing. None: a new run.
+        resume_step: The steps made so far, where a run is resumed: rows after that step are
+            dropped, since they will be logged again, and so is a last row that a crash tore. The
+            file is replaced in one move, so a crash here loses nothing. None: a new run.
 
     Raises:
-        UserError: A new run's file exists already, the file to go on with is of another kind, or it
+        UserError: A new run's file exists already, the file to append to is of another kind, or it
             cannot be written to.
     """
 
@@ -77,7 +77,7 @@ class CsvLogger:
             values: Values by column; `step` itself may be left out.
 
         Raises:
-            UserError: A name that is no column, or the row cannot be written.
+            UserError: A name that is not a column, or the row cannot be written.
         """
         assert step > self._last_step, f"step {step} is logged after step {self._last_step}"
         unknown = sorted(values.keys() - COLUMNS.keys())
@@ -113,7 +113,7 @@ def _number(value: float) -> str:
 
 
 def _rows_to_keep(path: Path, resume_step: int) -> list[str]:
-    # What a power cut leaves may be no text at all; such a row is then torn like any other.
+    # What a power cut leaves may not be text at all; such a row counts as torn.
     text = path.read_text(encoding="utf-8", errors="replace")
     header, *rows = text.split("\n")
     if _HEADER.startswith(header) and not any(rows):
@@ -121,9 +121,9 @@ def _rows_to_keep(path: Path, resume_step: int) -> list[str]:
     if header != _HEADER:
         raise UserError(
             f"{path}: the first line does not name this version's columns",
-            "move the file away to go on with a new one",
+            "move the file away to start a new one",
         )
-    # After the last line's end stands an empty piece, or a row whose last number may be cut short.
+    # Behind the last line end is nothing, or a row whose last number may be cut short.
     rows.pop()
     kept: list[str] = []
     last_step = -1

@@ -17,7 +17,7 @@ class RecordFile:
 
     Args:
         path: The file, in an existing folder.
-        new: Make the file, which must not exist; otherwise go on at its end.
+        new: Make the file, which must not exist; otherwise append to it.
 
     Raises:
         FileExistsError: A new file exists already.
@@ -58,5 +58,5 @@ def unwritable(path: Path, error: OSError) -> UserError:
     """The user's error behind a write that failed."""
     return UserError(
         f"{path}: cannot be written to ({error.strerror or error})",
-        "mend that or make room; the run goes on from its last checkpoint with --resume",
+        "fix that or free some space, then resume the run from its last checkpoint with --resume",
     )

@@ -25,14 +25,16 @@ class TensorBoardLogger:
 
     Args:
         directory: Folder of the event files; made if it is missing.
-        purge_step: Where a run goes on: the first step that will be logged again. TensorBoard
-            hides what earlier event files hold from that step on.
+        resume_step: The steps made so far, where a run is resumed: TensorBoard hides what earlier
+            event files hold of later steps, since those will be logged again. None: a new run.
 
     Raises:
         UserError: The folder cannot be written to.
     """
 
-    def __init__(self, directory: str | os.PathLike[str], *, purge_step: int | None = None) -> None:
+    def __init__(
+        self, directory: str | os.PathLike[str], *, resume_step: int | None = None
+    ) -> None:
         # Slow imports, which commands that log nothing need not wait for.
         from tensorboard.compat.proto.event_pb2 import (
             Event,
@@ -44,12 +46,12 @@ class TensorBoardLogger:
         )
 
         self._event_type, self._summary_type = Event, Summary
-        self._last_step = (purge_step or 1) - 1
+        self._last_step = resume_step or 0
         self._file = _new_event_file(Path(directory))
         self._records = RecordWriter(self._file)
         self._write(file_version=_FILE_VERSION)
-        if purge_step is not None:
-            self._write(step=purge_step, session_log=SessionLog(status=SessionLog.START))
+        if resume_step is not None:
+            self._write(step=resume_step + 1, session_log=SessionLog(status=SessionLog.START))
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Write the values of a step, as one event.
@@ -82,8 +84,8 @@ class TensorBoardLogger:
 def _new_event_file(directory: Path) -> RecordFile:
     """A file whose name sorts behind those of the runs before, as readers take them by name.
 
-    The clock's seconds in the name do not see to that where a run goes on within a second, or
-    after the clock was set back.
+    The clock's seconds alone would not do: a run may be resumed within a second, or after the
+    clock was set back.
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)

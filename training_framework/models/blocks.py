@@ -17,8 +17,10 @@ from training_framework.kernels.fused_norm import rectified
 __all__ = ["BasicBlock", "Bottleneck", "ResidualBlock"]
 
 
-def _conv3x3(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
-    return nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1, bias=False)
+def _conv3x3(in_channels: int, out_channels: int, stride: int = 1, groups: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(
+        in_channels, out_channels, 3, stride=stride, padding=1, groups=groups, bias=False
+    )
 
 
 def _conv1x1(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
@@ -138,27 +140,38 @@ class BasicBlock(ResidualBlock):
 
 
 class Bottleneck(ResidualBlock):
-    """1x1, 3x3 and 1x1 convolutions (ResNet-50, 101, 152).
+    """1x1, 3x3 and 1x1 convolutions (ResNet-50, 101, 152, ResNeXt, wide ResNets).
 
     The stride is on the 3x3 convolution, not on the first 1x1 as in the paper: "V1.5", as
     torchvision has it.
 
     Args:
         in_channels: Channels of the input.
-        channels: Channels of the 3x3 convolution; the output has four times as many.
+        channels: Channels of the stage; the output has four times as many.
         stride: Of the 3x3 convolution and of the shortcut.
+        groups: Of the 3x3 convolution (ResNeXt, Xie et al., arXiv 1611.05431).
+        base_width: Channels of a group where `channels` is 64; they grow with it.
     """
 
     expansion = 4
 
-    def __init__(self, in_channels: int, channels: int, stride: int = 1) -> None:
+    def __init__(
+        self,
+        in_channels: int,
+        channels: int,
+        stride: int = 1,
+        *,
+        groups: int = 1,
+        base_width: int = 64,
+    ) -> None:
         super().__init__()
+        width = channels * base_width // 64 * groups
         downsample = self._projection(in_channels, channels, stride)
-        self.conv1 = _conv1x1(in_channels, channels)
-        self.bn1 = nn.BatchNorm2d(channels)
-        self.conv2 = _conv3x3(channels, channels, stride)
-        self.bn2 = nn.BatchNorm2d(channels)
-        self.conv3 = _conv1x1(channels, channels * self.expansion)
+        self.conv1 = _conv1x1(in_channels, width)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = _conv3x3(width, width, stride, groups)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.conv3 = _conv1x1(width, channels * self.expansion)
         self.bn3 = nn.BatchNorm2d(channels * self.expansion)
         self.downsample = downsample
 

@@ -1,38 +1,22 @@
 """ResNet and its variants, with torchvision's parameter names and two stems."""
 
 import difflib
-from collections.abc import Sequence
-from typing import Final, Literal, NamedTuple
+import functools
+from typing import Final, Literal
 
 import torch
 from torch import Tensor, nn
 
+from training_framework.config.architectures import MODELS, Architecture
 from training_framework.errors import UserError
 from training_framework.kernels.fused_norm import rectified
 from training_framework.models.blocks import BasicBlock, Bottleneck, ResidualBlock
 
-__all__ = ["MODELS", "ModelVariant", "ResNet", "Stem", "build_model"]
+__all__ = ["MODELS", "ResNet", "Stem", "build_model"]
 
 Stem = Literal["cifar", "imagenet"]
 
 STAGE_CHANNELS: Final = (64, 128, 256, 512)
-
-
-class ModelVariant(NamedTuple):
-    """What tells one ResNet from another."""
-
-    block: type[ResidualBlock]
-    blocks_per_stage: tuple[int, int, int, int]
-
-
-MODELS: Final[dict[str, ModelVariant]] = {
-    "resnet10": ModelVariant(BasicBlock, (1, 1, 1, 1)),
-    "resnet18": ModelVariant(BasicBlock, (2, 2, 2, 2)),
-    "resnet34": ModelVariant(BasicBlock, (3, 4, 6, 3)),
-    "resnet50": ModelVariant(Bottleneck, (3, 4, 6, 3)),
-    "resnet101": ModelVariant(Bottleneck, (3, 4, 23, 3)),
-    "resnet152": ModelVariant(Bottleneck, (3, 8, 36, 3)),
-}
 
 
 class ResNet(nn.Module):
@@ -41,8 +25,7 @@ class ResNet(nn.Module):
     Deterministic given `torch.manual_seed`; the random numbers are drawn in torchvision's order.
 
     Args:
-        block: `BasicBlock` or `Bottleneck`.
-        blocks_per_stage: Number of blocks in each of the four stages.
+        architecture: Its blocks, and how many and how wide they are.
         num_classes: Width of the head.
         stem: `imagenet`: 7x7 convolution of stride 2 and 3x3 max-pool of stride 2; `cifar`: 3x3
             convolution of stride 1 and no pool.
@@ -54,8 +37,7 @@ class ResNet(nn.Module):
 
     def __init__(
         self,
-        block: type[ResidualBlock],
-        blocks_per_stage: Sequence[int],
+        architecture: Architecture,
         *,
         num_classes: int,
         stem: Stem = "imagenet",
@@ -75,10 +57,12 @@ class ResNet(nn.Module):
         self.bn1 = nn.BatchNorm2d(width)
         stages: list[nn.Sequential] = []
         for channels, blocks, stride in zip(
-            STAGE_CHANNELS, blocks_per_stage, (1, 2, 2, 2), strict=True
+            STAGE_CHANNELS, architecture.blocks_per_stage, (1, 2, 2, 2), strict=True
         ):
-            stages.append(_stage(block, width, channels, blocks=blocks, stride=stride))
-            width = channels * block.expansion
+            make = functools.partial(_block, architecture, channels=channels)
+            first = make(width, stride=stride)
+            width = channels * first.expansion
+            stages.append(nn.Sequential(first, *(make(width) for _ in range(1, blocks))))
         self.layer1, self.layer2, self.layer3, self.layer4 = stages
         self.avgpool = nn.AdaptiveAvgPool2d((1, 1))
         self.fc = nn.Linear(width, num_classes)
@@ -96,7 +80,7 @@ class ResNet(nn.Module):
     def _share_early_weights(self) -> None:
         for block in self.layer1:
             if not isinstance(block, BasicBlock):
-                basic = [name for name, variant in MODELS.items() if variant.block is BasicBlock]
+                basic = [name for name, variant in MODELS.items() if variant.block == "basic"]
                 raise UserError(
                     "share_early_weights needs two convolutions of one shape in a block, "
                     "and a Bottleneck block has none",
@@ -111,12 +95,18 @@ class ResNet(nn.Module):
         return self.fc(torch.flatten(self.avgpool(x), 1))
 
 
-def _stage(
-    block: type[ResidualBlock], in_channels: int, channels: int, *, blocks: int, stride: int
-) -> nn.Sequential:
-    first = block(in_channels, channels, stride)
-    rest = [block(channels * block.expansion, channels, 1) for _ in range(1, blocks)]
-    return nn.Sequential(first, *rest)
+def _block(
+    architecture: Architecture, in_channels: int, *, channels: int, stride: int = 1
+) -> ResidualBlock:
+    groups, base_width = architecture.cardinality, architecture.base_width
+    if architecture.block == "basic":
+        if (groups, base_width) != (1, STAGE_CHANNELS[0]):
+            raise UserError(
+                f"a basic block has no cardinality ({groups}) or base_width ({base_width})",
+                "use bottleneck blocks",
+            )
+        return BasicBlock(in_channels, channels, stride)
+    return Bottleneck(in_channels, channels, stride, groups=groups, base_width=base_width)
 
 
 def build_model(
@@ -148,10 +138,8 @@ def build_model(
         raise UserError(f"unknown stem '{stem}'", "choose cifar or imagenet")
     if num_classes < 1:
         raise UserError(f"num_classes is {num_classes}", "give the number of classes, 1 or more")
-    variant = MODELS[name]
     return ResNet(
-        variant.block,
-        variant.blocks_per_stage,
+        MODELS[name],
         num_classes=num_classes,
         stem=stem,
         share_early_weights=share_early_weights,

@@ -14,7 +14,7 @@ from training_framework.optimizers.fused_on_cpu import (
     FusedSGDOnCpu,
 )
 from training_framework.optimizers.parameter_groups import parameter_groups
-from training_framework.optimizers.schedules import SCHEDULES, Schedule, build_schedule
+from training_framework.schedules import SCHEDULES, Schedule, build_schedule
 
 __all__ = [
     "OPTIMIZERS",
@@ -27,16 +27,13 @@ __all__ = [
     "parameter_groups",
 ]
 
-OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
-    "sgd": torch.optim.SGD,
-    "adam": torch.optim.Adam,
-    "adamw": torch.optim.AdamW,
+# `config.schema` has the names; each is that of its class in small letters.
+_CLASSES: dict[type[torch.optim.Optimizer], type[torch.optim.Optimizer]] = {
+    torch.optim.SGD: FusedSGDOnCpu,
+    torch.optim.Adam: FusedAdamOnCpu,
+    torch.optim.AdamW: FusedAdamWOnCpu,
 }
-_FUSED_ON_CPU: dict[str, type[torch.optim.Optimizer]] = {
-    "sgd": FusedSGDOnCpu,
-    "adam": FusedAdamOnCpu,
-    "adamw": FusedAdamWOnCpu,
-}
+OPTIMIZERS = {kind.__name__.lower(): kind for kind in _CLASSES}
 
 
 def build_optimizer(
@@ -98,7 +95,7 @@ def build_optimizer(
     else:
         options |= {"betas": (beta1, beta2), "eps": eps}
     if fused and device_type == "cpu":
-        return _FUSED_ON_CPU[name](groups, **options)
+        return _CLASSES[OPTIMIZERS[name]](groups, **options)
     optimizer = OPTIMIZERS[name](groups, **options)
     if name == "sgd" and fused and momentum:
         _start_momentum_at_zero(optimizer)

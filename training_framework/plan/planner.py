@@ -1,14 +1,17 @@
 """From what is asked, what the machine is and what the data is, to what runs."""
 
+import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from training_framework.config import TrainConfig
 from training_framework.data.facts import DatasetFacts
 from training_framework.errors import UserError
 from training_framework.machine.hardware import Hardware
-from training_framework.plan.machine import MachineChoices
-from training_framework.plan.train_plan import Choices, TrainPlan
+from training_framework.plan.machine import check_processes, choose_accelerators
+from training_framework.plan.train_plan import TrainPlan
+from training_framework.switches import Choices, Situation, choose_all
 
 __all__ = ["make_plan"]
 
@@ -17,13 +20,10 @@ LEARNING_RATE_PER_64_IMAGES = 0.1
 SMALLEST_EVALUATION_BATCH = 64
 # Settings that the plan takes over as they are.
 _AS_ASKED = (
-    "accumulate_grad_batches", "activation_checkpointing", "allow_config_change",
-    "auto_micro_batch", "beta1", "beta2", "cutmix", "cutout", "decay_norm_and_bias",
-    "deterministic", "ema_decay", "epochs", "eps", "gamma", "grad_clip_val", "label_smoothing",
-    "log_every_n_steps", "mixup", "model", "on_bad_image", "optimizer", "output_dir",
-    "prefetch_factor", "random_erasing", "resume", "save_every_n_steps", "save_every_seconds",
-    "save_top_k", "scheduler", "seed", "share_early_weights", "stop_after_steps", "tensorboard",
-    "weight_decay", "weights", "zero_init_last_norm",
+    "allow_config_change", "beta1", "beta2", "decay_norm_and_bias", "epochs", "eps", "gamma",
+    "log_every_n_steps", "model", "on_bad_image", "optimizer", "output_dir", "resume",
+    "save_every_n_steps", "save_every_seconds", "save_top_k", "scheduler", "seed",
+    "stop_after_steps", "tensorboard", "weight_decay", "weights",
 )  # fmt: skip
 
 
@@ -52,59 +52,60 @@ def make_plan(
         UserError: What is asked cannot be done here.
     """
     choices = Choices()
-    machine = MachineChoices(
+    accelerators = choose_accelerators(
+        config, hardware, local_world_size=local_world_size, choices=choices
+    )
+    check_processes(
         config,
-        hardware,
-        facts,
+        accelerators,
         world_size=world_size,
         local_world_size=local_world_size,
-        own_network=own_network,
         choices=choices,
     )
     durations = _durations(config, facts, world_size, batches_per_epoch, choices)
-    precision = machine.precision()
     stem = _stem(config, facts, choices)
-    cuda_graph = machine.cuda_graph(precision)
-    compiled, compile_mode = machine.compile(durations["total_steps"], cuda_graph=cuda_graph)
-    channels_last = machine.channels_last()
-    resident = machine.resident_data()
+    lr = _learning_rate(config, durations["images_per_step"], choices)
+    chosen = choose_all(
+        Situation(
+            config=config,
+            hardware=hardware,
+            facts=facts,
+            accelerators=accelerators,
+            world_size=world_size,
+            local_world_size=local_world_size,
+            total_steps=durations["total_steps"],
+            stem=stem,
+            own_network=own_network,
+        )
+    )
+    switches, more_switches = _by_field(chosen.values)
     return TrainPlan(
-        device=machine.device,
-        device_indices=tuple(gpu.index for gpu in machine.accelerators),
-        device_name=machine.accelerators[0].name if machine.on_gpu else hardware.cpu_name,
+        device=accelerators[0].kind if accelerators else "cpu",
+        device_indices=tuple(gpu.index for gpu in accelerators),
+        device_name=accelerators[0].name if accelerators else hardware.cpu_name,
         world_size=world_size,
         own_network=own_network,
         stem=stem,
         num_classes=_num_classes(config, facts),
         image_size=facts.image_size,
-        lr=_learning_rate(config, durations["images_per_step"], choices),
+        lr=lr,
         nesterov=_nesterov(config),
         momentum=config.momentum if config.optimizer == "sgd" else 0.0,
-        precision=precision,
-        channels_last=channels_last,
-        compile=compiled,
-        compile_mode=compile_mode,
-        cuda_graph=cuda_graph,
-        fused_optimizer=machine.fused_optimizer(precision),
-        small_map_convolutions=machine.small_map_convolutions(stem, facts.image_size, precision),
-        winograd_convolutions=machine.winograd_convolutions(
-            stem, facts.image_size, precision, channels_last=channels_last
-        ),
-        fused_norms=machine.fused_norms(precision, channels_last),
-        keep_memory=machine.keep_memory(),
-        synchronize_norms=machine.synchronize_norms(),
-        resident_data=resident,
-        num_workers=machine.num_workers(resident),
-        pin_memory=machine.pin_memory(resident),
-        threads=machine.threads(),
-        flip=_flip(config, facts, choices),
-        crop_padding=_crop_padding(config, facts),
         name=config.name or f"{config.model}-{facts.name}",
+        more_switches=more_switches,
         asked_for=_asked_for(config),
-        choices=tuple(choices),
+        choices=(*choices, *chosen.choices),
+        **switches,
         **durations,
         **{key: getattr(config, key) for key in _AS_ASKED},
     )
+
+
+def _by_field(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The switches' values for which TrainPlan has a field, and the others."""
+    fields = {field.name for field in dataclasses.fields(TrainPlan)}
+    own = {key: value for key, value in values.items() if key in fields}
+    return own, {key: value for key, value in values.items() if key not in fields}
 
 
 def _asked_for(config: TrainConfig) -> tuple[str, ...]:
@@ -208,24 +209,3 @@ def _nesterov(config: TrainConfig) -> bool:
     if config.nesterov == "auto":
         return config.optimizer == "sgd" and config.momentum > 0
     return config.nesterov
-
-
-def _flip(
-    config: TrainConfig, facts: DatasetFacts, choices: Choices
-) -> Literal["none", "random", "alternating"]:
-    if facts.storage == "loader":
-        return "none"
-    if config.flip != "auto":
-        return config.flip
-    flip: Literal["none", "random"] = "random" if facts.flip else "none"
-    why = "mirrored images keep their class" if facts.flip else "a mirror changes the class"
-    choices.note("flip", flip, why)
-    return flip
-
-
-def _crop_padding(config: TrainConfig, facts: DatasetFacts) -> int:
-    if facts.storage == "loader":
-        return 0
-    if config.crop_padding != "auto":
-        return config.crop_padding
-    return facts.crop_padding

@@ -1,33 +1,17 @@
 """The plan of a run: every derived number and every choice, with its reason."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from pydantic import TypeAdapter
 
-__all__ = ["Choice", "Choices", "TrainPlan"]
+from training_framework.switches import SWITCHES, Choice
 
-
-class Choice(NamedTuple):
-    """One decision: its name, its value, and why."""
-
-    name: str
-    value: str
-    reason: str
-
-
-class Choices(list[Choice]):
-    """The choices in the order in which they were made."""
-
-    def note(self, name: str, value: Any, reason: str) -> None:
-        """Keep one; yes and no read as on and off."""
-        readable = (
-            {True: "on", False: "off"}.get(value, value) if isinstance(value, bool) else value
-        )
-        self.append(Choice(name, str(readable), reason))
+__all__ = ["Choice", "TrainPlan"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +35,7 @@ class TrainPlan:
         batches_per_epoch: Forward passes an epoch.
         steps_per_epoch: Optimizer steps an epoch; the last may have fewer batches.
         evaluation_interval_steps: Steps between two evaluations, not necessarily whole.
+        more_switches: Values of the switches that have no field of their own, by key.
         asked_for: Settings that could have been left to the plan and were not.
         choices: Every decision with its reason, for people.
     """
@@ -82,7 +67,7 @@ class TrainPlan:
     small_map_convolutions: bool
     winograd_convolutions: bool
     fused_norms: bool
-    synchronize_norms: bool
+    sync_batchnorm: bool
     activation_checkpointing: bool
     # The data on their way.
     image_size: int
@@ -139,6 +124,7 @@ class TrainPlan:
     save_every_n_steps: int | None
     save_every_seconds: float | None
     save_top_k: int
+    more_switches: Mapping[str, Any]
     asked_for: tuple[str, ...]
     choices: tuple[Choice, ...]
 
@@ -147,6 +133,17 @@ class TrainPlan:
         """Steps that the loader's processes can have prepared."""
         batches = 0 if self.resident_data else self.num_workers * self.prefetch_factor
         return -(-batches // self.accumulate_grad_batches)
+
+    def switch_values(self) -> dict[str, Any]:
+        """The value of every switch, by key."""
+        return {
+            switch.key: (
+                self.more_switches[switch.key]
+                if switch.key in self.more_switches
+                else getattr(self, switch.key)
+            )
+            for switch in SWITCHES
+        }
 
     def evaluates_after(self, step: int) -> bool:
         """Whether an evaluation follows `step` (counted from 1); one follows the last."""

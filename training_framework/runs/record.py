@@ -2,6 +2,7 @@
 
 import dataclasses
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,7 @@ def write_record(
     directory: Path,
     *,
     planned: PlannedRun,
+    identity: Mapping[str, Any],
     costs: Costs,
     resumed_from: Path | None,
     started: float,
@@ -84,6 +86,7 @@ def write_record(
     Args:
         directory: The run's.
         planned: The run's plan, and what it rests on.
+        identity: What tells the run from others (`runs.identity`).
         costs: Of the run.
         resumed_from: The checkpoint that this part of it went on from.
         started: When it began, in seconds since 1970.
@@ -99,6 +102,7 @@ def write_record(
         "hardware": dataclasses.asdict(planned.hardware),
         "data": dataclasses.asdict(planned.facts),
         "config": planned.settings,
+        "identity": dict(identity),
         "plan": planned.plan.as_dict(),
         "training_flops_per_image": costs.flops_per_image,
         "peak_flops": costs.peak_flops,

@@ -10,18 +10,16 @@ from torch import Tensor
 from training_framework.data import (
     BadImages,
     Dataset,
+    EncodedSplit,
     EvalTransform,
-    FileSplit,
     ForeignLoader,
     Loader,
     MixedLabels,
-    PackedSplit,
     Split,
     TrainTransform,
     WorkerLoader,
     build_loader,
 )
-from training_framework.data.sources.folder import refuse_empty_files
 from training_framework.machine.distributed import Processes, gathered
 from training_framework.plan import PlannedRun, TrainPlan, UserLoaders
 
@@ -34,9 +32,7 @@ mixed labels."""
 
 def sample_name(source: Dataset | UserLoaders, index: int) -> str:
     """What to call a training sample in messages: its file, or its position where there is none."""
-    if isinstance(source, Dataset) and isinstance(source.train, FileSplit | PackedSplit):
-        return source.train.name_of(index)
-    return str(index)
+    return source.train.name_of(index) if isinstance(source, Dataset) else str(index)
 
 
 class Loaders:
@@ -74,8 +70,8 @@ class Loaders:
         if isinstance(source, Dataset):
             if plan.on_bad_image == "skip":
                 bad_images = BadImages(train=len(source.train), val=len(source.val))
-            elif isinstance(source.val, FileSplit):
-                refuse_empty_files(source.val)
+            elif isinstance(source.val, EncodedSplit):
+                source.val.refuse_empty()
             load = functools.partial(
                 split_loader,
                 plan=plan,

@@ -6,13 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from training_framework.checkpoint import CheckpointKeeper
-from training_framework.loggers import (
-    ConsoleLogger,
-    CsvLogger,
-    Logger,
-    LoggerGroup,
-    TensorBoardLogger,
-)
+from training_framework.loggers import LOGGERS, ConsoleLogger, Logger, LoggerGroup
 from training_framework.plan import TrainPlan
 
 __all__ = ["Outputs", "file_loggers", "open_loggers"]
@@ -45,11 +39,8 @@ def file_loggers(
     directory: Path, *, tensorboard: bool, resume_step: int | None = None
 ) -> list[Logger]:
     """The sinks of a run that write files."""
-    sinks: list[Logger] = [CsvLogger(directory / "metrics.csv", resume_step=resume_step)]
-    if tensorboard:
-        purge_step = None if resume_step is None else resume_step + 1
-        sinks.append(TensorBoardLogger(directory, purge_step=purge_step))
-    return sinks
+    off = set() if tensorboard else {"tensorboard"}
+    return [open_one(directory, resume_step) for n, open_one in LOGGERS.items() if n not in off]
 
 
 def open_loggers(

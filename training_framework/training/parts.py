@@ -11,12 +11,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from training_framework.data import Dataset
 from training_framework.machine.distributed import share_buffers
-from training_framework.machine.memory import keep_freed_memory
-from training_framework.machine.randomness import seed_everything, use_deterministic_algorithms
+from training_framework.machine.randomness import seed_everything
 from training_framework.models.flops import training_flops_per_image
 from training_framework.optimizers import Schedule, WeightAverage, build_optimizer, build_schedule
 from training_framework.plan import PlannedRun, TrainPlan
 from training_framework.runs.record import Costs
+from training_framework.switches import set_up_process
 from training_framework.training.cuda_graph import CudaGraphStep
 from training_framework.training.evaluation import Evaluate, Evaluation, evaluate
 from training_framework.training.loaders import Loaders, sample_name
@@ -138,14 +138,10 @@ def build_parts(
 
 
 def _set_up_process(plan: TrainPlan, device: torch.device) -> None:
-    torch.set_num_threads(plan.threads)
-    if plan.keep_memory:
-        keep_freed_memory()
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
-    if plan.deterministic:
-        use_deterministic_algorithms(device.type)
+    set_up_process(plan.switch_values(), device.type)
     seed_everything(plan.seed)
 
 

@@ -14,18 +14,19 @@ from training_framework.machine.distributed import process_group
 from training_framework.models import save_weights
 from training_framework.plan import TrainPlan, plan_run
 from training_framework.runs.directory import check_space, check_writable, create_run_directory
+from training_framework.runs.identity import run_identity
 from training_framework.runs.network_card import NetworkCard
 from training_framework.runs.progress import Progress, TrainResult
 from training_framework.runs.record import opening_lines, write_record
-from training_framework.runs.start import Start, choose_start, refuse_other_settings
+from training_framework.runs.start import Start, choose_start
 from training_framework.training.outputs import Outputs, open_loggers
 from training_framework.training.parts import Parts, build_parts
 from training_framework.training.resuming import (
     checkpoint_extras,
     open_keeper,
+    plan_resumption,
     restore,
     restore_draws,
-    training_data,
 )
 from training_framework.training.trainer import Trainer
 
@@ -58,6 +59,7 @@ class TrainingRun:
         val_loader: Iterable[Any] | None = None,
     ) -> None:
         self.model = model
+        self._identity: dict[str, Any] = {}
         self.planned = plan_run(
             config,
             train_loader=train_loader,
@@ -80,10 +82,13 @@ class TrainingRun:
 
     def _train(self) -> TrainResult:
         with ExitStack() as stack:
+            # Of the network as it is given; only the first process needs it.
+            is_first = self.planned.processes.is_first
+            self._identity = run_identity(self.planned, self.model) if is_first else {}
             start = self._start(stack)
             parts = build_parts(self.planned, network=self.model, with_weights=start.state is None)
             stack.callback(parts.close)
-            progress = restore(start, parts, is_first=self.planned.processes.is_first)
+            progress = restore(start, parts, is_first=is_first)
             # Last, so that a run that cannot start leaves no empty folder behind.
             outputs = self._outputs(start, parts, progress, stack)
             trainer = Trainer(plan=self.plan, parts=parts, outputs=outputs, progress=progress)
@@ -122,6 +127,7 @@ class TrainingRun:
         write_record(
             directory,
             planned=self.planned,
+            identity=self._identity,
             costs=parts.costs,
             resumed_from=start.checkpoint,
             started=clocks[0],
@@ -133,18 +139,13 @@ class TrainingRun:
     def _start(self, stack: ExitStack) -> Start:
         """Where to start from, in a place that can be written to."""
         plan, processes = self.plan, self.planned.processes
-        start = choose_start(plan, processes)
+        start = choose_start(self.planned, self._identity, processes)
         if start.lock is not None:
             stack.callback(start.lock.release)
         if processes.is_first:
             parent = plan.output_dir / plan.name
             check_writable(parent if start.directory is None else start.directory / "checkpoints")
-        refuse_other_settings(
-            self.planned,
-            start,
-            facts=training_data(self.planned.facts, plan),
-            class_names=self._card().class_names,
-        )
+        self.planned, start = plan_resumption(self.planned, start)
         return start
 
     def _card(self) -> NetworkCard:
@@ -190,6 +191,6 @@ class TrainingRun:
             loggers=loggers,
             advance=console.advance,
             checkpoints=keeper,
-            checkpoint_extras=checkpoint_extras(planned, self._card().as_dict()),
+            checkpoint_extras=checkpoint_extras(planned, self._card().as_dict(), self._identity),
             run_directory=directory,
         )

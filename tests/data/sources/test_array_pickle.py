@@ -43,7 +43,8 @@ def test_arrays_of_objects_cannot_bring_code_in() -> None:
 def test_arrays_come_back_as_numpy_reads_them(protocol: int, array: np.ndarray) -> None:
     dumped = pickle.dumps([array, {"same": array}], protocol=protocol)
     first, second = unpickle_arrays(dumped)
-    assert first.dtype == array.dtype and first.shape == array.shape
+    expected = pickle.loads(dumped)[0]
+    assert first.dtype == expected.dtype and first.shape == array.shape
     np.testing.assert_array_equal(first, array)
     assert second["same"] is first
     assert first.flags.writeable
@@ -76,7 +77,7 @@ def _pickle_of(body: bytes) -> bytes:
         pytest.param(
             b"\x96" + (1 << 40).to_bytes(8, "little") + b"abc", "damaged", id="bytes not there"
         ),
-        pytest.param(b"(" * 100_000, "damaged", id="marks without end"),
+        pytest.param(b"(" * 100_000, "damaged|more memory", id="marks without end"),
         pytest.param(b"}N" + b"\x85" * 100_000 + b"Ns", "a key of type tuple", id="a deep key"),
         pytest.param(
             b"c_codecs\nencode\nq\x00X\x00\x00\x01\x00" + b"a" * 65536

@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 import torch
 
+from training_framework.data import ArraySplit
 from training_framework.data.sources.cifar import CIFAR10, CIFAR100, CifarFiles, open_cifar
-from training_framework.data.splits import ArraySplit
 from training_framework.errors import UserError
 
 
@@ -91,9 +91,9 @@ def test_pickle_that_runs_a_command_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({}, "holds no 'data' and 'fine_labels'"),
-        ([1], "holds no 'data'"),
-        ({b"data": np.zeros((2, 3072)), b"fine_labels": [0, 1]}, "no array of uint8"),
+        ({}, "does not hold 'data' and 'fine_labels'"),
+        ([1], "does not hold 'data'"),
+        ({b"data": np.zeros((2, 3072)), b"fine_labels": [0, 1]}, "not an array of uint8"),
         ({b"data": np.zeros((2, 3072), np.uint8), b"fine_labels": [0]}, "for 1 labels"),
         ({b"data": np.zeros((1, 100), np.uint8), b"fine_labels": [0]}, r"\(1, 100\) for 1"),
         ({b"data": np.zeros((0, 3072), np.uint8), b"fine_labels": []}, "for 0 labels"),
@@ -170,7 +170,7 @@ def test_a_file_too_large_or_none_is_not_read(tmp_path: Path) -> None:
         open_cifar(CIFAR10, root=tmp_path)
     (folder / "data_batch_2").unlink()
     os.mkfifo(folder / "data_batch_2")
-    with pytest.raises(UserError, match="data_batch_2: is no file"):
+    with pytest.raises(UserError, match="data_batch_2: not a file"):
         open_cifar(CIFAR10, root=tmp_path)
 
 

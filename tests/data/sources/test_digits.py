@@ -3,9 +3,9 @@ import pytest
 import torch
 from sklearn.datasets import load_digits
 
+from training_framework.data import ArraySplit
 from training_framework.data.sources import digits as digits_module
 from training_framework.data.sources.digits import open_digits
-from training_framework.data.splits import ArraySplit
 from training_framework.errors import UserError
 
 

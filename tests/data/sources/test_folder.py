@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from training_framework.data.sources.folder import open_folder, refuse_empty_files
-from training_framework.data.splits import FileSplit
+from training_framework.data import FileSplit
+from training_framework.data.sources.folder import open_folder
 from training_framework.errors import UserError
 
 
@@ -84,17 +84,26 @@ def _rename(path: str, other: str) -> Callable[[Path], Path]:
     ("change", "message"),
     [
         (_make("val/fox/7.jpg"), r"val/fox: a class that .*train lacks"),
-        (_make("train/dog/notes.txt"), r"dog/notes\.txt: no picture by its name"),
-        (_make("train/labels.csv"), r"train/labels\.csv: lies outside the class folders"),
+        (_make("train/dog/notes.txt"), r"dog/notes\.txt: not an image by its suffix"),
+        (_make("train/labels.csv"), r"train/labels\.csv: not in a class folder"),
         (lambda root: (root / "train/fox").mkdir(), "train/fox: the class is empty"),
         (lambda root: (root / "val/emu").mkdir(), "val/emu: the class is empty"),
-        (lambda root: os.mkfifo(root / "train/dog/pipe.jpg"), r"dog/pipe\.jpg: is no file"),
-        (_link("train/dog/9.jpg", "gone.jpg"), r"dog/9\.jpg: is no file; remove it, or mend the l"),
-        (_link("train/dog/zero.jpg", "/dev/zero"), r"dog/zero\.jpg: is no file"),
+        (lambda root: os.mkfifo(root / "train/dog/pipe.jpg"), r"dog/pipe\.jpg: not a file"),
+        (
+            _link("train/dog/9.jpg", "gone.jpg"),
+            r"dog/9\.jpg: not a file; remove it, or repair the l",
+        ),
+        (_link("train/dog/zero.jpg", "/dev/zero"), r"dog/zero\.jpg: not a file"),
         (_link("train/dog/self.jpg", "self.jpg"), r"dog/self\.jpg: Too many levels"),
         (_link("train/fox", "fox"), r"train/fox: Too many levels"),
-        (_link("train/dog/back", "."), r"dog/back: is in its class twice, by a link"),
-        (_link("train/cat/deep/up", "../.."), r"cat/deep/up/?.*: is in its class twice"),
+        (
+            _link("train/dog/back", "."),
+            r"dog/back: the class holds this folder twice, through a link",
+        ),
+        (
+            _link("train/cat/deep/up", "../.."),
+            r"cat/deep/up/?.*: the class holds this folder twice",
+        ),
         (_rename("train", "training"), "set/train: no such folder"),
         (_rename("val", "validation"), "set/val: no such folder"),
     ],
@@ -110,7 +119,7 @@ def test_disorder_is_an_error_that_names_it(
 def test_no_class_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "train").mkdir()
     (tmp_path / "val").mkdir()
-    with pytest.raises(UserError, match="train: holds no class folder"):
+    with pytest.raises(UserError, match="train: has no class folders"):
         open_folder(root=tmp_path)
 
 
@@ -134,7 +143,7 @@ def test_links_cannot_multiply_a_class(root: Path) -> None:
     for level in range(39):
         for name in ("left", "right"):
             (folder / str(level) / name).symlink_to(folder / str(level + 1))
-    with pytest.raises(UserError, match="is in its class twice, by a link"):
+    with pytest.raises(UserError, match="the class holds this folder twice, through a link"):
         open_folder(root=root)
 
 
@@ -179,10 +188,10 @@ def test_empty_validation_files_are_named_at_once(root: Path) -> None:
     split = open_folder(root=root).val
     assert isinstance(split, FileSplit)
     with pytest.raises(UserError, match=r"val/cat/6\.tiff: is empty; replace or delete the file"):
-        refuse_empty_files(split)
+        split.refuse_empty()
     for path in split.paths:
         (split.root / path).write_bytes(b"x")
-    refuse_empty_files(split)
+    split.refuse_empty()
     (split.root / split.paths[1]).unlink()
     with pytest.raises(UserError, match=r"val/dog/5\.jpg: No such file"):
-        refuse_empty_files(split)
+        split.refuse_empty()

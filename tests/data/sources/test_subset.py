@@ -82,7 +82,7 @@ def test_nothing_is_written_over(source: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("classes", "train", "message"),
-    [(6, 4, "train: has 5 classes, not 6"), (5, 7, "train/ant: has 6 pictures, not 7")],
+    [(6, 4, "train: has 5 classes, not 6"), (5, 7, "train/ant: has 6 images, not 7")],
 )
 def test_too_little_is_an_error_that_says_how_much_there_is(
     source: Path, tmp_path: Path, classes: int, train: int, message: str

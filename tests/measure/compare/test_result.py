@@ -13,7 +13,7 @@ from training_framework.measure.compare.result import (
     unused_path,
 )
 from training_framework.measure.compare.table import result_lines, sweet_spot_line
-from training_framework.measure.report.comparison_section import comparison_section
+from training_framework.measure.report.report import html_report
 
 
 def variant(name: str, median: float | None = 100.0, **changes) -> VariantResult:
@@ -62,7 +62,7 @@ def test_a_saved_result_loads_as_it_was(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", r"r.json: is no result file of schema version 1"),
+        ("{", r"r.json: not a result file of schema version 1"),
         ('{"schema_version": 2}', r"schema_version"),
         (None, r"r.json: cannot be read"),
     ],
@@ -137,10 +137,10 @@ def test_accuracies_are_compared_seed_by_seed():
     trained = result(*variants, definition={"measure": "accuracy"})
     row = next(line for line in result_lines(trained) if "-0.75" in line)
     assert " ".join(row.split()) == "| worse | plain | -0.75 [-2.00, -0.50] | 6 |"
-    page = comparison_section(trained)
+    page = html_report([trained])
     assert "-0.75 [-2.00, -0.50]" in page
     # The scale goes from 1.04 times the lowest end, -2, to 0, where the bar ends.
-    assert 'x="63.94%" y="4" width="36.06%"' in page
+    assert "left:63.94%;width:36.06%" in page
     steps = result(*variants, definition={"measure": "steps"})
     assert "points [95%]" not in "\n".join(result_lines(steps))
 

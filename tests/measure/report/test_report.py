@@ -1,3 +1,4 @@
+import html
 import json
 import re
 import shutil
@@ -9,7 +10,7 @@ import pytest
 
 from training_framework.cli.main import main
 from training_framework.errors import UserError
-from training_framework.measure.report.charts import Share, nice_ticks, share_bar
+from training_framework.measure.report.figures import Bar, BarChart, LineChart, Series
 from training_framework.measure.report.report import html_report, markdown_report
 from training_framework.measure.report.sources import read_source
 
@@ -127,19 +128,72 @@ def test_page_loads_nothing_and_fits_a_phone_and_the_dark(comparison):
 
 def test_comparison_shows_interval_mark_reason_command_and_sweet_spot(comparison):
     text = Tags(html_report([read_source(comparison)])).text
-    assert "1.500× [1.250, 2.000]" in text
-    assert "busy machine" in text
+    assert "1.500 [1.250, 2.000]" in text
+    assert "busy machine: something else took part of the processor" in text
     assert f"not available here: no GPU {HOSTILE}" in text
     assert f"efficient-resnet compare {HOSTILE}" in text
     assert "Sweet spot: batch 32" in text
     assert "Throughput over batch size" in text and "Accuracy over time" in text
 
 
+def opening(page):
+    return re.search(r'<p class="answer">(.*?)</p>', page)[1]
+
+
+def test_page_opens_with_the_answer_that_the_intervals_allow(comparison):
+    said = html.unescape(opening(html_report([read_source(comparison)])))
+    assert said == (
+        f"{HOSTILE} is the fastest: 1.500 [1.250, 2.000] times as fast as base "
+        "(marked: busy machine)."
+    )
+    content = json.loads(comparison.read_text())
+    content["ratios"][0] |= {"low": 0.9, "high": 2.0}
+    content["complete"] = False
+    comparison.write_text(json.dumps(content))
+    said = opening(html_report([read_source(comparison)]))
+    assert said.startswith("Nothing is proven faster than base: ")
+    assert said.endswith("rounds are missing.")
+
+
+def test_rows_are_sorted_by_their_gain_and_those_without_a_sample_come_last(comparison):
+    content = json.loads(comparison.read_text())
+    speeds = {"slower": 0.5, "faster": 3.0, "equal": 1.0}
+    content["variants"] += [variant(name, 16, 1.0, against="base") for name in speeds]
+    content["ratios"] += [
+        {"variant": name, "against": "base", "median": speed, "low": speed, "high": speed,
+         "pairs": 6} for name, speed in speeds.items()
+    ]  # fmt: skip
+    comparison.write_text(json.dumps(content))
+    page = html_report([read_source(comparison)])
+    rows = [html.unescape(name) for name in re.findall(r'<th scope="row">(.*?)</th>', page)]
+    assert rows == ["base", "faster", HOSTILE, "equal", "slower", "far away"]
+
+
 def test_bar_and_whisker_lie_where_their_values_say(comparison):
     text = html_report([read_source(comparison)])
     # The longest thing, the upper end at 2, has 4% of room behind it.
-    assert f'width="{100 * 1.5 / 2.08:.2f}%"' in text
-    assert f'x1="{100 * 1.25 / 2.08:.2f}%" x2="{100 * 2.0 / 2.08:.2f}%"' in text
+    assert f"left:0.00%;width:{100 * 1.5 / 2.08:.2f}%" in text
+    assert f"left:{100 * 1.25 / 2.08:.2f}%;width:{100 * 0.75 / 2.08:.2f}%" in text
+
+
+def test_bar_below_zero_goes_to_the_left():
+    chart = BarChart(title="", bars=[Bar(label="", text="", value=-2.0)])
+    assert [chart.place(value) for value in (-2.08, 0.0)] == pytest.approx([0, 100])
+
+
+def test_same_numbers_draw_the_same_lines_in_the_colors_of_the_page():
+    chart = LineChart(
+        title="t", x_title="x", y_title="y", doubling_x=True, target=1.5,
+        series=[Series(label="a", points=((1.0, 1.0), (8.0, 2.0))),
+                Series(label="b", points=((1.0, 2.0), (8.0, 1.0)), color=1)],
+    )  # fmt: skip
+    svg = chart.svg()
+    assert svg == chart.svg()
+    assert "var(--c0)" in svg and "var(--c1)" in svg and "var(--soft)" in svg
+    assert not re.search(r": #(?!000000|ffffff)", svg)  # no color that the dark would hide
+    assert not re.search(r'id="figure', svg)
+    assert re.findall(r">([\d.]+)</text>", svg)[:2] == ["1", "8"]
+    assert chart.legend() == [("a", 0, 0), ("b", 1, 1)]
 
 
 def test_run_places_its_steps_in_time_and_its_phases_fill_the_process(run):
@@ -160,17 +214,9 @@ def test_markdown_escapes_what_would_break_its_table(run):
     assert any("60.00%" in line for line in table)
 
 
-def test_shares_are_of_their_sum():
-    text = share_bar([Share(label="a", value=1), Share(label="b", value=3)], title="t", unit="s")
-    assert "25.0% (1 s)" in text and 'x="25.00%" width="75.00%"' in text
-
-
-@pytest.mark.parametrize(("low", "high"), [(0, 1), (3, 3), (-2, 55.5), (0, 1e9), (0.1, 0.11)])
-def test_ticks_are_few_and_within(low, high):
-    ticks = nice_ticks(low, high)
-    assert 1 <= len(ticks) <= 7
-    slack = 1e-6 * (high - low)
-    assert all(low - slack <= tick <= high + slack for tick in ticks)
+def test_shares_are_of_their_sum(run):
+    assert "waiting for data" in (page := html_report([read_source(run)]))
+    assert f"{100 * (4 / 3) / 10:.1f}% (1.333 s)" in page
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"variants": 1}', '{"metrics": []}', "\x00"])

@@ -1,239 +1,236 @@
-"""Pack an image folder into one Arrow file (`packed_file` describes it).
+"""Pack an image folder into tar shards, as WebDataset writes them.
 
-The pictures of each class are packed in pieces, each a small file beside the destination, by as
-many processes as wanted; then the pieces are put together in the listing's order. So the
-result does not depend on the number of processes, a packing that was stopped goes on with those
-pieces that are missing, and the destination appears whole or not at all. Until then the pieces need
-as much room as the result, raw pixels twice as much.
+The images keep the order of the folder's listing, so the result does not depend on the number of
+workers. The folder of shards appears whole, or not at all; a packing that was stopped starts anew.
 """
 
-import itertools
+import io
 import os
+import re
 import shutil
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+import tarfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
+import torch
+from PIL import Image
 from tqdm import tqdm
 
 from training_framework.data.bad_images import BadImages, SplitName
-from training_framework.data.shards.joining import join_pieces
-from training_framework.data.shards.packed_file import PackInfo, load_pyarrow
-from training_framework.data.shards.pieces import (
-    Packing,
-    Piece,
-    PieceResult,
-    as_text,
-    begin_process,
-    make_piece,
+from training_framework.data.decoding import Pixels, decode_image, resize
+from training_framework.data.image_files import FileSplit, StorageFault, read_image
+from training_framework.data.shards.shard_index import (
+    INFO_FILE,
+    ShardIndex,
+    ShardInfo,
+    build_index,
+    write_index,
 )
 from training_framework.data.sources.folder import open_folder
-from training_framework.data.splits import Dataset, FileSplit, Split
-from training_framework.errors import UserError
+from training_framework.errors import UserError, one_line
+from training_framework.faults import fault_point
 
-__all__ = ["PackSummary", "pack_folder"]
+__all__ = ["pack_folder"]
 
-SUFFIX = ".arrow"
-DEFAULT_QUALITY = 90
-_PIECE_IMAGES = 256
-_PIECES_AHEAD = 4
-_SMALLEST_SIDE = 8
-_GO_ON = "make room there, or name another; the same command goes on with what is packed already"
-
-
-@dataclass(frozen=True, kw_only=True)
-class PackSummary:
-    """What `pack_folder` wrote.
-
-    Attributes:
-        dest: The packed file.
-        info: What it says of itself.
-        file_bytes: Its size.
-    """
-
-    dest: Path
-    info: PackInfo
-    file_bytes: int
+_QUALITY = 90
+_SHARD_IMAGES = 1024
+_IMAGES_AHEAD = 8
+_MIN_SIDE = 8
+_MAX_JPEG_SIDE = 65_500
+_JPEG_UNIT = 16  # pixels across of what a JPEG with halved chroma is coded by
+_CONTROLS = re.compile(r"[\x00-\x1f\x7f]")
 
 
 def pack_folder(
     source: Path,
     dest: Path,
     *,
-    pixels: bool = False,
     shorter_side: int | None = None,
-    quality: int | None = None,
     skip_bad: bool = False,
-    processes: int = 1,
+    workers: int = 1,
     report: Callable[[str], None] = tqdm.write,
     show_progress: bool = False,
-) -> PackSummary:
-    """Pack an image folder into one file, or go on with it.
+) -> tuple[ShardInfo, ShardIndex]:
+    """Pack an image folder into a new folder of shards.
 
     Args:
         source: Holds train/<class>/* and val/<class>/* (or test/).
-        dest: The new file, `.arrow`.
-        pixels: Store raw uint8 pixels of square images: the middle of each picture, scaled to
-            `shorter_side`. Without it, all pictures must be square and of one size.
-        shorter_side: Scale pictures whose shorter side is longer down to it, in pixels. The others
-            keep their bytes.
-        quality: JPEG quality of those that are scaled down, 90 unless given.
-        skip_bad: Pass over pictures that cannot be decoded, up to 1% of a split.
-        processes: That decode and encode; 1 works in this one.
-        report: Says a line about a picture that was passed over.
+        dest: The new folder.
+        shorter_side: Scale images whose shorter side is longer down to it, in pixels, as JPEG of
+            quality 90. The others keep their bytes.
+        skip_bad: Leave out images that cannot be decoded, up to 1% of a split.
+        workers: Threads that decode and encode.
+        report: Says a line about an image that was left out.
         show_progress: Show a progress bar on standard error.
 
+    Returns:
+        What the new folder says of itself, and its index.
+
     Raises:
-        UserError: An argument or the folder is wrong, `dest` exists, a picture cannot be decoded
-            or too many cannot, a process was killed, the disk is full, or pyarrow is missing.
+        UserError: An argument or the folder is wrong, `dest` exists, an image cannot be decoded or
+            too many cannot, or the disk is full.
     """
-    load_pyarrow()
-    _check_arguments(dest, pixels, shorter_side, quality, processes)
+    if dest.exists():
+        raise UserError(f"{dest}: exists", "name a new folder or remove it")
+    if shorter_side is not None and shorter_side < _MIN_SIDE:
+        raise UserError(f"shorter-side is {shorter_side}", f"take at least {_MIN_SIDE}")
+    if workers < 1:
+        raise UserError(f"workers is {workers}", "take at least 1")
     dataset = open_folder(root=source)
-    packing = Packing(
-        folder=dest.with_name(f".{dest.name}.parts"),
-        pixels=pixels,
-        shorter_side=shorter_side,
-        quality=None if pixels or not shorter_side else quality or DEFAULT_QUALITY,
-        skip_bad=skip_bad,
-    )
-    pieces = list(_pieces(dataset))
+    splits: tuple[SplitName, SplitName] = ("train", "val")
     bad = BadImages(train=len(dataset.train), val=len(dataset.val), report=report)
+    scratch = dest.with_name(f".{dest.name}.partial")
     try:
-        packing.folder.mkdir(parents=True, exist_ok=True)
-        with tqdm(
-            total=dataset.facts.train_images + dataset.facts.val_images,
-            unit="img",
-            desc=dest.name,
-            disable=not show_progress,
-        ) as bar:
-            results = {}
-            for number, result in _results(packing, pieces, processes):
-                if result.fault:
-                    raise UserError(*result.fault)
-                bad.add(pieces[number].split, result.bad)
-                results[number] = result
-                bar.update(len(pieces[number].paths))
-        info = _info(dataset, source, packing, pieces, results)
-        files = [results[number].path for number in range(len(pieces))]
-        join_pieces(files, dest, info, folder=packing.folder)
-        shutil.rmtree(packing.folder, ignore_errors=True)
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir(parents=True)
+        with (
+            ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool,
+            tqdm(total=len(dataset.train) + len(dataset.val), disable=not show_progress) as bar,
+        ):
+            for name, split in zip(splits, (dataset.train, dataset.val), strict=True):
+                assert isinstance(split, FileSplit)
+                store = partial(_stored, split, shorter_side)
+                for number, begin in enumerate(range(0, len(split), _SHARD_IMAGES)):
+                    samples = range(begin, min(begin + _SHARD_IMAGES, len(split)))
+                    bad_here: dict[str, str] | None = {} if skip_bad else None
+                    members = _members(pool.map, store, split, samples, bad_here)
+                    _write_tar(scratch / f"{name}-{number:06}.tar", members)
+                    bad.add(name, bad_here or {})
+                    bar.update(len(samples))
+        info, index = _finish(
+            scratch,
+            dest,
+            ShardInfo(
+                source=_as_text(source.resolve().name),
+                class_names=[_as_text(name) for name in dataset.facts.class_names],
+                shorter_side=shorter_side,
+                skipped=[
+                    _as_text(os.path.relpath(name, source))
+                    for reasons in bad.by_split().values()
+                    for name in reasons
+                ],
+            ),
+        )
     except OSError as error:
         raise UserError(
-            f"{error.filename or dest}: cannot be written to ({error.strerror})", _GO_ON
+            f"{error.filename or dest}: cannot be written to ({error.strerror})",
+            "make room there, or name another folder",
         ) from None
-    except BrokenProcessPool:
-        raise UserError(
-            f"{dest}: a packing process was killed, perhaps for want of memory",
-            "start the same command again, with fewer --processes if need be: it goes on",
-        ) from None
-    return PackSummary(dest=dest, info=info, file_bytes=dest.stat().st_size)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return info, index
 
 
-def _check_arguments(
-    dest: Path, pixels: bool, shorter_side: int | None, quality: int | None, processes: int
-) -> None:
-    if dest.suffix != SUFFIX:
-        raise UserError(f"{dest}: is no name of a packed file", f"let it end with {SUFFIX}")
-    if dest.exists():
-        raise UserError(f"{dest}: exists", "name a new file or remove it")
-    if shorter_side is not None and shorter_side < _SMALLEST_SIDE:
-        raise UserError(f"shorter-side is {shorter_side}", f"take at least {_SMALLEST_SIDE}")
-    if quality is not None and not 1 <= quality <= 100:
-        raise UserError(f"quality is {quality}", "take 1 to 100")
-    if quality is not None and (pixels or shorter_side is None):
-        raise UserError(
-            "quality is given, but no picture is encoded anew",
-            "drop it, or give shorter-side and no pixels",
-        )
-    if processes < 1:
-        raise UserError(f"processes is {processes}", "take at least 1")
+def _members(
+    in_threads: Callable[..., Iterator[tuple[bytes, str] | UserError]],
+    store: Callable[[int], tuple[bytes, str] | UserError],
+    split: FileSplit,
+    samples: range,
+    bad: dict[str, str] | None,
+) -> Iterator[tuple[str, bytes]]:
+    """Names and contents of a shard's members; reasons go to `bad` where images are left out."""
+    taken = set[str]()
+    for begin in range(samples.start, samples.stop, _IMAGES_AHEAD):
+        ahead = range(begin, min(begin + _IMAGES_AHEAD, samples.stop))
+        for sample, stored in zip(ahead, in_threads(store, ahead), strict=True):
+            if isinstance(stored, UserError):
+                name = split.name_of(sample)
+                if bad is None or isinstance(stored, StorageFault):
+                    raise stored
+                bad[name] = stored.fault.removeprefix(one_line(f"{name}:")).strip()
+                continue
+            key = _key_of(split.paths[sample], taken)
+            yield f"{key}{stored[1]}", stored[0]
+            yield f"{key}.cls", b"%d" % int(split.labels[sample])
 
 
-def _pieces(dataset: Dataset) -> Iterator[Piece]:
-    """The samples in the order of the listing; no piece holds samples of two classes.
+def _key_of(path: str, taken: set[str]) -> str:
+    """A key of a shard that is not taken yet: without dots in the file's name."""
+    folder, _, name = _CONTROLS.sub("_", _as_text(path)).rpartition("/")
+    stem = key = f"{folder}/{Path(name).stem.replace('.', '_')}"
+    number = 1
+    while key in taken:
+        number += 1
+        key = f"{stem}_{number}"
+    taken.add(key)
+    return key
 
-    So a picture that comes, goes or changes leaves the pieces of the other classes valid.
+
+def _as_text(name: str) -> str:
+    """A file's name as UTF-8 can write it: names may hold any bytes."""
+    return os.fsencode(name).decode(errors="replace")
+
+
+def _stored(
+    split: FileSplit, shorter_side: int | None, sample: int
+) -> tuple[bytes, str] | UserError:
+    """What is stored of an image, with its suffix, or why it cannot be.
+
+    The whole image is decoded even where its bytes are kept: this is the time to find out that it
+    cannot be.
     """
-    splits: tuple[tuple[SplitName, Split], ...] = ("train", dataset.train), ("val", dataset.val)
-    for name, split in splits:
-        assert isinstance(split, FileSplit)
-        labels = split.labels.tolist()
-        begin = 0
-        for label, members in itertools.groupby(labels):
-            end = begin + len(list(members))
-            for start in range(begin, end, _PIECE_IMAGES):
-                yield Piece(
-                    split=name,
-                    label=label,
-                    offset=start - begin,
-                    root=split.root,
-                    paths=split.paths[start : min(start + _PIECE_IMAGES, end)],
-                )
-            begin = end
+    path = Path(split.name_of(sample))
+    try:
+        data = read_image(path)
+        pixels = decode_image(data, path)
+    except UserError as error:
+        return error
+    height, width = pixels.shape[:2]
+    scale = (shorter_side or height) / min(height, width)
+    shape = round(height * scale), round(width * scale)
+    if shorter_side is None or scale >= 1 or max(shape) > _MAX_JPEG_SIDE:
+        return data, path.suffix.lower()
+    return _jpeg(resize(pixels, *shape)), ".jpg"
 
 
-def _results(
-    packing: Packing, pieces: Sequence[Piece], processes: int
-) -> Iterator[tuple[int, PieceResult]]:
-    """Each piece's number and result, as they are done."""
-    if processes == 1:
-        for number, piece in enumerate(pieces):
-            yield number, make_piece(packing, piece)
-        return
-    with ProcessPoolExecutor(min(processes, len(pieces)), initializer=begin_process) as executor:
-        try:
-            waiting = iter(enumerate(pieces))
-            under_way: dict[Future[PieceResult], int] = {}
-            while True:
-                for number, piece in waiting:
-                    under_way[executor.submit(make_piece, packing, piece)] = number
-                    if len(under_way) >= _PIECES_AHEAD * processes:
-                        break
-                if not under_way:
-                    return
-                for future in wait(under_way, return_when=FIRST_COMPLETED).done:
-                    yield under_way.pop(future), future.result()
-        finally:
-            executor.shutdown(wait=True, cancel_futures=True)
+def _jpeg(pixels: Pixels) -> bytes:
+    """Encode with restart markers, by which a part can be decoded without the rest.
 
-
-def _info(
-    dataset: Dataset,
-    source: Path,
-    packing: Packing,
-    pieces: Sequence[Piece],
-    results: dict[int, PieceResult],
-) -> PackInfo:
-    skipped, counts = [], {"train": 0, "val": 0}
-    sides = {result.side for result in results.values() if result.side}
-    left = dict.fromkeys(range(dataset.facts.num_classes), 0)
-    for number, piece in enumerate(pieces):
-        result = results[number]
-        counts[piece.split] += result.count
-        left[piece.label] += result.count if piece.split == "train" else 0
-        skipped += [f"{piece.split}/{os.path.relpath(name, piece.root)}" for name in result.bad]
-    empty = [name for label, name in enumerate(dataset.facts.class_names) if not left[label]]
-    if empty:
-        raise UserError(
-            f"{source}: no training picture of class {empty[0]} can be decoded",
-            "add pictures or remove the class",
-        )
-    if len(sides) > 1:
-        raise UserError(
-            f"{source}: raw pixels need images of one size, and there are some of {min(sides)} and "
-            f"of {max(sides)} px",
-            "give shorter-side",
-        )
-    return PackInfo(
-        source=as_text(source.resolve().name),
-        class_names=[as_text(name) for name in dataset.facts.class_names],
-        train_images=counts["train"],
-        val_images=counts["val"],
-        pixels=next(iter(sides), None),
-        shorter_side=packing.shorter_side,
-        quality=packing.quality,
-        skipped=[as_text(name) for name in skipped],
+    Every one to three units of 16 pixels there is one, as many as divide a row of them. They cost 1
+    to 4% in size.
+    """
+    units = -(-pixels.shape[1] // _JPEG_UNIT)
+    interval = next(count for count in (3, 2, 1) if units % count == 0)
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(
+        stream, "JPEG", quality=_QUALITY, subsampling="4:2:0", restart_marker_blocks=interval
     )
+    return stream.getvalue()
+
+
+def _write_tar(path: Path, members: Iterator[tuple[str, bytes]]) -> None:
+    with path.open("wb") as file:
+        with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar:
+            for name, content in members:
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+        file.flush()
+        os.fsync(file.fileno())
+    fault_point("packing.after_shard")
+
+
+def _finish(scratch: Path, dest: Path, info: ShardInfo) -> tuple[ShardInfo, ShardIndex]:
+    """Read the shards back for their checksums, and give their folder its name."""
+    index, digests = build_index(scratch)
+    info = info.model_copy(update={"shards": digests}).sealed()
+    with (scratch / INFO_FILE).open("w", encoding="utf-8") as file:
+        file.write(info.model_dump_json(indent=1) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    write_index(scratch, index, timed=False)
+    _flush_folder(scratch)
+    fault_point("packing.before_rename")
+    scratch.rename(dest)
+    _flush_folder(dest.parent)
+    return info, index
+
+
+def _flush_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -18,15 +18,24 @@ from training_framework.data.facts import DatasetFacts
 from training_framework.data.sources.archives import unpack_files
 from training_framework.data.sources.array_pickle import unpickle_arrays
 from training_framework.data.sources.cifar_files import CIFAR10, CIFAR100, CifarFiles
+from training_framework.data.sources.source import DataSource
 from training_framework.data.splits import ArraySplit, Dataset
 from training_framework.errors import UserError
 
-__all__ = ["CIFAR10", "CIFAR100", "CifarFiles", "cifar_folder", "open_cifar"]
+__all__ = [
+    "CIFAR10",
+    "CIFAR10_SOURCE",
+    "CIFAR100",
+    "CIFAR100_SOURCE",
+    "CifarFiles",
+    "cifar_folder",
+    "open_cifar",
+]
 
 _SIDE = 32
 _ROW_BYTES = 3 * _SIDE * _SIDE
 _INTEGERS = {int, *(np.dtype(code).type for code in "bBhHiIlLqQ")}
-_MOST_FILE_BYTES = 1 << 30
+_MAX_FILE_BYTES = 256 << 20  # the largest published file has 155 MB
 _CONNECT_SECONDS = 5
 _READ_SECONDS = 60
 
@@ -137,10 +146,10 @@ def _read_batch(source: CifarFiles, path: Path, data: bytes) -> ArraySplit:
         pixels, listed = content[b"data"], content[source.labels_key]
     except (KeyError, TypeError):
         raise UserError(
-            f"{path}: holds no 'data' and '{source.labels_key.decode()}'", cure
+            f"{path}: does not hold 'data' and '{source.labels_key.decode()}'", cure
         ) from None
     if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8:
-        raise UserError(f"{path}: 'data' is no array of uint8", cure)
+        raise UserError(f"{path}: 'data' is not an array of uint8", cure)
     # A list in a list could be as deep and, made an array, as large as it likes.
     flat = type(listed) is list and {type(item) for item in listed} <= _INTEGERS
     if not flat and not (isinstance(listed, np.ndarray) and listed.dtype.kind in "iu"):
@@ -168,8 +177,8 @@ def _file_bytes(path: Path) -> bytes:
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):
-            raise UserError(f"{path}: is no file", cure)
-        if status.st_size > _MOST_FILE_BYTES:
+            raise UserError(f"{path}: not a file", cure)
+        if status.st_size > _MAX_FILE_BYTES:
             raise UserError(f"{path}: {status.st_size:,} bytes are more than such a file has", cure)
         return path.read_bytes()
     except OSError as error:
@@ -181,7 +190,7 @@ def _unpickled(path: Path, data: bytes) -> Any:
         return unpickle_arrays(data)
     except pickle.UnpicklingError as error:
         raise UserError(
-            f"{path}: not a CIFAR file ({error})", "replace it by the original"
+            f"{path}: not a CIFAR file ({error})", "replace it with the original"
         ) from None
 
 
@@ -235,3 +244,14 @@ def _one_process_at_a_time(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def _source_of(files: CifarFiles) -> DataSource:
+    return DataSource(
+        open=lambda asked: open_cifar(files, root=asked.root, image_size=asked.image_size),
+        recognizes=lambda root: cifar_folder(files, root) is not None,
+        layout=f"{files.folder}/",
+    )
+
+
+CIFAR10_SOURCE, CIFAR100_SOURCE = _source_of(CIFAR10), _source_of(CIFAR100)

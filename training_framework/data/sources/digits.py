@@ -9,10 +9,11 @@ import torch
 from numpy.typing import NDArray
 
 from training_framework.data.facts import DatasetFacts
+from training_framework.data.sources.source import DataSource
 from training_framework.data.splits import ArraySplit, Dataset
 from training_framework.errors import UserError
 
-__all__ = ["open_digits"]
+__all__ = ["SOURCE", "open_digits"]
 
 _SIDE = 8
 _BRIGHTEST = 16
@@ -91,3 +92,6 @@ def _held_out(labels: NDArray[np.int64]) -> NDArray[np.bool_]:
         members = order[labels[order] == label]
         held_out[members[: round(len(members) / _HELD_OUT_OF)]] = True
     return held_out
+
+
+SOURCE = DataSource(open=lambda asked: open_digits(image_size=asked.image_size))

@@ -1,4 +1,4 @@
-"""Pictures in folders, as ImageNet is laid out: train/<class>/*, val/<class>/*."""
+"""Images in folders, as ImageNet is laid out: train/<class>/*, val/<class>/*."""
 
 import os
 from collections.abc import Iterator
@@ -8,16 +8,18 @@ import torch
 
 from training_framework.data.decoding import IMAGE_SUFFIXES
 from training_framework.data.facts import DatasetFacts
-from training_framework.data.splits import Dataset, FileSplit
+from training_framework.data.image_files import FileSplit
+from training_framework.data.sources.source import DataSource
+from training_framework.data.splits import Dataset
 from training_framework.errors import UserError
 
 __all__ = [
     "IMAGENET_MEAN",
     "IMAGENET_STD",
+    "SOURCE",
     "class_files",
     "class_names",
     "open_folder",
-    "refuse_empty_files",
     "split_folder",
     "val_folder",
 ]
@@ -32,17 +34,19 @@ def open_folder(*, root: Path | None, image_size: int | None = None) -> Dataset:
     """List an image folder; nothing is decoded yet.
 
     Classes are the folders of `root/train` in sorted order; `root/val` (or `root/test`) may lack
-    some of them. Pictures may lie in subfolders of their class. Hidden files are ignored.
+    some of them. Images may lie in subfolders of their class. Hidden files are ignored.
 
     Args:
         root: Holds `train` and `val`.
-        image_size: Side in pixels that pictures are cropped and resized to, 224 unless given.
+        image_size: Side in pixels that images are cropped and resized to, 224 unless given.
 
     Raises:
-        UserError: A folder is missing, a class is empty or unknown, a file is no picture.
+        UserError: A folder is missing, a class is empty or unknown, a file is not an image.
     """
     if root is None:
-        raise UserError("data is folder, but data_root is not set", "say where the pictures are")
+        raise UserError(
+            "data is folder, but data_root is not set", "set data_root to the folder of the images"
+        )
     train_folder, val = split_folder(root, "train"), val_folder(root)
     names = class_names(train_folder)
     labels_by_name = {name: label for label, name in enumerate(names)}
@@ -50,7 +54,7 @@ def open_folder(*, root: Path | None, image_size: int | None = None) -> Dataset:
         if name not in labels_by_name:
             raise UserError(
                 f"{val / name}: a class that {train_folder} lacks",
-                "add training pictures of it or remove it",
+                "add training images of it or remove it",
             )
     train_split = _list_split(train_folder, labels_by_name)
     val_split = _list_split(val, labels_by_name)
@@ -66,25 +70,6 @@ def open_folder(*, root: Path | None, image_size: int | None = None) -> Dataset:
         std=IMAGENET_STD,
     )
     return Dataset(facts, train_split, val_split)
-
-
-def refuse_empty_files(split: FileSplit) -> None:
-    """Refuse files of no bytes, as interrupted copies leave them.
-
-    It costs a microsecond or two a file on a local disk, so it is for validation sets: a training
-    picture is met in the first epoch, a validation picture only after it.
-
-    Raises:
-        UserError: A file is empty or cannot be reached.
-    """
-    for name in split.paths:
-        path = split.root / name
-        try:
-            size = path.stat().st_size
-        except OSError as error:
-            raise UserError(f"{path}: {error.strerror}", "restore the file") from None
-        if size == 0:
-            raise UserError(f"{path}: is empty", "replace or delete the file")
 
 
 def split_folder(root: Path, name: str) -> Path:
@@ -107,29 +92,27 @@ def class_names(folder: Path) -> tuple[str, ...]:
     """The class folders of a split's folder, sorted.
 
     Raises:
-        UserError: There is none, or a file lies beside them.
+        UserError: There is none, or there is a file beside them.
     """
     names = []
     for entry in _visible(folder):
         if not _is_folder(entry):
-            raise UserError(
-                f"{entry.path}: lies outside the class folders", "move it into one or away"
-            )
+            raise UserError(f"{entry.path}: not in a class folder", "move it into one, or away")
         names.append(entry.name)
     if not names:
-        raise UserError(f"{folder}: holds no class folder", f"expected {folder}/<class>/<picture>")
+        raise UserError(f"{folder}: has no class folders", f"expected {folder}/<class>/<image>")
     return tuple(sorted(names))
 
 
 def class_files(folder: Path) -> list[str]:
-    """The pictures of a class's folder and its subfolders, sorted, as paths.
+    """The images of a class's folder and its subfolders, sorted, as paths.
 
     Raises:
-        UserError: There is none, or a file is no picture by its suffix.
+        UserError: There is none, or a file is not an image by its suffix.
     """
     paths = sorted(_files_below(folder))
     if not paths:
-        raise UserError(f"{folder}: the class is empty", "add pictures or remove the folder")
+        raise UserError(f"{folder}: the class is empty", "add images or remove the folder")
     return paths
 
 
@@ -143,24 +126,26 @@ def _files_below(folder: Path | str) -> Iterator[str]:
                 ahead.append(entry.path)
             elif os.path.splitext(entry.name)[1].lower() not in IMAGE_SUFFIXES:  # noqa: PTH122
                 raise UserError(
-                    f"{entry.path}: no picture by its name ({', '.join(sorted(IMAGE_SUFFIXES))})",
-                    "move it away",
+                    f"{entry.path}: not an image by its suffix",
+                    f"move it away; images end in {', '.join(sorted(IMAGE_SUFFIXES))}",
                 )
             elif entry.is_file():
                 yield entry.path
-            else:  # a link that leads nowhere; a pipe or device, which would be waited for
-                raise UserError(f"{entry.path}: is no file", "remove it, or mend the link")
+            else:  # a link that leads nowhere; a pipe or device, which would block
+                raise UserError(f"{entry.path}: not a file", "remove it, or repair the link")
 
 
 def _refuse_second_visit(folder: str, seen: set[tuple[int, int]]) -> None:
-    """Links may lead back to where they are, or to one folder over and over."""
+    """Refuse a folder that links lead to twice, or in circles."""
     try:
         status = os.stat(folder)  # noqa: PTH116
     except OSError as error:
         raise UserError(f"{folder}: {error.strerror}", "make the folder readable") from None
     place = (status.st_dev, status.st_ino)
     if place in seen:
-        raise UserError(f"{folder}: is in its class twice, by a link", "remove the link")
+        raise UserError(
+            f"{folder}: the class holds this folder twice, through a link", "remove the link"
+        )
     seen.add(place)
 
 
@@ -190,3 +175,10 @@ def _list_split(folder: Path, labels_by_name: dict[str, int]) -> FileSplit:
         paths.extend(path[prefix:] for path in files)
         labels.extend([labels_by_name[name]] * len(files))
     return FileSplit(folder, tuple(paths), torch.tensor(labels))
+
+
+SOURCE = DataSource(
+    open=lambda asked: open_folder(root=asked.root, image_size=asked.image_size),
+    recognizes=lambda root: (root / "train").is_dir(),  # opening it names a missing val/
+    layout="train/ and val/",
+)

@@ -25,8 +25,8 @@ class SubsetSummary:
     Attributes:
         dest: The new folder.
         classes: Names of its classes, sorted.
-        train_images: Training pictures in all.
-        val_images: Validation pictures in all.
+        train_images: Training images in all.
+        val_images: Validation images in all.
     """
 
     dest: Path
@@ -46,12 +46,12 @@ def make_subset(
         source: Holds train/<class>/* and val/<class>/* (or test/).
         dest: The new folder; it may exist if it is empty.
         classes: Classes to take.
-        train_per_class: Training pictures to take of each, at least 1.
-        val_per_class: Validation pictures of each, at least 1.
-        seed: Draws classes and pictures; the same seed takes the same ones.
+        train_per_class: Training images to take of each, at least 1.
+        val_per_class: Validation images of each, at least 1.
+        seed: Draws classes and images; the same seed takes the same ones.
 
     Raises:
-        UserError: `dest` holds something, or `source` has too few classes or pictures.
+        UserError: `dest` holds something, or `source` has too few classes or images.
     """
     for key, value in (
         ("classes", classes),
@@ -95,11 +95,11 @@ def make_subset(
 
 
 def _class_files_in(folder: Path, count: int) -> list[str]:
-    """The class's pictures relative to its folder, at least `count`."""
+    """The class's images relative to its folder, at least `count`."""
     files = [Path(path).relative_to(folder).as_posix() for path in class_files(folder)]
     if len(files) < count:
         raise UserError(
-            f"{folder}: has {len(files)} pictures, not {count}", f"ask for {len(files)} at most"
+            f"{folder}: has {len(files)} images, not {count}", f"ask for {len(files)} at most"
         )
     return files
 

@@ -1,33 +1,94 @@
 """Made-up images of any size and class count: for measuring, and for trying things out."""
 
-from training_framework.data.facts import DatasetFacts
-from training_framework.data.splits import Dataset, SyntheticSplit
+from dataclasses import dataclass, replace
 
-__all__ = ["open_synthetic"]
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from training_framework.data.facts import DatasetFacts
+from training_framework.data.sources.source import DatasetRequest, DataSource
+from training_framework.data.splits import ArraySplit, Dataset, Split, sha256_of
+
+__all__ = ["SOURCE", "SyntheticSplit", "open_synthetic"]
 
 _DEFAULT_IMAGE_SIZE = 32
 _DEFAULT_NUM_CLASSES = 10
+_GENERATED_BYTES_AT_ONCE = 1 << 28
 
 
-def open_synthetic(
-    *,
-    train_images: int,
-    val_images: int,
-    image_size: int | None = None,
-    num_classes: int | None = None,
-    seed: int = 0,
-) -> Dataset:
+@dataclass(frozen=True)
+class SyntheticSplit(Split):
+    """Images made up on the device: a coarse pattern a class, under noise, so it can be learnt.
+
+    Attributes:
+        count: Images; the classes take turns.
+        num_classes: Classes.
+        image_size: Side in pixels.
+        seed: Draws the classes' patterns; splits of one set share it.
+        stream: Draws the noise; splits of one set differ in it.
+    """
+
+    count: int
+    num_classes: int
+    image_size: int
+    seed: int
+    stream: int = 0
+
+    def __len__(self) -> int:
+        return self.count
+
+    def digest(self) -> str:
+        """SHA-256 of the arguments that the images are made from, as hexadecimal text."""
+        return sha256_of(repr(self))
+
+    @property
+    def labels(self) -> Tensor:  # type: ignore[override]
+        """(N,) int64."""
+        return torch.arange(self.count) % self.num_classes
+
+    def limited(self, count: int, *, seed: int) -> "SyntheticSplit":
+        """The first `count` images, in which the classes take turns too."""
+        return replace(self, count=count)
+
+    def take(self, samples: Tensor) -> ArraySplit:
+        """The images of these samples, made in host memory: (n,) int64 positions."""
+        return self.array("cpu").take(samples)
+
+    def array(self, device: torch.device | str) -> ArraySplit:
+        """Make the images on the device: (count, 3, S, S) uint8, channels_last in memory.
+
+        The same arguments give the same images on the same kind of device.
+        """
+        device = torch.device(device)
+        side = self.image_size
+        generator = torch.Generator(device).manual_seed(self.seed)
+        patterns = 80 + 96 * torch.rand(
+            (self.num_classes, 3, 4, 4), generator=generator, device=device
+        )
+        generator.manual_seed((self.seed + 1) * 1_000_003 + self.stream)
+        labels = torch.arange(self.count, device=device) % self.num_classes
+        images = torch.empty((self.count, side, side, 3), dtype=torch.uint8, device=device)
+        at_once = max(1, _GENERATED_BYTES_AT_ONCE // (4 * 3 * side * side))
+        for start in range(0, self.count, at_once):
+            own = patterns[labels[start : start + at_once]]
+            smooth = functional.interpolate(own, (side, side), mode="bilinear")
+            noise = torch.randn(smooth.shape, generator=generator, device=device)
+            pixels = noise.mul_(48).add_(smooth).clamp_(0, 255)
+            images[start : start + at_once] = pixels.permute(0, 2, 3, 1)
+        return ArraySplit(images.permute(0, 3, 1, 2), labels)
+
+
+def open_synthetic(request: DatasetRequest) -> Dataset:
     """Describe a synthetic set; its pixels are made on the device when a loader is built.
 
     Args:
-        train_images: Images to train on.
-        val_images: Images to evaluate on, of the same classes.
-        image_size: Side in pixels, 32 unless given.
-        num_classes: Classes, 10 unless given.
-        seed: Draws patterns and noise.
+        request: Numbers of images, side in pixels (32 unless given), classes (10 unless given),
+            and the seed, which draws patterns and noise.
     """
-    size = image_size or _DEFAULT_IMAGE_SIZE
-    classes = num_classes or _DEFAULT_NUM_CLASSES
+    train_images, val_images = request.synthetic_train_images, request.synthetic_val_images
+    size = request.image_size or _DEFAULT_IMAGE_SIZE
+    classes = request.num_classes or _DEFAULT_NUM_CLASSES
     facts = DatasetFacts(
         name="synthetic",
         train_images=train_images,
@@ -40,7 +101,10 @@ def open_synthetic(
         std=(0.25, 0.25, 0.25),
     )
     train, val = (
-        SyntheticSplit(count, classes, size, seed, stream)
+        SyntheticSplit(count, classes, size, request.seed, stream)
         for stream, count in enumerate((train_images, val_images))
     )
     return Dataset(facts, train, val)
+
+
+SOURCE = DataSource(open=open_synthetic)

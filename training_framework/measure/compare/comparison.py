@@ -84,7 +84,7 @@ class Comparison:
 
     @classmethod
     def resume(cls, path: Path, *, rounds: int | None = None, **options: Any) -> "Comparison":
-        """Go on with a result file's comparison.
+        """Resume the comparison of a result file.
 
         Args:
             path: The result file; its finished rounds are kept.
@@ -115,7 +115,7 @@ class Comparison:
             differing.append(f"commit: {result.commit} then, {here['commit']} now")
         if differing:
             raise UserError(
-                f"{path}: its rounds cannot be gone on with: {'; '.join(differing)}",
+                f"{path}: cannot resume: the environment changed: {'; '.join(differing)}",
                 "start the experiment anew",
             )
         for variant in result.variants:
@@ -245,7 +245,7 @@ class Comparison:
         if variant.name == self.experiment.baseline_variant.name:
             raise UserError(
                 f"{self.experiment.name}: the baseline {variant.name!r} cannot run: {reason}",
-                "mend that, or name another baseline",
+                "fix that, or name another baseline",
             )
 
     def _result(self) -> Result:

@@ -186,7 +186,7 @@ class Experiment(_Strict):
         for key in ("resume", "stop_after_steps"):
             if key in settings and settings[key].value is not None:
                 raise UserError(
-                    f"{settings[key].source}: {key} has no place in an experiment", f"drop {key}"
+                    f"{settings[key].source}: an experiment cannot use {key}", f"remove {key}"
                 )
         return build_config(settings)
 
@@ -258,7 +258,7 @@ def _parse(file: Path) -> dict[str, Any]:
         mark = getattr(error, "problem_mark", None)
         where = f" in line {mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or str(error)
-        raise UserError(f"{file}: is no valid YAML{where}: {problem}", "mend that line") from None
+        raise UserError(f"{file}: not valid YAML{where}: {problem}", "fix that line") from None
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise UserError(f"{file}: holds no experiment", "give it a list of variants")
     return content

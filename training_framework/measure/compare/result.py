@@ -187,7 +187,7 @@ class Result(_Record):
     Attributes:
         schema_version: Of this layout; raised when a reader of the old one would go wrong.
         experiment: Name.
-        definition: The experiment as it was run, enough to go on with it.
+        definition: The experiment as it was run, enough to resume it.
         command: The command that repeats it.
         started: UTC, ISO 8601.
         commit: Of the framework's sources, `-dirty` where they were changed; None if unknown.
@@ -239,7 +239,7 @@ def load_result(path: Path) -> Result:
     """Read a result file.
 
     Raises:
-        UserError: It is missing, or no result file of this version.
+        UserError: It is missing, or not a result file of this version.
     """
     try:
         return Result.model_validate_json(path.read_text(encoding="utf-8"))
@@ -248,12 +248,12 @@ def load_result(path: Path) -> Result:
             f"{path}: cannot be read ({error.strerror})", "name a result file"
         ) from None
     except (ValidationError, UnicodeDecodeError) as error:
-        reason = "no UTF-8 text"
+        reason = "not UTF-8 text"
         if isinstance(error, ValidationError):
             first = error.errors()[0]
             reason = f"{'.'.join(map(str, first['loc'])) or 'file'}: {first['msg']}"
         raise UserError(
-            f"{path}: is no result file of schema version {SCHEMA_VERSION} ({reason})",
+            f"{path}: not a result file of schema version {SCHEMA_VERSION} ({reason})",
             "name a file that `compare` wrote",
         ) from None
 

@@ -164,7 +164,7 @@ def control_holds(interval: Interval, *, tolerance: float = 0.05) -> bool:
 
 
 def has_settled(step_seconds: Sequence[Sequence[float]], *, tolerance: float = 0.05) -> bool:
-    """Whether timed windows begin as they go on: no warm-up has leaked into them.
+    """Whether timed windows start as fast as they end: no warm-up has leaked into them.
 
     Each position in the window is represented by its median over the rounds, which takes out
     chance disturbances. The first third of the positions must not be slower than the rest by more

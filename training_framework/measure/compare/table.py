@@ -8,7 +8,18 @@ from training_framework.measure.compare.result import Ratio, Result, VariantResu
 from training_framework.measure.compare.statistics import Interval
 from training_framework.measure.compare.validity import MARKS
 
-__all__ = ["points", "result_lines", "sweet_spot_line"]
+__all__ = [
+    "findings",
+    "interval",
+    "mark_reasons",
+    "number",
+    "points",
+    "resource_columns",
+    "result_lines",
+    "setting_of",
+    "speed_columns",
+    "sweet_spot_line",
+]
 
 WIDTH = 80
 SWEET_SPOT_TOLERANCE = 0.03
@@ -26,10 +37,10 @@ def result_lines(result: Result) -> list[str]:
     lines = [f"## {result.experiment}", ""]
     if result.description:
         lines += [*textwrap.wrap(result.description, WIDTH), ""]
-    lines += [*textwrap.wrap(_circumstances(result), WIDTH), ""]
+    lines += [*textwrap.wrap(setting_of(result), WIDTH), ""]
     if measured:
-        lines += [*_table(_speed_columns(result), measured), ""]
-        lines += [*_table(_resource_columns(measured), measured), ""]
+        lines += [*_table(speed_columns(result), measured), ""]
+        lines += [*_table(resource_columns(measured), measured), ""]
     differences = accuracy_differences(result)
     if differences:
         compared = [variant for variant in measured if variant.name in differences]
@@ -39,11 +50,12 @@ def result_lines(result: Result) -> list[str]:
         lines += _item(f"{variant.name}: not available here: {variant.unavailable}")
     lines += [""] if missing else []
     lines += _mark_lines(result)
-    lines += [line for finding in _findings(result) for line in _item(finding)]
+    lines += [line for finding in findings(result) for line in _item(finding)]
     return lines if lines[-1] else lines[:-1]
 
 
-def _circumstances(result: Result) -> str:
+def setting_of(result: Result) -> str:
+    """Rounds, data, device and clock, in a line."""
     facts = next((variant.facts for variant in result.variants if variant.facts), None)
     parts = [f"{result.rounds} round(s)" + ("" if result.complete else ", not complete")]
     if facts is not None:
@@ -73,24 +85,26 @@ def _table(columns: Sequence[Column], variants: Sequence[VariantResult]) -> list
     return [line(rows[0]), f"| {' | '.join(rule)} |", *(line(row) for row in rows[1:])]
 
 
-def _speed_columns(result: Result) -> list[Column]:
+def speed_columns(result: Result) -> list[Column]:
+    """Name, median, ratio, accuracy and marks: titles, and what makes each cell."""
     ratios = {ratio.variant: ratio for ratio in result.ratios}
     unit = result.variants[0].unit
     columns: list[Column] = [("variant", lambda variant: variant.name)]
-    columns.append((unit, lambda variant: _number(variant.median)))
+    columns.append((unit, lambda variant: number(variant.median)))
     if unit != "images/s":
-        columns.append(("images/s", lambda variant: _number(variant.images_per_second)))
-    columns.append(("speed [95%]", lambda variant: _speed(ratios.get(variant.name))))
+        columns.append(("images/s", lambda variant: number(variant.images_per_second)))
+    columns.append(("speed [95%]", lambda v: interval(ratios[v.name]) if v.name in ratios else "1"))
     if any(variant.acc1 is not None for variant in result.variants):
-        columns.append(("top-1", lambda variant: _number(variant.acc1)))
-    columns.append(("marks", lambda v: " ".join(MARKS[mark] for mark in v.marks) or "-"))
+        columns.append(("top-1", lambda variant: number(variant.acc1)))
+    columns.append(("marks", lambda v: " ".join(MARKS[mark].letter for mark in v.marks) or "-"))
     return columns
 
 
-def _resource_columns(variants: Sequence[VariantResult]) -> list[Column]:
+def resource_columns(variants: Sequence[VariantResult]) -> list[Column]:
+    """Name, images a step, memory, cores, MFU and start."""
     columns: list[Column] = [
         ("variant", lambda variant: variant.name),
-        ("images/step", lambda v: _number(float(v.facts.images_per_step)) if v.facts else ""),
+        ("images/step", lambda v: number(float(v.facts.images_per_step)) if v.facts else ""),
         ("peak MB", lambda variant: f"{(variant.peak_memory_bytes or 0) / 2**20:,.0f}"),
         ("cores", lambda variant: f"{variant.cpu_cores or 0:.2f}"),
     ]
@@ -98,7 +112,7 @@ def _resource_columns(variants: Sequence[VariantResult]) -> list[Column]:
         columns.append(("MFU", lambda v: "n/a" if v.mfu is None else f"{v.mfu:.0%}"))
     if any(variant.startup_seconds is not None for variant in variants):
         columns.append(("start s", lambda variant: f"{variant.startup_seconds or 0:.1f}"))
-        columns.append(("repaid", lambda v: _number(v.repays_after_steps)))
+        columns.append(("repaid", lambda v: number(v.repays_after_steps)))
     return columns
 
 
@@ -118,15 +132,15 @@ def points(difference: Interval) -> str:
     return f"{difference.median:+.2f} [{difference.low:+.2f}, {difference.high:+.2f}]"
 
 
-def _number(value: float | None) -> str:
+def number(value: float | None) -> str:
+    """A number of at most four digits or without decimals; `-` for None."""
     if value is None:
         return "-"
     return f"{value:,.0f}" if value >= 1000 or value == int(value) else f"{value:.4g}"
 
 
-def _speed(ratio: Ratio | None) -> str:
-    if ratio is None:
-        return "1"
+def interval(ratio: Ratio) -> str:
+    """A ratio with its 95% interval."""
     if ratio.low is None or ratio.high is None:
         return f"{ratio.median:.3f} [one pair]"
     return f"{ratio.median:.3f} [{ratio.low:.3f}, {ratio.high:.3f}]"
@@ -137,7 +151,19 @@ def _mark_lines(result: Result) -> list[str]:
     lines = []
     for detail in result.details:
         lines += _item(f"the whole comparison: {detail}")
-    for mark, letter in MARKS.items():
+    for mark, found in mark_reasons(result):
+        reasons = [f"{name}: {reason}" for name, reason in found[:DETAILED_VARIANTS]]
+        more = len(found) - len(reasons)
+        if more > 0:
+            reasons.append(f"{more} more, see the result file")
+        lines += _item(f"{MARKS[mark].letter} = {mark}. {'; '.join(reasons)}")
+    return [*lines, ""] if lines else []
+
+
+def mark_reasons(result: Result) -> list[tuple[str, list[tuple[str, str]]]]:
+    """Each mark of a row with the rows that have it: their names, and what it rests on there."""
+    marks = []
+    for mark in MARKS:
         prefix = f"{mark}: "
         found = [
             (variant.name, detail.removeprefix(prefix))
@@ -145,16 +171,13 @@ def _mark_lines(result: Result) -> list[str]:
             for detail in variant.details
             if detail.startswith(prefix)
         ]
-        reasons = [f"{name}: {reason}" for name, reason in found[:DETAILED_VARIANTS]]
-        more = len(found) - len(reasons)
-        if more > 0:
-            reasons.append(f"{more} more, see the result file")
         if found:
-            lines += _item(f"{letter} = {mark}. {'; '.join(reasons)}")
-    return [*lines, ""] if lines else []
+            marks.append((mark, found))
+    return marks
 
 
-def _findings(result: Result) -> list[str]:
+def findings(result: Result) -> list[str]:
+    """What else a reader has to know: other baselines, what MFU is a share of, the sweet spot."""
     against = {ratio.against for ratio in result.ratios}
     baseline = next((variant.name for variant in result.variants if not variant.against), "")
     findings = []
@@ -191,8 +214,8 @@ def sweet_spot_line(result: Result) -> str:
     near = [v for v in measured if (v.median or 0.0) >= (1 - SWEET_SPOT_TOLERANCE) * best]
     spot = min(near, key=lambda variant: variant.overrides["batch_size"])
     line = (
-        f"Sweet spot: batch {spot.overrides['batch_size']} with {_number(spot.median)} images/s, "
-        f"the smallest within {SWEET_SPOT_TOLERANCE:.0%} of the best ({_number(best)}): larger "
+        f"Sweet spot: batch {spot.overrides['batch_size']} with {number(spot.median)} images/s, "
+        f"the smallest within {SWEET_SPOT_TOLERANCE:.0%} of the best ({number(best)}): larger "
         "batches take more memory and gain no speed."
     )
     full = [v.overrides["batch_size"] for v in sweep if v.unavailable.startswith("out of memory")]

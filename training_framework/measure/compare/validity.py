@@ -1,4 +1,4 @@
-"""The validity gate: what forbids taking a comparison at its word. Each finding is a mark."""
+"""The validity gate: reasons not to trust a comparison. Each finding is a mark."""
 
 import statistics
 from collections.abc import Sequence
@@ -16,20 +16,29 @@ from training_framework.measure.compare.statistics import (
 
 __all__ = ["MARKS", "Mark", "control_marks", "pair_marks", "variant_marks", "work_marks"]
 
-# Each mark by the letter that stands for it in tables.
-MARKS = {
-    "recompiled": "R",
-    "busy machine": "B",
-    "wide spread": "S",
-    "warm-up": "W",
-    "different work": "D",
-    "few pairs": "F",
-    "target missed": "T",
-    "control": "C",
-}
 WIDE_SPREAD = 0.05
 BUSY_SHARE = 0.05
 CONTROL_TOLERANCE = 0.05
+
+
+class MarkKind(NamedTuple):
+    """The letter that stands for a mark in narrow tables, and what the mark means."""
+
+    letter: str
+    meaning: str
+
+
+MARKS = {
+    "recompiled": MarkKind("R", "torch.compile made a graph within a timed window"),
+    "busy machine": MarkKind("B", "something else took part of the processor during the samples"),
+    "wide spread": MarkKind("S", f"the middle half of the samples spans over {WIDE_SPREAD:.0%}"),
+    "warm-up": MarkKind("W", "the first third of the timed steps is slower than the rest"),
+    "different work": MarkKind("D", "the row does other work than the row it is compared with"),
+    "few pairs": MarkKind("F", f"there are fewer than {FEWEST_PAIRS} pairs"),
+    "target missed": MarkKind("T", "a run ended below the target accuracy; it forms no pair"),
+    "control": MarkKind("C", "the baseline against itself differs, or was not measured"),
+}
+"""Each mark's letter and meaning."""
 
 
 class Mark(NamedTuple):

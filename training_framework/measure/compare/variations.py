@@ -12,8 +12,9 @@ from training_framework.data.facts import DatasetFacts
 from training_framework.errors import UserError
 from training_framework.measure.compare.experiment import Experiment, make_experiment
 from training_framework.plan import TrainPlan
+from training_framework.switches import SWITCHES
 
-__all__ = ["SWITCHES", "ablation", "variation"]
+__all__ = ["ablation", "variation"]
 
 # What varying a setting changes by intent in the work that is done.
 CHANGED_WORK = {
@@ -26,20 +27,6 @@ CHANGED_WORK = {
     "data": ["dataset", "image_size", "flops"],
 }
 
-# Every switch of the speed or memory of a step: its settings when off and when on.
-SWITCHES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "mixed precision": ({"precision": "32"}, {"precision": "mixed"}),
-    "channels_last": ({"channels_last": False}, {"channels_last": True}),
-    "compile": ({"compile": False, "compile_mode": None}, {"compile": True}),
-    "fused optimizer": ({"fused_optimizer": False}, {"fused_optimizer": True}),
-    "small-map convs": ({"small_map_convolutions": False}, {"small_map_convolutions": True}),
-    "winograd convs": ({"winograd_convolutions": False}, {"winograd_convolutions": True}),
-    "fused norms": ({"fused_norms": False}, {"fused_norms": True}),
-    "kept memory": ({"keep_memory": False}, {"keep_memory": True}),
-    "resident data": ({"resident_data": False}, {"resident_data": True}),
-    "shared weights": ({"share_early_weights": False}, {"share_early_weights": True}),
-    "checkpointing": ({"activation_checkpointing": False}, {"activation_checkpointing": True}),
-}
 ALL_OFF = "all off"
 AS_PLANNED = "as planned"
 
@@ -110,29 +97,32 @@ def ablation(
         UserError: A setting is wrong.
     """
     config = build_config(base)
-    switches = {name: pair for name, pair in SWITCHES.items() if _applies(name, config, facts)}
+    switches = {
+        switch: switch.ablation
+        for switch in SWITCHES
+        if switch.ablation and switch.can_matter(config, facts)
+    }
+    planned = plan.switch_values()
     everything_off = {key: value for off, _ in switches.values() for key, value in off.items()}
     variants: list[dict[str, Any]] = [
         {"name": ALL_OFF, "overrides": everything_off},
         {"name": AS_PLANNED},
     ]
-    for name, (off, on) in switches.items():
-        needs = ["bf16"] if name == "mixed precision" else []
-        key = next(iter(off))
-        planned = getattr(plan, key) if hasattr(plan, key) else getattr(config, key)
-        word, change = ("with", on) if planned == off[key] else ("without", off)
+    for switch, (off, on) in switches.items():
+        is_off = planned[switch.key] == off[switch.key]
+        word, change = ("with", on) if is_off else ("without", off)
         variants += [
             {
-                "name": f"only {name}",
+                "name": f"only {switch.name}",
                 "overrides": {**everything_off, **on},
                 "against": ALL_OFF,
-                "needs": needs,
+                "needs": switch.ablation_needs,
             },
             {
-                "name": f"{word} {name}",
+                "name": f"{word} {switch.name}",
                 "overrides": change,
                 "against": AS_PLANNED,
-                "needs": needs if word == "with" else [],
+                "needs": switch.ablation_needs if is_off else (),
             },
         ]
     fields = {
@@ -142,12 +132,3 @@ def ablation(
         "baseline": ALL_OFF,
     }
     return make_experiment({**fields, **changes}, base, source="--ablate")
-
-
-def _applies(switch: str, config: TrainConfig, facts: DatasetFacts) -> bool:
-    """Whether the switch can change anything in this configuration."""
-    if switch == "shared weights":
-        return config.model in ("resnet10", "resnet18", "resnet34")
-    if switch == "resident data":
-        return facts.storage == "arrays"
-    return True

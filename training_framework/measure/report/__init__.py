@@ -1,1 +1,1 @@
-"""Result files as a page for people."""
+"""Result files as a page for people, or as Markdown."""

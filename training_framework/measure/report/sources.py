@@ -20,17 +20,17 @@ KINDS = (
 )
 
 
-MOST_BYTES = 256 << 20
+MAX_BYTES = 256 << 20
 
 Count = Annotated[int, Field(ge=0, le=2**53)]
 
 
-class _Foreign(BaseModel):
+class _Part(BaseModel):
     # These files hold more than a report shows.
     model_config = ConfigDict(extra="ignore", allow_inf_nan=False, protected_namespaces=())
 
 
-class RunEpoch(_Foreign):
+class RunEpoch(_Part):
     """Wall seconds of an epoch, the part that evaluations took, and its last top-1 in percent."""
 
     seconds: float
@@ -38,7 +38,7 @@ class RunEpoch(_Foreign):
     val_acc1: float | None = None
 
 
-class RunOutcome(_Foreign):
+class RunOutcome(_Part):
     """What a run reached: accuracies in percent, mean losses, speed over the training steps."""
 
     best_acc1: float | None = None
@@ -50,14 +50,14 @@ class RunOutcome(_Foreign):
     steps: Count
 
 
-class RunPlan(_Foreign):
+class RunPlan(_Part):
     """What of a run's plan places its steps in time."""
 
     steps_per_epoch: Annotated[Count, Field(ge=1)]
     epochs: Count
 
 
-class RunRecord(_Foreign):
+class RunRecord(_Part):
     """A training run, as benchmarks/record_run.py keeps it.
 
     Attributes:
@@ -86,7 +86,7 @@ class RunRecord(_Foreign):
         for number, row in enumerate(rows, 1):
             for column, text in row.items():
                 if text and not _is_number(text, whole=column == "step"):
-                    raise ValueError(f"row {number}: {column}: {shown(text)} is no number")
+                    raise ValueError(f"row {number}: {column}: {shown(text)} is not a number")
         return rows
 
     def curve(self, column: str) -> tuple[tuple[float, float], ...]:
@@ -133,14 +133,14 @@ class RunRecord(_Foreign):
         return float(np.average(waits, weights=weights)) if weights.sum() > 0 else 0.0
 
 
-class ProfilePhases(_Foreign):
+class ProfilePhases(_Part):
     """Mean seconds a step by phase."""
 
     steps: Count
     seconds: dict[str, float]
 
 
-class ProfileCeilings(_Foreign):
+class ProfileCeilings(_Part):
     """Images per second of the loader alone, the model alone, and both together."""
 
     loader: float
@@ -148,7 +148,7 @@ class ProfileCeilings(_Foreign):
     both: float
 
 
-class ProfileVerdict(_Foreign):
+class ProfileVerdict(_Part):
     """What holds the run back, the figures behind that, and what to try next."""
 
     limit: str
@@ -156,7 +156,7 @@ class ProfileVerdict(_Foreign):
     next_step: str
 
 
-class ProfileRecord(_Foreign):
+class ProfileRecord(_Part):
     """What a report shows of a profile.json."""
 
     command: str
@@ -176,27 +176,27 @@ def read_source(path: Path) -> Source:
     """Read a file that a report can show.
 
     Raises:
-        UserError: It is missing, no JSON, or of no kind that is known here.
+        UserError: It is missing, not JSON, or of a kind that is not known here.
     """
     try:
         if not path.is_file() and path.exists():  # a device may never end
-            raise UserError(f"{path}: is no file", KINDS)
-        if path.stat().st_size > MOST_BYTES:
-            raise UserError(f"{path}: is larger than {MOST_BYTES >> 20} MiB", KINDS)
+            raise UserError(f"{path}: not a file", KINDS)
+        if path.stat().st_size > MAX_BYTES:
+            raise UserError(f"{path}: is larger than {MAX_BYTES >> 20} MiB", KINDS)
         content = json.loads(path.read_text(encoding="utf-8"))
     except UserError:
         raise
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})", KINDS) from None
-    except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, too deep, too many digits
-        raise UserError(f"{path}: is no JSON ({error})", KINDS) from None
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, too deep, too many digits
+        raise UserError(f"{path}: not JSON ({error})", KINDS) from None
     if not isinstance(content, dict):
-        raise UserError(f"{path}: holds no result", KINDS)
+        raise UserError(f"{path}: not a result", KINDS)
     if "variants" in content:
         return load_result(path)
     kind = _kind(content)
     if kind is None:
-        raise UserError(f"{path}: holds no result", KINDS)
+        raise UserError(f"{path}: not a result", KINDS)
     try:
         return kind.model_validate(content)
     except ValidationError as error:

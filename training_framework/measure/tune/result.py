@@ -2,7 +2,7 @@
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 
 from training_framework.measure.compare.result import Result
 
@@ -19,7 +19,7 @@ class Trial(_Record):
     Attributes:
         name: The settings that differ from the plan's own, in words.
         overrides: The same as settings.
-        rung: 0 for the first, shortest trials; those that go on are measured longer.
+        rung: 0 for the first, shortest trials; the finalists are measured longer.
         outcome: `measured`; `hopeless` where its warm-up was so slow that it was stopped;
             `rejected` where it failed, took too much memory or too long.
         reason: Why, unless it was measured.
@@ -33,7 +33,7 @@ class Trial(_Record):
     name: str
     overrides: dict[str, Any]
     rung: int
-    outcome: Literal["measured", "hopeless", "rejected"]
+    outcome: Literal["measured", "hopeless", "rejected"] = "rejected"
     reason: str = ""
     images_per_second: float | None = None
     startup_seconds: float | None = None
@@ -51,8 +51,8 @@ class TuningResult(_Record):
         started: UTC, ISO 8601.
         commit: Of the framework's sources; None if unknown.
         environment: As in `Result`.
-        seed: Decides which combinations are tried, beside what the trials measure.
-        most_trials, budget_seconds, memory_limit_bytes: Limits of the search.
+        seed: Only in older files: it drew some of the combinations.
+        max_trials, budget_seconds, memory_limit_bytes: Limits of the search.
         settings: What the configuration gives before anything is tuned.
         dimensions: The values that were varied, by name.
         trials: In the order in which they were made.
@@ -70,8 +70,8 @@ class TuningResult(_Record):
     started: str
     commit: str | None = None
     environment: dict[str, Any]
-    seed: int
-    most_trials: int
+    seed: int | None = None
+    max_trials: int = Field(validation_alias=AliasChoices("max_trials", "most_trials"))
     budget_seconds: float | None
     memory_limit_bytes: int | None
     settings: dict[str, Any]

@@ -1,32 +1,25 @@
-"""Successive halving over combinations of settings: the search alone, without a clock or a network.
+"""The search alone, without a clock or a network: coordinate ascent, then longer trials.
 
-Short trials sort out most combinations, longer ones the rest (Jamieson and Talwalkar,
-"Non-stochastic Best Arm Identification and Hyperparameter Optimization", AISTATS 2016). The first
-trials are not drawn blindly: after each value alone come the combinations that the gains so far
-speak for.
+Each value is tried alone first. From the plan's own choice the search then walks from value to
+value, those with the largest gain alone first, and keeps each that makes the present combination
+faster, until none does. The fastest combinations are measured again, and longer, as in successive
+halving (Jamieson and Talwalkar, "Non-stochastic Best Arm Identification and Hyperparameter
+Optimization", AISTATS 2016).
 """
 
-import itertools
-import math
-import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import numpy as np
-
 __all__ = ["Candidate", "Dimension", "Score", "candidate_name", "candidate_settings", "search"]
 
 AS_PLANNED = "as planned"
-HALVING_FACTOR = 3
-RUNGS = 3
-FEWEST_TO_GO_ON = 2
+# Candidates of each rung: as many as there is room for, then the fastest.
+FINALISTS = (None, 6, 3)
 # Shares of the time that may have passed when a rung starts its last trial.
 TIME_SHARES = (0.7, 0.9, 1.0)
 # A value that costs more than this alone is not tried in combinations.
 HOPELESS_SHARE = 0.5
-RANDOM_EVERY = 4
-RIDGE = 1e-3
 
 Candidate = tuple[int, ...]
 """The number of the value of each dimension; all zeros is the plan's own choice."""
@@ -75,117 +68,64 @@ def search(
     dimensions: Sequence[Dimension],
     measure: Measure,
     *,
-    most_trials: int,
-    seed: int,
+    max_trials: int,
     time_share: Callable[[], float] = lambda: 0.0,
 ) -> list[Candidate]:
     """Find the combination with the best score.
 
-    The plan's own choice is the first trial. With equal scores, the same arguments make the same
-    trials in the same order.
+    The plan's own choice is the first trial. The same arguments and scores make the same trials in
+    the same order.
 
     Args:
         dimensions: What is varied.
         measure: Makes a trial.
-        most_trials: Limit of trials over all rungs, at least 1.
-        seed: Draws the combinations that nothing speaks for.
+        max_trials: Limit of trials over all rungs, at least 1.
         time_share: How much of the time has passed, from 0 to 1 and beyond.
 
     Returns:
         The candidates with a score, best first: those of the last rung, then those of the earlier.
     """
-    state = _Search(dimensions, measure, most_trials, time_share)
-    first = max(1, most_trials * (HALVING_FACTOR - 1) // HALVING_FACTOR)
-    state.first_rung(first, random.Random(seed))
-    for rung in range(1, RUNGS):
-        keep = max(FEWEST_TO_GO_ON, math.ceil(len(state.scores[0]) / HALVING_FACTOR**rung))
-        for candidate in state.ranking(rung - 1)[:keep]:
-            if not state.try_one(candidate, rung):
-                break
-    ranked = [candidate for rung in reversed(range(RUNGS)) for candidate in state.ranking(rung)]
-    return list(dict.fromkeys(ranked))
+    rungs: list[dict[Candidate, Score]] = [{} for _ in FINALISTS]
+
+    def value(candidate: Candidate, rung: int = 0) -> float:
+        """The score; 0 where the trial was rejected, or no room is left for it."""
+        if candidate not in rungs[rung]:
+            made = sum(map(len, rungs))
+            limit = max_trials if rung else max(1, max_trials * 2 // 3)
+            if made >= limit or (made and time_share() >= TIME_SHARES[rung]):
+                return 0.0
+            best = max((s.value or 0.0 for scores in rungs for s in scores.values()), default=0.0)
+            rungs[rung][candidate] = measure(candidate, rung, best)
+        return rungs[rung][candidate].value or 0.0
+
+    def ranking(rung: int) -> list[Candidate]:
+        able = [c for c, score in rungs[rung].items() if score.value and not score.hopeless]
+        return sorted(able, key=lambda candidate: -value(candidate, rung))
+
+    _ascend([len(dimension.values) for dimension in dimensions], value)
+    for rung, count in enumerate(FINALISTS[1:], 1):
+        for candidate in ranking(rung - 1)[:count]:
+            value(candidate, rung)
+    return list(dict.fromkeys(c for rung in reversed(range(len(rungs))) for c in ranking(rung)))
 
 
-class _Search:
-    def __init__(
-        self,
-        dimensions: Sequence[Dimension],
-        measure: Measure,
-        most_trials: int,
-        time_share: Callable[[], float],
-    ) -> None:
-        self._dimensions = dimensions
-        self._measure = measure
-        self._trials_left = most_trials
-        self._time_share = time_share
-        self.scores: list[dict[Candidate, Score]] = [{} for _ in range(RUNGS)]
+def _ascend(sizes: Sequence[int], value: Callable[[Candidate], float]) -> None:
+    """Walk from the plan's own choice to faster combinations, one value at a time."""
+    best = planned = (0,) * len(sizes)
+    enough = HOPELESS_SHARE * value(planned)
+    alone = {
+        (place, number): value(_moved(planned, place, number))
+        for place, size in enumerate(sizes)
+        for number in range(1, size)
+    }
+    moves = sorted((m for m in alone if alone[m] > enough), key=lambda move: -alone[move])
+    moves += [(place, 0) for place in range(len(sizes))]
+    start = None
+    while start != best:
+        start = best
+        for move in moves:
+            best = max(best, _moved(best, *move), key=value)
 
-    def try_one(self, candidate: Candidate, rung: int) -> bool:
-        """Make a trial; returns whether there was room for it."""
-        if not self._trials_left or (any(self.scores) and self._time_share() >= TIME_SHARES[rung]):
-            return False
-        best = max((s.value or 0.0 for scores in self.scores for s in scores.values()), default=0.0)
-        self.scores[rung][candidate] = self._measure(candidate, rung, best)
-        self._trials_left -= 1
-        return True
 
-    def ranking(self, rung: int) -> list[Candidate]:
-        """Candidates of a rung that may go on, best first; ties stay in the order of the trials."""
-        able = {c: s.value for c, s in self.scores[rung].items() if s.value and not s.hopeless}
-        return sorted(able, key=lambda candidate: -(able[candidate] or 0.0))
-
-    def first_rung(self, trials: int, random_source: random.Random) -> None:
-        """The plan's choice, each value alone, then combinations."""
-        sizes = [len(dimension.values) for dimension in self._dimensions]
-        planned = (0,) * len(sizes)
-        singles = [
-            (*planned[:position], number, *planned[position + 1 :])
-            for position, size in enumerate(sizes)
-            for number in range(1, size)
-        ]
-        # Some room is kept for combinations, in which most of the gain lies.
-        alone = max(1, trials * 2 // 3) if math.prod(sizes) > trials else trials
-        for candidate in [planned, *singles][:alone]:
-            if not self.try_one(candidate, 0):
-                return
-        for number in range(trials - len(self.scores[0])):
-            left = self._promising(sizes)
-            if not left:
-                return
-            effects = self._effects(sizes)
-            chosen = max(left, key=lambda c: sum(e[v] for e, v in zip(effects, c, strict=True)))
-            if number % RANDOM_EVERY == RANDOM_EVERY - 1:
-                chosen = random_source.choice(left)
-            if not self.try_one(chosen, 0):
-                return
-
-    def _promising(self, sizes: Sequence[int]) -> list[Candidate]:
-        """Untried combinations of values none of which was hopeless alone."""
-        scores = self.scores[0]
-        planned = scores[(0,) * len(sizes)].value or 0.0
-        hopeless = set()
-        for candidate, score in scores.items():
-            changed = [(place, value) for place, value in enumerate(candidate) if value]
-            if len(changed) == 1 and (score.value or 0.0) < HOPELESS_SHARE * planned:
-                hopeless.add(changed[0])
-        choices = [
-            [value for value in range(size) if (place, value) not in hopeless]
-            for place, size in enumerate(sizes)
-        ]
-        return [c for c in itertools.product(*choices) if c not in scores]
-
-    def _effects(self, sizes: Sequence[int]) -> list[np.ndarray]:
-        """Logarithm of the factor that each value is worth, by ridge regression on the trials."""
-        scored = [(c, s.value) for c, s in self.scores[0].items() if s.value]
-        offsets = np.cumsum([0, *sizes])
-        rows = np.zeros((len(scored), int(offsets[-1]) + 1))
-        rows[:, -1] = 1.0
-        for row, (candidate, _) in zip(rows, scored, strict=True):
-            for offset, value in zip(offsets, candidate, strict=False):
-                row[offset + value] = float(value > 0)
-        logs = np.log([value for _, value in scored])
-        penalty = RIDGE * np.eye(rows.shape[1])
-        penalty[-1, -1] = 0.0
-        # A value that no trial held has a row of zeros, and through the penalty no effect.
-        weights = np.linalg.solve(rows.T @ rows + penalty, rows.T @ logs)
-        return [weights[a:b] for a, b in itertools.pairwise(offsets)]
+def _moved(candidate: Candidate, place: int, number: int) -> Candidate:
+    return (*candidate[:place], number, *candidate[place + 1 :])

@@ -1,4 +1,4 @@
-"""The process of one trial: as `benchmark.worker`, but it ends where it takes too much.
+"""The process of one trial: `compare`'s worker, but it ends where it takes too much.
 
 `python -m training_framework.measure.tune.trial_worker SECONDS BYTES`; 0 bytes are no limit.
 """

@@ -9,27 +9,28 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
+import yaml
+from pydantic_core import to_jsonable_python
+
 from training_framework.config.inheritance import Setting, canonical_settings, read_config_file
 from training_framework.config.loading import build_config
 from training_framework.errors import UserError
 from training_framework.measure.compare.comparison import Comparison, OpenWorker
 from training_framework.measure.compare.environment import environment_of, source_commit
-from training_framework.measure.compare.experiment import CONTROL, make_experiment
+from training_framework.measure.compare.experiment import CONTROL, Experiment, make_experiment
 from training_framework.measure.compare.quiet import QuietMachine
 from training_framework.measure.compare.result import Result, save_result
+from training_framework.measure.compare.table import interval
 from training_framework.measure.tune.result import Trial, TuningResult
 from training_framework.measure.tune.search import (
     AS_PLANNED,
-    Candidate,
-    Dimension,
     candidate_name,
     candidate_settings,
     search,
 )
 from training_framework.measure.tune.space import tuning_space
 from training_framework.measure.tune.trials import TrialRunner, limited_worker
-from training_framework.measure.tune.tuned_yaml import write_tuned_yaml
-from training_framework.plan import TrainPlan
+from training_framework.runs.directory import write_text_atomically
 from training_framework.train import plan_for
 
 __all__ = ["accepts", "tune"]
@@ -48,7 +49,7 @@ def tune(
     settings: Mapping[str, Any] | None = None,
     *,
     output: Path,
-    most_trials: int = 32,
+    max_trials: int = 32,
     budget_seconds: float | None = None,
     memory_limit_bytes: int | None = None,
     allow_batch_change: bool = False,
@@ -61,14 +62,13 @@ def tune(
 ) -> TuningResult:
     """Search, confirm the winner in paired turns with the plan's default, and write both files.
 
-    Where the winner's gain is within noise, the default stays. The search is seeded by the
-    configuration's `seed`.
+    Where the winner's gain is within noise, the default stays.
 
     Args:
         config: YAML file or shipped name, which the YAML that is written extends.
         settings: Settings that win over it, and go into that YAML too.
         output: The YAML to write; its evidence goes beside it, with the ending `.json`.
-        most_trials: Limit of trials.
+        max_trials: Limit of trials.
         budget_seconds: Limit of the time, of which the confirmation gets two fifths; the trial or
             round under way is finished. None for no limit.
         memory_limit_bytes: Of the device's memory, or of the process's on a CPU.
@@ -88,82 +88,74 @@ def tune(
     base = {**({} if config is None else read_config_file(config)), **given}
     evidence = output.with_suffix(".json")
     _check(base, output, evidence)
-    plan, hardware, facts = plan_for(build_config(base))
+    planned = build_config(base)
+    plan, hardware, facts = plan_for(planned)
     dimensions = tuning_space(
-        build_config(base), plan, hardware, facts, allow_batch_change=allow_batch_change, keep=keep
+        planned, plan, hardware, facts, allow_batch_change=allow_batch_change, keep=keep
     )
     result = TuningResult(
-        experiment=f"tune-{build_config(base).model}-{facts.name}",
+        experiment=f"tune-{planned.model}-{facts.name}",
         command=command,
         started=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         commit=source_commit(),
         environment=environment_of(hardware),
-        seed=build_config(base).seed,
-        most_trials=most_trials,
+        max_trials=max_trials,
         budget_seconds=budget_seconds,
         memory_limit_bytes=memory_limit_bytes,
         settings=_plain(base),
         dimensions={d.name: [name for name, _ in d.values] for d in dimensions},
     )
-    winner = _find_winner(
-        result,
-        base,
-        dimensions,
-        plan=plan,
-        evidence=evidence,
-        open_worker=open_worker,
-        clock=clock,
-        stream=stream,
-    )
-    result.verdict = "The plan's own choices came out first: nothing to change."
-    if any(winner):
-        result.winner = candidate_settings(dimensions, winner)
-        result.confirmation = _confirm(base, result, rounds, open_worker, stream)
-        name = candidate_name(dimensions, winner)
-        result.chosen, result.verdict = _decide(result, name, plan.total_steps)
-    result.complete = True
-    save_result(result, evidence)
-    write_tuned_yaml(result, config, _plain(given), output)
-    return result
-
-
-def _find_winner(
-    result: TuningResult,
-    base: Mapping[str, Setting],
-    dimensions: Sequence[Dimension],
-    *,
-    plan: TrainPlan,
-    evidence: Path,
-    open_worker: OpenWorker | None,
-    clock: Callable[[], float],
-    stream: TextIO | None,
-) -> Candidate:
-    """Make the trials, keeping each in the evidence's file."""
 
     def keep_trials(trials: list[Trial]) -> None:
         result.trials = list(trials)
         save_result(result, evidence)
 
+    on_cpu = plan.device == "cpu"
     runner = TrialRunner(
-        base,
-        dimensions,
+        base=base,
+        dimensions=dimensions,
         total_images=plan.total_steps * plan.images_per_step,
-        memory_limit_bytes=result.memory_limit_bytes,
-        open_worker=open_worker or _trial_opener(plan, result.memory_limit_bytes),
+        memory_limit_bytes=memory_limit_bytes,
+        # A GPU's memory is not its process's: there the peak is looked at after the trial.
+        open_worker=open_worker
+        or limited_worker(SECONDS_OF_A_TRIAL, (on_cpu and memory_limit_bytes) or 0),
         keep=keep_trials,
-        quiet=QuietMachine(PATIENCE) if plan.device == "cpu" and open_worker is None else None,
+        quiet=QuietMachine(PATIENCE) if on_cpu and open_worker is None else None,
         stream=stream,
     )
-    started, budget = clock(), SEARCH_SHARE * (result.budget_seconds or math.inf)
-    ranking = search(
+    started, budget = clock(), SEARCH_SHARE * (budget_seconds or math.inf)
+    # Never empty: where the plan's own choice cannot run, the first trial raises.
+    winner, *_ = search(
         dimensions,
         runner,
-        most_trials=result.most_trials,
-        seed=result.seed,
+        max_trials=max_trials,
         time_share=lambda: (clock() - started) / budget,
     )
-    # Without a trial that was fit, the first one would have raised.
-    return ranking[0]
+    result.verdict = "The plan's own choices came out first: nothing to change."
+    if any(winner):
+        result.winner = candidate_settings(dimensions, winner)
+        seconds = CONFIRMATION_SECONDS
+        if budget_seconds is not None:
+            share = (1 - SEARCH_SHARE) * budget_seconds / (3 * rounds)
+            seconds = min(CONFIRMATION_SECONDS, max(0.5, share))
+        content = {
+            "name": "tune-confirmation",
+            "variants": [{"name": AS_PLANNED}, {"name": TUNED, "overrides": result.winner}],
+            "rounds": rounds,
+            "seconds": seconds,
+            "may_differ": ["images_per_step"] if allow_batch_change else [],
+        }
+        confirmation = _confirm(
+            make_experiment(content, base, source="tune"), command, open_worker, stream
+        )
+        result.confirmation = confirmation
+        accepted = accepts(confirmation, plan.total_steps)
+        result.chosen = result.winner if accepted else {}
+        result.verdict = _verdict(confirmation, candidate_name(dimensions, winner), accepted)
+    result.complete = True
+    save_result(result, evidence)
+    _write_yaml(result, config, _plain(given), output)
+    return result
 
 
 def _check(base: Mapping[str, Setting], output: Path, evidence: Path) -> None:
@@ -171,57 +163,29 @@ def _check(base: Mapping[str, Setting], output: Path, evidence: Path) -> None:
         if path.exists():
             raise UserError(f"--output {output}: {path} exists already", "name another file")
     if output.suffix not in (".yaml", ".yml"):
-        raise UserError(f"--output {output}: is no YAML file's name", "end it with .yaml")
+        raise UserError(f"--output {output}: not the name of a YAML file", "end it with .yaml")
     for key in ("resume", "stop_after_steps"):
         if key in base and base[key].value is not None:
-            raise UserError(f"{base[key].source}: {key} has no place in tuning", f"drop {key}")
+            raise UserError(f"{base[key].source}: tune cannot use {key}", f"remove {key}")
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("tune: runs in one process", "start it without torchrun")
 
 
-def _trial_opener(plan: TrainPlan, memory_limit_bytes: int | None) -> OpenWorker:
-    # A GPU's memory is not its process's: there the peak is looked at after the trial.
-    limit = memory_limit_bytes if plan.device == "cpu" else None
-    return limited_worker(SECONDS_OF_A_TRIAL, limit or 0)
-
-
 def _plain(settings: Mapping[str, Setting]) -> dict[str, Any]:
     """Values as YAML and JSON hold them."""
-    plain: dict[str, Any] = {}
-    for key, (value, _) in settings.items():
-        listed = list(value) if isinstance(value, tuple) else value
-        plain[key] = str(listed) if isinstance(listed, Path) else listed
+    plain: dict[str, Any] = to_jsonable_python({key: s.value for key, s in settings.items()})
     return plain
 
 
 def _confirm(
-    base: Mapping[str, Setting],
-    tuning: TuningResult,
-    rounds: int,
-    open_worker: OpenWorker | None,
-    stream: TextIO | None,
+    experiment: Experiment, command: str, open_worker: OpenWorker | None, stream: TextIO | None
 ) -> Result:
     """The winner and the plan's default in paired turns, with an A/A control."""
-    seconds = CONFIRMATION_SECONDS
-    if tuning.budget_seconds is not None:
-        share = (1 - SEARCH_SHARE) * tuning.budget_seconds / (3 * rounds)
-        seconds = min(CONFIRMATION_SECONDS, max(0.5, share))
-    experiment = make_experiment(
-        {
-            "name": "tune-confirmation",
-            "variants": [{"name": AS_PLANNED}, {"name": TUNED, "overrides": tuning.winner}],
-            "rounds": rounds,
-            "seconds": seconds,
-            "may_differ": ["images_per_step"] if _changes_step(base, tuning.winner) else [],
-        },
-        base,
-        source="tune",
-    )
     with tempfile.TemporaryDirectory(prefix="efficient-resnet-") as folder:
         comparison = Comparison(
             experiment,
             path=Path(folder) / "confirmation.json",
-            command=tuning.command,
+            command=command,
             open_worker=open_worker,
             stream=stream,
         )
@@ -229,13 +193,6 @@ def _confirm(
     if comparison.stopped_by:
         raise KeyboardInterrupt(comparison.stopped_by)
     return result
-
-
-def _changes_step(base: Mapping[str, Setting], winner: Mapping[str, Any]) -> bool:
-    config = build_config(base)
-    batch = winner.get("batch_size", config.batch_size)
-    accumulate = winner.get("accumulate_grad_batches", config.accumulate_grad_batches)
-    return bool(batch * accumulate != config.batch_size * config.accumulate_grad_batches)
 
 
 def accepts(confirmation: Result, total_steps: int) -> bool:
@@ -257,20 +214,39 @@ def accepts(confirmation: Result, total_steps: int) -> bool:
     return not any(compiles) or repaid is None or repaid <= total_steps
 
 
-def _decide(tuning: TuningResult, name: str, total_steps: int) -> tuple[dict[str, Any], str]:
-    """The settings to train with, and why, in a line."""
-    confirmation = tuning.confirmation
-    assert confirmation is not None
+def _verdict(confirmation: Result, name: str, accepted: bool) -> str:
+    """What the confirmation says of the winner, in a line."""
     ratio = confirmation.ratio_of(TUNED)
     if ratio is None:
-        return {}, f"The winner ({name}) could not be confirmed: the plan's own choices stay."
-    interval = f"{ratio.median:.3f}"
-    if ratio.low is not None and ratio.high is not None:
-        interval += f" [{ratio.low:.3f}, {ratio.high:.3f}]"
-    if accepts(confirmation, total_steps):
-        verdict = f"{name}: {interval} times as fast as planned, over {ratio.pairs} paired turns."
-        return tuning.winner, verdict
-    return {}, (
-        f"The winner ({name}) is {interval} times as fast as planned in paired turns, which is no "
-        "proven gain over the whole run. The plan's own choices stay."
+        return f"The winner ({name}) could not be confirmed: the plan's own choices stay."
+    if accepted:
+        return (
+            f"{name}: {interval(ratio)} times as fast as planned, over {ratio.pairs} paired turns."
+        )
+    return (
+        f"The winner ({name}) is {interval(ratio)} times as fast as planned in paired turns, which "
+        "is no proven gain over the whole run. The plan's own choices stay."
     )
+
+
+def _write_yaml(
+    tuning: TuningResult, extends: str | None, settings: Mapping[str, Any], output: Path
+) -> None:
+    """Write what was chosen as a file to train from, on top of the configuration that was tuned."""
+    content: dict[str, Any] = {}
+    if extends is not None:
+        file = Path(extends).expanduser()
+        here = output.resolve().parent
+        content["extends"] = os.path.relpath(file.resolve(), here) if file.is_file() else extends
+    content |= {**settings, **tuning.chosen}
+    remarks = [tuning.verdict, f"Evidence: {output.with_suffix('.json').name}"]
+    if "batch_size" in tuning.chosen:
+        remarks.append("Batch norm sees other batches than before: compare the accuracy too.")
+    comment = "".join(f"# {line}\n" for line in remarks)
+    text = comment + yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+    try:
+        write_text_atomically(output, text)
+    except OSError as error:
+        raise UserError(
+            f"--output {output}: cannot be written to ({error.strerror})", "name another file"
+        ) from None

@@ -1,0 +1,309 @@
+"""Switches of how a step is computed: precision, layout, compiler, recording, optimizer kernels."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from training_framework.machine.hardware import Accelerator, Hardware
+from training_framework.machine.randomness import use_deterministic_algorithms
+from training_framework.optimizers import has_fused_optimizer
+from training_framework.switches.switch import (
+    Card,
+    Decision,
+    Network,
+    Situation,
+    Switch,
+    Trial,
+    as_asked,
+    off_and_on,
+    turned,
+)
+
+__all__ = ["ARITHMETIC"]
+
+# A compiled step has to run often enough to earn back the time that compiling takes.
+COMPILE_FROM_STEPS = 2000
+COMPILE_MODES_ON_CUDA = ("default", "reduce-overhead")
+
+
+def _precision(situation: Situation) -> Decision:
+    wanted = situation.config.precision
+    if wanted not in ("auto", "mixed"):
+        return Decision(wanted, "asked for" + _emulation_note(situation))
+    if situation.on_gpu:
+        return _gpu_precision(situation.accelerators[0], wanted)
+    if wanted == "mixed":
+        return Decision("bf16-mixed", "asked for" + _emulation_note(situation))
+    return _cpu_precision(situation.hardware)
+
+
+def _gpu_precision(gpu: Accelerator, wanted: str) -> Decision:
+    if gpu.kind not in ("cuda", "xpu") and wanted == "auto":
+        return Decision("32", f"mixed precision is not proven on {gpu.kind}")
+    if gpu.bf16:
+        return Decision("bf16-mixed", f"{gpu.name} computes bf16")
+    return Decision("16-mixed", f"{gpu.name} has no bf16; fp16 with gradient scaling")
+
+
+def _cpu_precision(hardware: Hardware) -> Decision:
+    if not hardware.cpu_bf16:
+        return Decision("32", "the CPU has neither avx512_bf16 nor amx, and would emulate bf16")
+    sets, speed = ", ".join(hardware.bf16_instructions), hardware.bf16_speed
+    measured = "" if speed is None else f": {speed:.2g}x the speed of fp32, measured"
+    value = "bf16-mixed" if hardware.cpu_bf16_pays else "32"
+    return Decision(value, f"the CPU computes bf16 itself ({sets}){measured}")
+
+
+def _emulation_note(situation: Situation) -> str:
+    wanted, hardware = situation.config.precision, situation.hardware
+    if situation.on_gpu or wanted == "32":
+        return ""
+    if wanted == "16-mixed" or not hardware.cpu_bf16:
+        kind = "fp16" if wanted == "16-mixed" else "bf16"
+        return f"; this CPU emulates {kind}, which is slower than precision 32"
+    if not hardware.cpu_bf16_pays:
+        return f"; bf16 has {hardware.bf16_speed:.2g}x the speed of fp32 here, measured"
+    return ""
+
+
+def _precision_trials(situation: Situation) -> Iterator[Trial]:
+    """Those that the device computes itself: what it only emulates needs no trial."""
+    known = ["32"]
+    if not situation.on_gpu:
+        known += ["bf16-mixed"] if situation.hardware.cpu_bf16_pays else []
+    else:
+        known += ["bf16-mixed"] if situation.accelerators[0].bf16 else []
+        known += ["16-mixed"] if situation.on_cuda else []
+    for precision in known:
+        if precision != situation.chosen["precision"]:
+            yield Trial(f"precision {precision}", {"precision": precision})
+
+
+PRECISION = Switch(
+    key="precision",
+    name="mixed precision",
+    numbers="different",
+    choose=_precision,
+    ablation=({"precision": "32"}, {"precision": "mixed"}),
+    ablation_needs=("bf16",),
+    dimension="precision",
+    trials=_precision_trials,
+    card=Card(
+        use="Devices with units for bf16 or fp16: GPUs since Volta, CPUs with avx512_bf16 or AMX.",
+        price="Convolutions and matrix products keep eight (bf16) or eleven (fp16) bits. "
+        "Weights, norms and the loss stay in fp32.",
+        failure="A CPU without the instructions emulates bf16 and becomes slower. fp16 can "
+        "overflow: its gradients are scaled, and steps that overflow are skipped.",
+        source="Micikevicius et al., Mixed Precision Training, arXiv 1710.03740",
+    ),
+)
+
+
+def _channels_last(situation: Situation) -> Decision:
+    wanted = situation.config.channels_last
+    if wanted != "auto":
+        return Decision(wanted, "asked for")
+    if situation.device == "mps":
+        return Decision(False, "no gain on mps")
+    return Decision(True, "the layout convolutions prefer here")
+
+
+def _to_channels_last(model: nn.Module, network: Network) -> None:
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+CHANNELS_LAST = Switch(
+    key="channels_last",
+    name="channels_last",
+    numbers="rounding",
+    choose=_channels_last,
+    change_network=_to_channels_last,
+    ablation=off_and_on("channels_last"),
+    dimension="memory format",
+    trials=turned("channels_last", "channels last"),
+    card=Card(
+        use="Convolutions on CPUs, and on GPUs in mixed precision.",
+        price="None: weights and activations lie in another order in memory.",
+        failure="A layer that needs the other order copies its input. There is no gain on mps.",
+        source="PyTorch, Channels Last Memory Format in PyTorch (tutorial)",
+    ),
+)
+
+
+def _cuda_graph(situation: Situation) -> Decision:
+    config = situation.config
+    if not config.cuda_graph:
+        return Decision(False)
+    obstacles = {
+        "without effect but on a CUDA GPU": not situation.on_cuda,
+        "several processes train together": situation.world_size > 1,
+        "a step of several batches is not recorded": config.accumulate_grad_batches > 1,
+        "fp16's scale is read from the device in every step": (
+            situation.chosen["precision"] == "16-mixed"
+        ),
+        "only fused optimizers read the learning rate on the device": (
+            config.fused_optimizer is False
+        ),
+    }
+    obstacle = next((reason for reason, holds in obstacles.items() if holds), None)
+    return Decision(obstacle is None, obstacle or "asked for")
+
+
+def _cuda_graph_trials(situation: Situation) -> Iterator[Trial]:
+    recordable = (
+        situation.on_cuda
+        and situation.world_size == 1
+        and situation.chosen["fused_optimizer"]
+        and situation.config.accumulate_grad_batches == 1
+        and situation.chosen["precision"] != "16-mixed"
+    )
+    if recordable:
+        graph = {"compile": False, "compile_mode": None, "cuda_graph": True}
+        yield Trial("CUDA graph", graph)
+        yield Trial("compile, CUDA graph", {**graph, "compile": True, "compile_mode": "default"})
+
+
+CUDA_GRAPH = Switch(
+    key="cuda_graph",
+    name="CUDA graph",
+    numbers="same",
+    choose=_cuda_graph,
+    dimension="compile",
+    trials=_cuda_graph_trials,
+    card=Card(
+        use="One CUDA GPU that waits for Python to launch its kernels: small networks and images.",
+        price="Memory for the recorded step, and some seconds at the start. Every batch has one "
+        "shape.",
+        failure="Several batches or processes a step, fp16 and unfused optimizers cannot be "
+        "recorded; the plan says so and goes on without it.",
+        source="PyTorch, Accelerating PyTorch with CUDA Graphs; docs/design/0006-recorded-steps.md",
+    ),
+)
+
+
+def _compile_mode(situation: Situation) -> Decision:
+    recorded_by_us = situation.chosen["cuda_graph"]
+    default = "reduce-overhead" if situation.on_cuda and not recorded_by_us else "default"
+    return Decision(situation.config.compile_mode or default)
+
+
+COMPILE_MODE = Switch(
+    key="compile_mode",
+    name="compile mode",
+    numbers="rounding",
+    choose=_compile_mode,
+    card=Card(
+        use="reduce-overhead records compiled parts as CUDA graphs; max-autotune also times "
+        "several kernels for each operation.",
+        price="max-autotune compiles for minutes.",
+        failure="Without `compile` it does nothing.",
+        source="PyTorch documentation of torch.compile",
+    ),
+)
+
+
+def _compile(situation: Situation) -> Decision:
+    wanted, steps = situation.config.compile, situation.total_steps
+    if wanted != "auto":
+        return Decision(wanted, f"asked for; mode {situation.chosen['compile_mode']}")
+    if not situation.on_cuda:
+        return Decision(False, "takes long and gains little off a CUDA GPU")
+    worth = steps >= COMPILE_FROM_STEPS
+    comparison = "are enough" if worth else "are too few"
+    return Decision(worth, f"{steps:,} steps {comparison} to repay compiling")
+
+
+def _compile_trials(situation: Situation) -> Iterator[Trial]:
+    chosen = situation.chosen
+    if chosen["compile"]:
+        yield Trial("no compile", {"compile": False, "compile_mode": None})
+    for mode in COMPILE_MODES_ON_CUDA if situation.on_cuda else ("default",):
+        if not (chosen["compile"] and chosen["compile_mode"] == mode):
+            yield Trial(f"compile {mode}", {"compile": True, "compile_mode": mode})
+
+
+COMPILE = Switch(
+    key="compile",
+    name="compile",
+    numbers="rounding",
+    choose=_compile,
+    ablation=({"compile": False, "compile_mode": None}, {"compile": True}),
+    dimension="compile",
+    trials=_compile_trials,
+    card=Card(
+        use="Long runs on a CUDA GPU: norms, activations and additions become few kernels.",
+        price="Seconds to minutes at the start, and again for each new shape.",
+        failure="On a CPU it often loses against the kernels compiled here, which it cannot look "
+        "into.",
+        source="Ansel et al., PyTorch 2, ASPLOS 2024",
+    ),
+)
+
+
+def _fused_optimizer(situation: Situation) -> Decision:
+    wanted, optimizer = situation.config.fused_optimizer, situation.config.optimizer
+    if wanted != "auto":
+        return Decision(wanted, "asked for")
+    if situation.chosen["precision"] == "16-mixed" and optimizer == "sgd":
+        why = "steps that fp16's scaling skips can corrupt fused sgd's momentum"
+        return Decision(False, why)
+    # Every supported PyTorch has them for CUDA, where looking would start the device.
+    if not situation.on_cuda and not has_fused_optimizer(optimizer, situation.device):
+        return Decision(False, f"this PyTorch has no fused {optimizer} for {situation.device}")
+    return Decision(True, "one kernel for the whole update, where there is one")
+
+
+def _fused_optimizer_trials(situation: Situation) -> Iterator[Trial]:
+    if situation.on_cuda or has_fused_optimizer(situation.config.optimizer, situation.device):
+        yield from turned("fused_optimizer", "fused optimizer")(situation)
+
+
+FUSED_OPTIMIZER = Switch(
+    key="fused_optimizer",
+    name="fused optimizer",
+    numbers="rounding",
+    choose=_fused_optimizer,
+    ablation=off_and_on("fused_optimizer"),
+    dimension="fused optimizer",
+    trials=_fused_optimizer_trials,
+    card=Card(
+        use="Nearly always: the update of all weights is one pass over memory.",
+        price="None.",
+        failure="With fp16, steps that the gradient scaling skips can corrupt the momentum of "
+        "fused sgd, so the plan leaves it out there.",
+        source="PyTorch documentation of torch.optim (fused implementations)",
+    ),
+)
+
+
+def _make_deterministic(value: Any, device_type: str) -> None:
+    if value:
+        use_deterministic_algorithms(device_type)
+
+
+DETERMINISTIC = Switch(
+    key="deterministic",
+    name="deterministic algorithms",
+    numbers="rounding",
+    choose=as_asked("deterministic"),
+    set_up_process=_make_deterministic,
+    card=Card(
+        use="Two runs on one GPU must give the same bits, to find a fault or to compare a change.",
+        price="Slower kernels, and no choice of kernels by their speed.",
+        failure="An operation without a deterministic kernel stops the run. A CPU run with a fixed "
+        "number of threads is deterministic anyway.",
+        source="PyTorch documentation, Reproducibility",
+    ),
+)
+
+ARITHMETIC = (
+    PRECISION,
+    CHANNELS_LAST,
+    CUDA_GRAPH,
+    COMPILE_MODE,
+    COMPILE,
+    FUSED_OPTIMIZER,
+    DETERMINISTIC,
+)
