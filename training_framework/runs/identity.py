@@ -42,8 +42,8 @@ def run_identity(planned: PlannedRun, network: nn.Module | None) -> dict[str, An
     if isinstance(source, Dataset):
         data = f"{source.digest()} {_sampled_contents(source)}"
     else:
-        val = "" if source.val is None else user_loader_digest(source.val)
-        data = f"{user_loader_digest(source.train)} {val}"
+        val = "" if source.val is None else user_loader_digest(source.val.loader)
+        data = f"{user_loader_digest(source.train.loader)} {val}"
     return {
         "training images": facts.train_images,
         "validation images": facts.val_images,

@@ -10,7 +10,7 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 
 from training_framework.checkpoint import CheckpointKeeper
-from training_framework.data import ForeignLoader, Loader
+from training_framework.data import Loader, UserLoader
 from training_framework.errors import UserError, shown
 from training_framework.machine.randomness import random_states, restore_random_states
 from training_framework.plan import PlannedRun, TrainPlan, resumed_plan
@@ -117,7 +117,7 @@ def open_keeper(directory: Path, parts: Parts) -> CheckpointKeeper:
     plan, loader = parts.plan, parts.loaders.train
 
     def draws() -> dict[str, Any]:
-        own = loader.state_dict() if isinstance(loader, ForeignLoader) else None
+        own = loader.state_dict() if isinstance(loader, UserLoader) else None
         return {"random": random_states(parts.device), "loader": own}
 
     return CheckpointKeeper(
@@ -192,7 +192,7 @@ def restore_draws(start: Start, *, loader: Loader, device: torch.device) -> None
     try:
         if state.get("random") is not None:
             restore_random_states(state["random"], device)
-        if state.get("loader") is not None and isinstance(loader, ForeignLoader):
+        if state.get("loader") is not None and isinstance(loader, UserLoader):
             loader.load_state_dict(state["loader"])
     except (RuntimeError, ValueError, TypeError, LookupError, OverflowError) as error:
         raise _unfit(start, error) from None

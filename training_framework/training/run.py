@@ -2,7 +2,6 @@
 
 import dataclasses
 import time
-from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -10,8 +9,9 @@ from typing import Any
 from torch import nn
 
 from training_framework.config import TrainConfig
+from training_framework.data.user_look import LookedAtLoader
 from training_framework.machine.distributed import process_group
-from training_framework.models import save_weights
+from training_framework.models import plain_network, save_weights
 from training_framework.plan import TrainPlan, plan_run
 from training_framework.runs.directory import check_space, check_writable, create_run_directory
 from training_framework.runs.identity import run_identity
@@ -29,6 +29,7 @@ from training_framework.training.resuming import (
     restore_draws,
 )
 from training_framework.training.trainer import Trainer
+from training_framework.training.user_network import class_of
 
 __all__ = ["TrainingRun"]
 
@@ -55,8 +56,8 @@ class TrainingRun:
         config: TrainConfig,
         *,
         model: nn.Module | None = None,
-        train_loader: Iterable[Any] | None = None,
-        val_loader: Iterable[Any] | None = None,
+        train_loader: LookedAtLoader | None = None,
+        val_loader: LookedAtLoader | None = None,
     ) -> None:
         self.model = model
         self._identity: dict[str, Any] = {}
@@ -64,7 +65,7 @@ class TrainingRun:
             config,
             train_loader=train_loader,
             val_loader=val_loader,
-            own_network=model is not None,
+            own_network=None if model is None else class_of(model),
         )
 
     @property
@@ -86,6 +87,8 @@ class TrainingRun:
             is_first = self.planned.processes.is_first
             self._identity = run_identity(self.planned, self.model) if is_first else {}
             start = self._start(stack)
+            if self.model is not None:  # a user's own network, whatever happens
+                stack.callback(plain_network, self.model)
             parts = build_parts(self.planned, network=self.model, with_weights=start.state is None)
             stack.callback(parts.close)
             progress = restore(start, parts, is_first=is_first)
@@ -97,7 +100,7 @@ class TrainingRun:
             clocks = (time.time(), time.perf_counter())
             result = trainer.fit()
             result = dataclasses.replace(result, bad_images=parts.loaders.share_bad_images())
-            self.model = parts.evaluated
+            self.model = plain_network(parts.evaluated)
             if outputs.checkpoints is not None and outputs.run_directory is not None:
                 # A checkpoint that could not be written is an error, and shows here.
                 outputs.checkpoints.wait()
@@ -127,6 +130,7 @@ class TrainingRun:
         write_record(
             directory,
             planned=self.planned,
+            network=self._card(),
             identity=self._identity,
             costs=parts.costs,
             resumed_from=start.checkpoint,
