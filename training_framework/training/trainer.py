@@ -177,8 +177,7 @@ class Trainer:
             save_is_due=checkpoints is not None and checkpoints.is_due(progress.step),
             at_logged_step=is_logged,
         )
-        is_last = progress.step == self._last_step
-        if evaluation or epoch_ends or self._stopped_by or is_last or save_is_due:
+        if evaluation or epoch_ends or save_is_due or not self._goes_on():
             start = time.perf_counter()
             self._save(evaluation)
             self._interval.leave_out(time.perf_counter() - start)
