@@ -25,7 +25,7 @@ POINTS = frozenset(
         "step.before_update", "step.after_update", "evaluation.batch",
         "packing.after_shard", "packing.before_rename",
         "logging.before_row", "logging.after_row",
-        "resume.after_load", "resume.before_first_step",
+        "resume.after_load",
     }
 )  # fmt: skip
 """Every name that a `fault_point` of the program passes."""

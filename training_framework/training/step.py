@@ -105,21 +105,22 @@ class TrainStep(TrainState):
             # the gradients of this group's earlier batches.
             torch.compiler.cudagraph_mark_step_begin()
         self._group_starts = last_of_group
+        parts = self._parts(images, labels, mixed)
         outputs = []
         with self.synchronization(last_of_group):
-            for part in self._parts(images, labels, mixed):
+            for part in parts:
                 with self.phase("forward"):
                     logits, loss = self._forward(*part)
-                    if len(logits) < len(labels):
+                    if len(parts) > 1:
                         loss = loss * (len(logits) / len(labels))
                 with self.phase("backward"):
                     self.scaler.scale(loss if group_size == 1 else loss / group_size).backward()
                 if self._replays_graphs:  # the next replay writes into the same memory
                     logits, loss = logits.clone(), loss.clone()
-                outputs.append((logits.detach(), loss.detach()))
+                outputs.append((logits, loss.detach()))
         logits, loss = outputs[0]
-        if len(outputs) > 1:
-            logits = torch.cat([logits for logits, _ in outputs])
+        if len(parts) > 1:
+            logits = torch.cat([logits.detach() for logits, _ in outputs])
             loss = torch.stack([loss for _, loss in outputs]).sum()
         with self.phase("logging"):
             if self.sums is not None:
