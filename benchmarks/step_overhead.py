@@ -101,7 +101,7 @@ class Comparison:
     """
 
     def __init__(self, config: TrainConfig) -> None:
-        planned = plan_run(config, own_network=True)
+        planned = plan_run(config, own_network="Sequential")
         self._plan, facts, dataset = planned.plan, planned.facts, planned.source
         self.steps = self._plan.total_steps
         self._parts = build_parts(planned, network=tiny_network(config.seed))

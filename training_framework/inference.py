@@ -51,7 +51,7 @@ def evaluate_file(path: Path, overrides: Mapping[str, Any]) -> tuple[Evaluation,
         UserError: A file or setting is wrong, or the data has other classes than the network.
     """
     network, card = load_network(path)
-    planned = plan_run(_evaluation_config(path, card, overrides), own_network=True)
+    planned = plan_run(_evaluation_config(path, card, overrides), own_network=card.model)
     plan, facts, dataset = planned.plan, planned.facts, planned.source
     assert isinstance(dataset, Dataset)
     if facts.class_names != card.class_names:

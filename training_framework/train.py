@@ -13,12 +13,14 @@ from training_framework.config.config import Config
 from training_framework.config.inheritance import read_config_file
 from training_framework.config.loading import config_to_dict, names_checkpoint
 from training_framework.data.facts import DatasetFacts
+from training_framework.data.user_look import LookedAtLoader, look_at
 from training_framework.errors import UserError
 from training_framework.machine.hardware import Hardware
 from training_framework.plan import TrainPlan, plan_run
 from training_framework.runs.directory import run_directory_of
 from training_framework.runs.progress import TrainResult
 from training_framework.training.run import TrainingRun
+from training_framework.training.user_network import check_is_network, try_user_network
 
 __all__ = ["EfficientResNet18Trainer", "configure", "main", "plan_for"]
 
@@ -78,12 +80,14 @@ class EfficientResNet18Trainer:
     Args:
         config: As for `main`. Its `model` is trained: ResNet-18 unless it says otherwise.
         network: Your own network instead of the configured `model`, from (N, 3, H, W) float
-            images to (N, classes) scores.
+            images to (N, classes) scores, with fp32 weights on any device. It is trained in place.
         **overrides: Settings that win over the configuration's.
 
     Attributes:
         config: The validated, frozen configuration.
-        model: The trained network; None before `train`.
+        model: The trained network, of torch's own operators, so that torch.export, torch.jit.trace
+            and torch.onnx take it; with `ema_decay` the weight average. Before `train` it is your
+            own network, or None.
         plan: What was decided for the run; None before `train`.
     """
 
@@ -95,6 +99,14 @@ class EfficientResNet18Trainer:
         **overrides: Any,
     ) -> None:
         self.config = _as_train_config(config, overrides)
+        if network is not None:
+            check_is_network(network)
+            if self.config.weights is not None:
+                raise UserError(
+                    f"weights is {self.config.weights}, but network is your own",
+                    "load them with network.load_state_dict, and leave weights out",
+                )
+        self._network = network
         self.model = network
         self.plan: TrainPlan | None = None
 
@@ -105,9 +117,16 @@ class EfficientResNet18Trainer:
     ) -> TrainResult:
         """Train to the end.
 
+        Called again, it trains a configured model anew from the seed, and a `network` of your own
+        further, each time with a new learning-rate schedule and run directory.
+
         Args:
-            train_loader: Any sized iterable of (float images (N, 3, H, W), int labels (N,)), such
-                as a torch DataLoader, instead of the configured data.
+            train_loader: Any iterable with a length, such as a torch DataLoader, instead of the
+                configured data. It yields (images, labels, ...) or a dict with one of the keys
+                images, image, imgs, img, pixel_values, inputs, input and x, and one of labels,
+                label, targets, target and y: tensors or NumPy arrays, images (N, 3, H, W) of any
+                float type, or uint8, which are divided by 255, and integer labels (N,) or (N, 1).
+                Before training one batch is looked at, which is trained on too.
             val_loader: Likewise, for evaluation; without it nothing is evaluated.
 
         Raises:
@@ -115,12 +134,31 @@ class EfficientResNet18Trainer:
         """
         if train_loader is None and val_loader is not None:
             raise UserError("a val_loader is given without a train_loader", "give both")
+        looked = self._looked_at(train_loader, "training")
+        looked_val = self._looked_at(val_loader, "validation")
         run = TrainingRun(
-            self.config, model=self.model, train_loader=train_loader, val_loader=val_loader
+            self.config, model=self._network, train_loader=looked, val_loader=looked_val
         )
+        if self._network is not None:
+            size = run.plan.image_size
+            try_user_network(
+                self._network,
+                torch.zeros(2, 3, size, size) if looked is None else looked.images,
+                num_classes=run.plan.num_classes,
+                seed=self.config.seed,
+                will_be_copied=bool(self.config.ema_decay),
+            )
         result = run.execute()
         self.model, self.plan = run.model, run.plan
         return result
+
+    def _looked_at(self, loader: Iterable[Any] | None, role: str) -> LookedAtLoader | None:
+        if loader is None:
+            return None
+        interval = self.config.val_check_interval
+        evaluates_once = isinstance(interval, float) and interval >= 1
+        several = self.config.epochs > 1 or (role == "validation" and not evaluates_once)
+        return look_at(loader, role=role, seed=self.config.seed, several_passes=several)
 
     @torch.inference_mode()
     def predict(self, images: Tensor) -> Tensor:

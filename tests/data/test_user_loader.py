@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
-from training_framework.data.user_loader import ForeignLoader
+from training_framework.data.user_loader import UserLoader
 from training_framework.errors import UserError
 
 
@@ -14,7 +14,7 @@ def _dataset() -> TensorDataset:
 
 def test_batches_of_a_data_loader_come_through() -> None:
     dataset = _dataset()
-    loader = ForeignLoader(DataLoader(dataset, batch_size=4), device="cpu", num_classes=5)
+    loader = UserLoader(DataLoader(dataset, batch_size=4), device="cpu", num_classes=5)
     batches = list(loader.epoch(0))
     assert loader.batch_count == len(batches) == 3
     assert torch.equal(torch.cat([batch.images for batch in batches]), dataset.tensors[0])
@@ -23,23 +23,26 @@ def test_batches_of_a_data_loader_come_through() -> None:
 
 
 def test_start_batch_passes_over_the_first_batches() -> None:
-    loader = ForeignLoader(DataLoader(_dataset(), batch_size=4), device="cpu")
+    loader = UserLoader(DataLoader(_dataset(), batch_size=4), device="cpu")
     assert [batch.indices.tolist() for batch in loader.epoch(0, start_batch=2)] == [[8, 9]]
 
 
 def test_epoch_reaches_the_distributed_sampler() -> None:
     sampler = DistributedSampler(_dataset(), num_replicas=2, rank=0)
-    list(ForeignLoader(DataLoader(_dataset(), sampler=sampler), device="cpu").epoch(7))
+    list(UserLoader(DataLoader(_dataset(), sampler=sampler), device="cpu").epoch(7))
     assert sampler.epoch == 7
 
 
 @pytest.mark.parametrize(
     ("item", "message"),
     [
-        ({"image": 1}, "is a dict; yield .images, labels."),
+        (
+            {"image": torch.zeros(2, 3, 4, 4)},
+            "is a dict with the keys .*image.*name them images and labels",
+        ),
         ((torch.zeros(2, 3, 4, 4),), "is a tuple"),
         (([1, 2], torch.zeros(2)), "holds list and Tensor"),
-        ((torch.zeros(2, 3, 4, 4).byte(), torch.zeros(2).long()), "images are torch.uint8"),
+        ((torch.zeros(2, 3, 4, 4).int(), torch.zeros(2).long()), "images are torch.int32"),
         ((torch.zeros(2, 1, 4, 4), torch.zeros(2).long()), r"shape \(2, 1, 4, 4\)"),
         ((torch.zeros(2, 4, 4), torch.zeros(2).long()), r"shape \(2, 4, 4\)"),
         ((torch.zeros(2, 3, 4, 4), torch.zeros(2)), "labels are torch.float32"),
@@ -50,7 +53,7 @@ def test_epoch_reaches_the_distributed_sampler() -> None:
 )
 def test_wrong_batches_are_errors_that_name_the_batch(item: Any, message: str) -> None:
     good = (torch.zeros(2, 3, 4, 4), torch.tensor([0, 4]))
-    loader = ForeignLoader([good, item], device="cpu", num_classes=5)
+    loader = UserLoader([good, item], device="cpu", num_classes=5)
     batches = loader.epoch(0)
     next(batches)
     with pytest.raises(UserError, match=f"batch 1 of the list.*{message}"):
@@ -59,11 +62,11 @@ def test_wrong_batches_are_errors_that_name_the_batch(item: Any, message: str) -
 
 def test_loader_without_a_length_is_an_error() -> None:
     with pytest.raises(UserError, match="generator has no length"):
-        ForeignLoader((item for item in ()), device="cpu")
+        UserLoader((item for item in ()), device="cpu")
 
 
 def test_doubles_become_floats_and_small_integers_longs() -> None:
     item = (torch.zeros(2, 3, 4, 4).double(), torch.tensor([0, 1], dtype=torch.int32))
-    (batch,) = ForeignLoader([item], device="cpu").epoch(0)
+    (batch,) = UserLoader([item], device="cpu").epoch(0)
     assert batch.images.dtype == torch.float32
     assert batch.labels.dtype == torch.int64

@@ -117,11 +117,3 @@ def test_without_a_process_group_it_is_batch_norm(name):
     expected = reference(name)
     for key, value in two_steps(norm, batches(), targets()).items():
         assert torch.equal(value, expected[key]), key
-
-
-def test_from_batch_norm_takes_over_tensors_and_settings():
-    norm = nn.BatchNorm2d(4, eps=0.1, momentum=None).eval()
-    synchronized = SynchronizedBatchNorm2d.from_batch_norm(norm)
-    assert synchronized.weight is norm.weight and synchronized.running_var is norm.running_var
-    assert list(synchronized.state_dict()) == list(norm.state_dict())
-    assert (synchronized.eps, synchronized.momentum, synchronized.training) == (0.1, None, False)

@@ -1,4 +1,5 @@
 import copy
+import shutil
 
 import pytest
 import torch
@@ -11,8 +12,15 @@ from training_framework.models.blocks import BasicBlock
 from training_framework.models.resnet import build_model
 from training_framework.models.surgery import (
     checkpoint_activations,
+    fuse_norms,
+    plain_network,
     synchronize_norms,
     use_small_map_convolutions,
+    use_winograd_convolutions,
+)
+
+needs_compiler = pytest.mark.skipif(
+    shutil.which("g++") is None, reason="the kernels need a C++ compiler"
 )
 
 
@@ -147,3 +155,103 @@ def test_all_surgeries_together_train_the_same():
 def test_a_change_that_changes_nothing_warns(change):
     with pytest.warns(UserWarning, match="nothing changed"):
         assert change(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())) == 0
+
+
+def changed_by_everything(image_size=32):
+    model = resnet10(stem="cifar")
+    use_small_map_convolutions(model, image_size // 8)
+    use_winograd_convolutions(model, image_size)
+    fuse_norms(model)
+    checkpoint_activations(model)
+    return model
+
+
+class UsersNetwork(nn.Module):
+    """A network of a user's, whose parts surgery may take."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(3, 16, 3, padding=1),
+            nn.BatchNorm2d(16),
+            nn.ReLU(),
+            nn.Conv2d(16, 32, 3, padding=1, bias=False),
+            nn.BatchNorm2d(32),
+            nn.ReLU(),
+            nn.AdaptiveAvgPool2d((2, 2)),
+            nn.Conv2d(32, 16, 3, padding=1, bias=False),
+            nn.AdaptiveAvgPool2d(1),
+        )
+        self.fc = nn.Linear(16, 5)
+
+    def forward(self, x):
+        return self.fc(self.body(x).flatten(1))
+
+
+def users_changed_by_everything():
+    torch.manual_seed(0)
+    model = UsersNetwork()
+    assert use_small_map_convolutions(model, 32) == use_winograd_convolutions(model, 32) == 1
+    assert fuse_norms(model) == 2
+    return model
+
+
+def assert_plain(model):
+    stock = {module.__class__.__module__.partition(".")[0] for module in model.modules()}
+    assert stock <= {"torch", "training_framework", __name__.partition(".")[0]}
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d | nn.modules.batchnorm._BatchNorm):
+            assert type(module) in (nn.Conv2d, nn.BatchNorm2d)
+
+
+@needs_compiler
+@pytest.mark.parametrize("build", [changed_by_everything, users_changed_by_everything])
+def test_a_plain_network_is_the_same_network_of_torchs_own_modules(build):
+    model = build()
+    train_two_steps(model)
+    images = torch.randn(4, 3, 32, 32)
+    before = model.state_dict(keep_vars=True)
+    expected = {mode: copy.deepcopy(model).train(mode)(images) for mode in (True, False)}
+    plain = plain_network(model)
+    assert plain is model
+    assert_plain(plain)
+    after = plain.state_dict(keep_vars=True)
+    assert list(after) == list(before) and all(after[name] is before[name] for name in before)
+    for mode in (True, False):
+        got = copy.deepcopy(plain).train(mode)(images)
+        torch.testing.assert_close(got, expected[mode], rtol=1e-5, atol=1e-5)
+    train_two_steps(plain)
+
+
+@needs_compiler
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+@pytest.mark.parametrize("mode", [True, False])
+@pytest.mark.parametrize("build", [changed_by_everything, users_changed_by_everything])
+def test_a_plain_network_can_be_exported_and_traced(build, mode):
+    model = build().train(mode)
+    images = torch.randn(4, 3, 32, 32)
+    expected = copy.deepcopy(model)(images)
+    plain_network(model)
+    exported = torch.export.export(copy.deepcopy(model), (images,))
+    operators = {str(node.target) for node in exported.graph.nodes}
+    assert not any("efficient_resnet" in operator for operator in operators)
+    torch.testing.assert_close(exported.module()(images), expected, rtol=1e-5, atol=1e-5)
+    if not mode:
+        traced = torch.jit.trace(model, images)
+        torch.testing.assert_close(traced(images), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("device_type", ["cpu", "cuda"])
+def test_a_plain_network_has_no_synchronized_norms_but_the_users_own(device_type):
+    model = resnet10()
+    model.own = nn.SyncBatchNorm(4)
+    synchronize_norms(model, device_type)
+    plain_network(model)
+    assert type(model.own) is nn.SyncBatchNorm
+    assert sum(type(module) is nn.BatchNorm2d for module in model.modules()) == 12
+    assert type(model.bn1) is nn.BatchNorm2d
+
+
+def test_a_plain_network_has_no_wrappers():
+    model = resnet10()
+    assert plain_network(torch.compile(model, backend="eager")) is model

@@ -233,6 +233,7 @@ def test_processes_share_batch_and_threads():
     ("arguments", "message"),
     [
         ({"devices": 2}, "torchrun --nproc-per-node=2"),
+        ({"strategy": "ddp"}, "ddp is for several processes, and one is started; start it with"),
         ({"devices": 2, "world_size": 4, "local_world_size": 4}, "devices is 2 but torchrun"),
         ({"world_size": 3, "local_world_size": 3, "batch_size": 64}, "multiple of 3"),
         ({"num_classes": 5}, "num_classes is 5 but cifar10 has 10"),

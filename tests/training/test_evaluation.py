@@ -4,6 +4,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from training_framework.data import ArraySplit, EvalTransform, build_loader
+from training_framework.errors import UserError
 from training_framework.training.evaluation import evaluate
 
 COUNT = 53  # a multiple of no batch size below
@@ -64,3 +65,8 @@ def test_evaluation_leaves_the_network_as_it_was(network, split, training):
     assert network.training is training
     for name, tensor in network.state_dict().items():
         assert torch.equal(tensor, before[name]), name
+
+
+def test_an_evaluation_without_an_image_is_one_line(network, split):
+    with pytest.raises(UserError, match="the validation data has no image to evaluate"):
+        evaluated(network, ArraySplit(split.images[:0], split.labels[:0]), 10)

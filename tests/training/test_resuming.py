@@ -25,7 +25,7 @@ from training_framework.train import EfficientResNet18Trainer, main
 SETTINGS: dict[str, Any] = {
     "epochs": 2, "lr": 0.05, "log_every_n_steps": 1, "tensorboard": False, "threads": 1,
 }  # fmt: skip
-LAST = Path("logs/resnet18-loader/version_0/checkpoints/last.ckpt")
+LAST = Path("logs/Sequential-loader/version_0/checkpoints/last.ckpt")
 
 
 def loader_of(count: int = 24, batch_size: int = 8) -> DataLoader[tuple[Tensor, ...]]:
@@ -252,11 +252,52 @@ def test_states_that_no_generator_has_are_refused(workplace, changes):
         train()
 
 
-def test_an_epoch_of_fewer_batches_than_were_made_of_it_ends(workplace):
+def test_an_epoch_of_fewer_batches_goes_on_where_as_much_of_it_is_behind(workplace, capsys):
     loader = loader_of(24, batch_size=24)
-    with pytest.raises(UserError, match="batches an epoch 3 -> 1"):
-        train(loader=loader)
-    assert train(loader=loader, allow_config_change=True).steps == 2
+    with pytest.raises(UserError, match=r"is of another run: batches an epoch 3 -> 1"):
+        train(loader=loader, resume=str(LAST))
+    result = train(loader=loader, allow_config_change=True)
+    assert result.steps == 2
+    assert "an epoch had 3 steps and has 1" in capsys.readouterr().err
+    assert result.run_directory == LAST.parents[2] / "version_1", "rows count other steps"
+
+
+def digits(**settings: Any) -> TrainResult:
+    fixed = {
+        **SETTINGS, "data": "digits", "model": "resnet10", "img_size": 8, "name": "digits",
+        "limit_train_images": 64, "epochs": 2, "precision": "32",
+    }  # fmt: skip
+    return main(**{**fixed, **settings})
+
+
+@pytest.mark.parametrize(("sizes", "stands_at", "total"), [((8, 32), 2, 4), ((32, 8), 12, 16)])
+def test_with_another_batch_size_as_much_of_the_schedule_is_behind(
+    in_tmp_path, capsys, sizes, stands_at, total
+):
+    """Of 16 steps with 8 images 9 are 2 whole ones with 32, of 4; and 3 of these are 12 of 16."""
+    before, after = sizes
+    digits(batch_size=before, stop_after_steps=9 if before == 8 else 3)
+    result = digits(batch_size=after, allow_config_change=True)
+    shown = capsys.readouterr().err
+    assert f"at step {stands_at} of {total} " in shown
+    assert result.steps == total
+    assert not result.stopped_by
+    directory = result.run_directory
+    assert directory is not None
+    assert directory.name == "version_1"
+    assert steps_in(directory) == list(range(stands_at + 1, total + 1))
+    epochs = [
+        record["epoch"] for record in json.loads((directory / "run.json").read_text())["epochs"]
+    ]
+    assert epochs == [0, 1]
+
+
+def test_fewer_epochs_than_were_made_are_refused_with_the_count(in_tmp_path):
+    digits(batch_size=8, stop_after_steps=12)
+    with pytest.raises(
+        UserError, match=r"is at step 12, in epoch 2, .* has 8 steps in 1 epoch\(s\); raise epochs"
+    ):
+        digits(batch_size=8, epochs=1, allow_config_change=True)
 
 
 def test_a_folder_that_vanishes_under_a_run_ends_it_in_one_line(in_tmp_path):

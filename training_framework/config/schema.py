@@ -111,7 +111,7 @@ class TrainConfig(BaseModel):
 
     accelerator: Literal["auto", "cpu", "gpu"] = _setting("machine", "auto", "auto, cpu or gpu; auto: a GPU that this PyTorch can use, else the CPU")
     devices: PositiveInt | Auto = _setting("machine", "auto", "devices to train on; more than one: start with torchrun")
-    strategy: Literal["auto", "ddp"] = _setting("machine", "auto", "auto or ddp (torch's DistributedDataParallel)")
+    strategy: Literal["auto", "ddp"] = _setting("machine", "auto", "auto: torch's DistributedDataParallel where torchrun starts several processes; ddp: the same, and refuse to train in one process")
     sync_batchnorm: bool = _setting("machine", False, "batch norm over the batches of all devices")
     precision: Precision = _setting("machine", "auto", "32, bf16-mixed, 16-mixed, mixed (the device's best of the two), or auto")
     channels_last: bool | Auto = _setting("machine", "auto", "memory format with the channels last; auto: on")

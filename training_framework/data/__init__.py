@@ -12,7 +12,7 @@ from training_framework.data.loading import ResidentLoader, build_loader
 from training_framework.data.sources.source import DatasetRequest, DataSource
 from training_framework.data.splits import ArraySplit, Dataset, EncodedSplit, Split
 from training_framework.data.transforms import EvalTransform, MixedLabels, TrainTransform
-from training_framework.data.user_loader import ForeignLoader
+from training_framework.data.user_loader import UserLoader
 from training_framework.data.worker_loading import WorkerLoader
 from training_framework.errors import UserError
 
@@ -27,13 +27,13 @@ __all__ = [
     "EncodedSplit",
     "EvalTransform",
     "FileSplit",
-    "ForeignLoader",
     "Loader",
     "MixedLabels",
     "ResidentLoader",
     "Split",
     "StorageFault",
     "TrainTransform",
+    "UserLoader",
     "WorkerLoader",
     "build_loader",
     "detect_dataset",

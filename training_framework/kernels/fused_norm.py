@@ -1,7 +1,5 @@
 """Batch norm, the shortcut's addition and ReLU: apart, or on CPUs in one pass over memory."""
 
-from typing import Self
-
 import torch
 from torch import Tensor, nn
 
@@ -21,16 +19,6 @@ class FusedBatchNorm2d(nn.BatchNorm2d):
     In evaluation, in other precisions and on other devices it is `nn.BatchNorm2d`. Parameters and
     buffers are the same in name, shape and value. It can be differentiated once, not twice.
     """
-
-    @classmethod
-    def from_batch_norm(cls, norm: nn.BatchNorm2d) -> Self:
-        """Take over a norm's settings, and its parameters and buffers themselves."""
-        with torch.device("meta"):
-            fused = cls(norm.num_features, norm.eps, norm.momentum)
-        fused.weight, fused.bias = norm.weight, norm.bias
-        for name, buffer in norm.named_buffers():
-            setattr(fused, name, buffer)
-        return fused.train(norm.training)
 
     def forward(self, input: Tensor) -> Tensor:
         """The norm of (N, C, H, W)."""
@@ -88,13 +76,25 @@ def rectified(norm: nn.Module, input: Tensor, shortcut: Tensor | None = None) ->
         input: (N, C, H, W).
         shortcut: (N, C, H, W).
     """
-    if isinstance(norm, FusedBatchNorm2d):
+    if isinstance(norm, FusedBatchNorm2d) and not _has_hooks(norm):
         return norm.rectified(input, shortcut)
     return _apart(norm, input, shortcut)
 
 
 def _apart(norm: nn.Module, input: Tensor, shortcut: Tensor | None) -> Tensor:
     output: Tensor = norm(input)
+    if _has_hooks(norm):  # they may keep the output, which must not change then
+        return torch.relu(output if shortcut is None else output + shortcut)
     if shortcut is not None:
         output += shortcut
     return torch.relu_(output)
+
+
+def _has_hooks(norm: nn.Module) -> bool:
+    """Whether a call of the module does more than its `forward`."""
+    return bool(
+        norm._forward_hooks
+        or norm._forward_pre_hooks
+        or norm._backward_hooks
+        or norm._backward_pre_hooks
+    )

@@ -13,8 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from training_framework.kernels.replaced_convolution import ReplacedConv2d
-
 __all__ = ["SmallMapConv2d", "is_small_map", "keep_small_maps_from_compiler"]
 
 
@@ -157,7 +155,7 @@ def _compute_dtype(input: Tensor) -> torch.dtype:
     return input.dtype
 
 
-class SmallMapConv2d(ReplacedConv2d):
+class SmallMapConv2d(nn.Conv2d):
     """Conv2d that runs as matrix products on CPUs where the map is small enough for that to pay.
 
     Everywhere else it is `nn.Conv2d`. Its parameters are the same in name, shape and gradient (the

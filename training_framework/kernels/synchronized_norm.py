@@ -4,14 +4,14 @@ torch's own runs on GPUs only. This one needs nothing but an all-gather and an a
 also runs on CPUs under gloo.
 """
 
-from typing import Any, Self
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["SynchronizedBatchNorm2d"]
+__all__ = ["SynchronizedBatchNorm2d", "TorchSynchronizedBatchNorm2d"]
 
 
 class SynchronizedBatchNorm2d(nn.BatchNorm2d):
@@ -32,6 +32,8 @@ class SynchronizedBatchNorm2d(nn.BatchNorm2d):
         process_group: Who takes part; None is everyone.
     """
 
+    process_group: dist.ProcessGroup | None = None
+
     def __init__(
         self,
         num_features: int,
@@ -44,26 +46,6 @@ class SynchronizedBatchNorm2d(nn.BatchNorm2d):
     ) -> None:
         super().__init__(num_features, eps, momentum, affine, track_running_stats)
         self.process_group = process_group
-
-    @classmethod
-    def from_batch_norm(
-        cls, norm: nn.BatchNorm2d, process_group: dist.ProcessGroup | None = None
-    ) -> Self:
-        """Take over a norm's settings, and its parameters and buffers themselves."""
-        with torch.device("meta"):
-            synchronized = cls(
-                norm.num_features,
-                norm.eps,
-                norm.momentum,
-                norm.affine,
-                norm.track_running_stats,
-                process_group=process_group,
-            )
-        synchronized.weight, synchronized.bias = norm.weight, norm.bias
-        synchronized.running_mean = norm.running_mean
-        synchronized.running_var = norm.running_var
-        synchronized.num_batches_tracked = norm.num_batches_tracked
-        return synchronized.train(norm.training)
 
     def forward(self, input: Tensor) -> Tensor:
         """(N, C, H, W) to the same shape."""
@@ -92,6 +74,15 @@ class SynchronizedBatchNorm2d(nn.BatchNorm2d):
             momentum = 1.0 / self.num_batches_tracked.to(dtype)
         self.running_mean.lerp_(mean.to(dtype), momentum)
         self.running_var.lerp_(unbiased.to(dtype), momentum)
+
+
+class TorchSynchronizedBatchNorm2d(nn.SyncBatchNorm):
+    """torch.nn.SyncBatchNorm that a BatchNorm2d was turned into, over all processes.
+
+    A class of its own, so that it can be told from one that the user built.
+    """
+
+    process_group: dist.ProcessGroup | None = None
 
 
 def _joined_statistics(

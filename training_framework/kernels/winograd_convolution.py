@@ -10,7 +10,6 @@ up to 4 millionths of the largest value, where oneDNN's is up to 3 (docs/experim
 import torch
 from torch import Tensor, nn
 
-from training_framework.kernels.replaced_convolution import ReplacedConv2d
 from training_framework.kernels.winograd import CHANNEL_MULTIPLE, winograd_convolution
 
 __all__ = ["SMALLEST_MAP", "WinogradConv2d", "winograd_applies"]
@@ -19,7 +18,7 @@ __all__ = ["SMALLEST_MAP", "WinogradConv2d", "winograd_applies"]
 SMALLEST_MAP = 3
 
 
-class WinogradConv2d(ReplacedConv2d):
+class WinogradConv2d(nn.Conv2d):
     """Conv2d that runs by Winograd's algorithm on CPUs in fp32.
 
     Everywhere else it is `nn.Conv2d`. Its parameters are the same in name, shape and gradient.

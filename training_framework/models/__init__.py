@@ -5,6 +5,7 @@ from training_framework.models.resnet import MODELS, ResNet, Stem, build_model
 from training_framework.models.surgery import (
     checkpoint_activations,
     fuse_norms,
+    plain_network,
     synchronize_norms,
     use_small_map_convolutions,
     use_winograd_convolutions,
@@ -20,6 +21,7 @@ __all__ = [
     "fuse_norms",
     "keep_small_maps_from_compiler",
     "load_weights",
+    "plain_network",
     "read_metadata",
     "save_weights",
     "synchronize_norms",

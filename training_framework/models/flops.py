@@ -32,10 +32,17 @@ def training_flops_per_image(model: nn.Module, image_size: int) -> int:
     its input, so this is a little below three forward passes.
 
     Args:
-        model: As in `forward_flops_per_image`.
+        model: As in `forward_flops_per_image`, or a user's own.
         image_size: Side in pixels of the square images.
+
+    Returns:
+        0 where they cannot be counted: some networks do not run without data, such as scripted
+        ones, or take only images of another shape.
     """
-    return _count(model, image_size, backward=True)
+    try:
+        return _count(model, image_size, backward=True)
+    except Exception:  # user code may raise anything
+        return 0
 
 
 def _count(model: nn.Module, image_size: int, *, backward: bool) -> int:

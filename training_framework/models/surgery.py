@@ -1,20 +1,25 @@
 """Changes to a model that keep its parameters, their names and what it computes.
 
 Each function changes the model in place and returns how many modules it changed; where that is
-none, it warns.
+none, it warns. A module that changes gets another class: it stays the same object with the same
+tensors, so whoever holds it goes on holding it. `plain_network` undoes all of these changes.
 """
 
 import warnings
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from training_framework.kernels.fused_norm import FusedBatchNorm2d, can_fuse_norm
 from training_framework.kernels.norm import load_norm_kernels
-from training_framework.kernels.replaced_convolution import ReplacedConv2d
 from training_framework.kernels.small_maps import SmallMapConv2d, is_small_map
-from training_framework.kernels.synchronized_norm import SynchronizedBatchNorm2d
+from training_framework.kernels.synchronized_norm import (
+    SynchronizedBatchNorm2d,
+    TorchSynchronizedBatchNorm2d,
+)
 from training_framework.kernels.winograd import load_winograd_kernels
 from training_framework.kernels.winograd_convolution import WinogradConv2d, winograd_applies
 from training_framework.models.blocks import ResidualBlock
@@ -23,10 +28,56 @@ from training_framework.models.flops import meta_copy
 __all__ = [
     "checkpoint_activations",
     "fuse_norms",
+    "plain_network",
     "synchronize_norms",
     "use_small_map_convolutions",
     "use_winograd_convolutions",
 ]
+
+# What torch calls the class of each kind of module that surgery makes.
+PLAIN_CLASSES: dict[type[nn.Module], type[nn.Module]] = {
+    WinogradConv2d: nn.Conv2d,
+    SmallMapConv2d: nn.Conv2d,
+    FusedBatchNorm2d: nn.BatchNorm2d,
+    SynchronizedBatchNorm2d: nn.BatchNorm2d,
+    TorchSynchronizedBatchNorm2d: nn.BatchNorm2d,
+}
+HOOKS = (
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)
+
+
+def plain_network(model: nn.Module) -> nn.Module:
+    """Undo every change of this module: the network consists of torch's own modules again.
+
+    torch.export, torch.jit.trace and ONNX do not know the project's operators; they take what this
+    returns. The network is changed in place. Parameters, buffers, hooks, names in the state dict
+    and the layout in memory stay; outputs stay the same up to rounding.
+
+    Args:
+        model: Any network, changed or not.
+
+    Returns:
+        The same network, without the wrappers of torch.compile and DistributedDataParallel.
+    """
+    while isinstance(model, DistributedDataParallel) or hasattr(model, "_orig_mod"):
+        wrapped = model.module if isinstance(model, DistributedDataParallel) else model._orig_mod
+        assert isinstance(wrapped, nn.Module)
+        model = wrapped
+    for module in model.modules():
+        if type(module) in PLAIN_CLASSES:
+            vars(module).pop("process_group", None)
+            _turn_into(module, PLAIN_CLASSES[type(module)])
+        elif isinstance(module, ResidualBlock):
+            module.recompute_activations = False
+    return model
 
 
 def synchronize_norms(model: nn.Module, device_type: str) -> int:
@@ -37,26 +88,19 @@ def synchronize_norms(model: nn.Module, device_type: str) -> int:
     collectives a norm and step.
 
     Args:
-        model: Its `BatchNorm2d` modules are replaced, except where the model itself is one.
+        model: Its `BatchNorm2d` modules change, not those of a class derived from it.
         device_type: `cuda` takes torch.nn.SyncBatchNorm; every other device takes
             `SynchronizedBatchNorm2d`, since torch's refuses CPUs.
 
     Returns:
-        Number of norms replaced; 0 comes with a warning.
+        Number of norms changed; 0 comes with a warning.
     """
-    replaced = 0
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if type(child) is not nn.BatchNorm2d:
-                continue
-            if device_type == "cuda":
-                norm: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(child)
-            else:
-                norm = SynchronizedBatchNorm2d.from_batch_norm(child)
-            setattr(parent, name, norm)
-            replaced += 1
-    _warn_if_none(replaced, "synchronize_norms: the model has no BatchNorm2d to replace")
-    return replaced
+    kind = TorchSynchronizedBatchNorm2d if device_type == "cuda" else SynchronizedBatchNorm2d
+    norms = [module for module in model.modules() if type(module) is nn.BatchNorm2d]
+    for norm in norms:
+        _turn_into(norm, kind)
+    _warn_if_none(len(norms), "synchronize_norms: the model has no BatchNorm2d to replace")
+    return len(norms)
 
 
 def fuse_norms(model: nn.Module) -> int:
@@ -69,24 +113,25 @@ def fuse_norms(model: nn.Module) -> int:
     be differentiated only once.
 
     Args:
-        model: Its `BatchNorm2d` modules are replaced, except where the model itself is one. Norms
-            that `synchronize_norms` replaced are left alone.
+        model: Its `BatchNorm2d` modules change. Norms that `synchronize_norms` changed, that have
+            hooks or stand in several places are left alone.
 
     Returns:
-        Number of norms replaced; 0 comes with a warning.
+        Number of norms changed; 0 comes with a warning.
 
     Raises:
         NativeKernelsError: The kernels cannot be compiled here.
     """
     load_norm_kernels()
-    replaced = 0
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, nn.BatchNorm2d) and can_fuse_norm(child):
-                setattr(parent, name, FusedBatchNorm2d.from_batch_norm(child))
-                replaced += 1
-    _warn_if_none(replaced, "fuse_norms: the model has no BatchNorm2d that can be fused")
-    return replaced
+    norms = [
+        module
+        for _, module in _changeable(model)
+        if isinstance(module, nn.BatchNorm2d) and can_fuse_norm(module)
+    ]
+    for norm in norms:
+        _turn_into(norm, FusedBatchNorm2d)
+    _warn_if_none(len(norms), "fuse_norms: the model has no BatchNorm2d that can be fused")
+    return len(norms)
 
 
 def checkpoint_activations(model: nn.Module) -> int:
@@ -109,17 +154,18 @@ def checkpoint_activations(model: nn.Module) -> int:
 def use_small_map_convolutions(model: nn.Module, image_size: int) -> int:
     """On CPUs, compute convolutions over maps of a few pixels as matrix products.
 
-    When to use it: training on a CPU with small pictures and the ImageNet stem, in channels_last.
+    When to use it: training on a CPU with small images and the ImageNet stem, in channels_last.
     What it computes stays the same up to rounding, and so do the names in the state dict; on other
     devices and for other maps the ordinary convolution runs. Its price: the model can be
     differentiated only once.
 
     Args:
-        model: Its `Conv2d` modules that see small maps are replaced.
+        model: Its `Conv2d` modules that see small maps change; those that have hooks or stand in
+            several places are left alone.
         image_size: Side in pixels of the square images it is to be used with.
 
     Returns:
-        Number of convolutions replaced; 0 comes with a warning.
+        Number of convolutions changed; 0 comes with a warning.
     """
     replaced = _replace_convolutions(model, image_size, is_small_map, SmallMapConv2d)
     _warn_if_none(
@@ -139,12 +185,12 @@ def use_winograd_convolutions(model: nn.Module, image_size: int) -> int:
     be differentiated only once.
 
     Args:
-        model: Its `Conv2d` modules of that kind are replaced; call `use_small_map_convolutions`
-            first, where both are wanted.
+        model: Its `Conv2d` modules of that kind change; those that have hooks or stand in several
+            places are left alone. Call `use_small_map_convolutions` first, where both are wanted.
         image_size: Side in pixels of the square images it is to be used with.
 
     Returns:
-        Number of convolutions replaced; 0 comes with a warning.
+        Number of convolutions changed; 0 comes with a warning.
 
     Raises:
         NativeKernelsError: The kernels cannot be compiled here.
@@ -162,18 +208,41 @@ def _replace_convolutions(
     model: nn.Module,
     image_size: int,
     applies: Callable[[nn.Conv2d, int, int], bool],
-    kind: type[ReplacedConv2d],
+    kind: type[nn.Conv2d],
 ) -> int:
-    """Replace the convolutions for which `applies` holds with the size of their maps; how many."""
+    """Change the convolutions for which `applies` holds with the size of their maps; how many."""
     map_sizes = _map_sizes(model, image_size)
-    replaced = 0
-    for parent_name, parent in list(model.named_modules()):
-        for name, child in list(parent.named_children()):
-            map_size = map_sizes.get(f"{parent_name}.{name}" if parent_name else name)
-            if type(child) is nn.Conv2d and map_size and applies(child, *map_size):
-                setattr(parent, name, kind.from_convolution(child))
-                replaced += 1
-    return replaced
+    convolutions = [
+        module
+        for name, module in _changeable(model)
+        if type(module) is nn.Conv2d and name in map_sizes and applies(module, *map_sizes[name])
+    ]
+    for convolution in convolutions:
+        _turn_into(convolution, kind)
+    return len(convolutions)
+
+
+def _turn_into(module: nn.Module, kind: type[nn.Module]) -> None:
+    module.__class__ = kind
+
+
+def _changeable(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Names and modules that nothing but their class decides the work of.
+
+    A hook may read or change what the class keeps in `weight` (weight_norm, spectral_norm and
+    pruning do), an attribute may stand in for a method, and a module in several places would
+    change in all of them.
+    """
+    places = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
+    for name, module in model.named_modules():
+        if places[id(module)] == 1 and not _has_hooks(module):
+            kind = type(module)
+            if not any(hasattr(kind, attribute) for attribute in vars(module)):
+                yield name, module
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return any(getattr(module, hooks) for hooks in HOOKS)
 
 
 def _map_sizes(model: nn.Module, image_size: int) -> dict[str, tuple[int, int]]:

@@ -30,7 +30,10 @@ class WeightAverage:
 
     def __init__(self, model: nn.Module, *, decay: float) -> None:
         self.decay = decay
-        self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        with torch.no_grad():  # else a scripted module's copy is computed from the original
+            self.model = copy.deepcopy(model).eval()
+        for parameter in self.model.parameters():  # a scripted module knows no requires_grad_
+            parameter.requires_grad_(False)
         # A deep copy takes gradients along: as much memory again.
         self.model.zero_grad(set_to_none=True)
         self._averaged = _tensors(self.model)

@@ -65,6 +65,12 @@ def check_processes(
             f"batch_size {config.batch_size} cannot be shared equally by {world_size} processes",
             f"use a multiple of {world_size}",
         )
+    if config.strategy == "ddp" and world_size == 1:
+        raise UserError(
+            "strategy: ddp is for several processes, and one is started",
+            "start it with torchrun --nproc-per-node=N -m training_framework train ..., or use "
+            "strategy: auto",
+        )
     if world_size > 1:
         on_cuda = bool(accelerators) and accelerators[0].kind == "cuda"
         backend = "NCCL" if on_cuda else "gloo"

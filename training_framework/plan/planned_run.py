@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -12,7 +12,7 @@ from training_framework.config.loading import config_to_dict, settings_to_yaml
 from training_framework.data import Dataset, detect_dataset, open_dataset
 from training_framework.data.facts import DatasetFacts
 from training_framework.data.user_facts import user_loader_facts
-from training_framework.data.user_loader import batch_count
+from training_framework.data.user_look import LookedAtLoader
 from training_framework.kernels import NativeKernelsError
 from training_framework.kernels.norm import load_norm_kernels
 from training_framework.kernels.winograd import load_winograd_kernels
@@ -29,8 +29,8 @@ _plans_made = itertools.count()
 class UserLoaders(NamedTuple):
     """The user's own loaders instead of a data set of ours."""
 
-    train: Iterable[Any]
-    val: Iterable[Any] | None
+    train: LookedAtLoader
+    val: LookedAtLoader | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,9 +61,9 @@ class PlannedRun:
 def plan_run(
     config: TrainConfig,
     *,
-    train_loader: Iterable[Any] | None = None,
-    val_loader: Iterable[Any] | None = None,
-    own_network: bool = False,
+    train_loader: LookedAtLoader | None = None,
+    val_loader: LookedAtLoader | None = None,
+    own_network: str | None = None,
 ) -> PlannedRun:
     """Plan what `config` runs here. Under torchrun, the first process's plan is everybody's.
 
@@ -71,7 +71,7 @@ def plan_run(
         config: What is asked for.
         train_loader: The user's own loader; None opens the configured data.
         val_loader: Likewise, for evaluation.
-        own_network: Whether a given network is used instead of a new `config.model`.
+        own_network: The class of a given network that is used instead of a new `config.model`.
 
     Raises:
         UserError: Something that is asked for is wrong or cannot be done here.
@@ -84,7 +84,7 @@ def plan_run(
         source = open_configured_dataset(config)
         facts, batches = source.facts, None
     else:
-        source, batches = UserLoaders(train_loader, val_loader), batch_count(train_loader)
+        source, batches = UserLoaders(train_loader, val_loader), train_loader.batch_count
         facts = user_loader_facts(train_loader, val_loader, config.num_classes)
 
     def planned(machine: Hardware) -> TrainPlan:

@@ -35,7 +35,7 @@ def make_plan(
     world_size: int = 1,
     local_world_size: int = 1,
     batches_per_epoch: int | None = None,
-    own_network: bool = False,
+    own_network: str | None = None,
 ) -> TrainPlan:
     """Decide everything that the configuration leaves open. The plan that comes of it is final.
 
@@ -46,7 +46,7 @@ def make_plan(
         world_size: Processes that train together (torchrun's WORLD_SIZE).
         local_world_size: Those of them on this machine.
         batches_per_epoch: Where the user's own loader says so; else from the images.
-        own_network: Whether a given network is used instead of a new `config.model`.
+        own_network: The class of a given network that is used instead of a new `config.model`.
 
     Raises:
         UserError: What is asked cannot be done here.
@@ -75,7 +75,7 @@ def make_plan(
             local_world_size=local_world_size,
             total_steps=durations["total_steps"],
             stem=stem,
-            own_network=own_network,
+            own_network=own_network is not None,
         )
     )
     switches, more_switches = _by_field(chosen.values)
@@ -91,7 +91,7 @@ def make_plan(
         lr=lr,
         nesterov=_nesterov(config),
         momentum=config.momentum if config.optimizer == "sgd" else 0.0,
-        name=config.name or f"{config.model}-{facts.name}",
+        name=config.name or f"{own_network or config.model}-{facts.name}",
         more_switches=more_switches,
         asked_for=_asked_for(config),
         choices=(*choices, *chosen.choices),

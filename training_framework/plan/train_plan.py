@@ -28,7 +28,7 @@ class TrainPlan:
         device: PyTorch's device type, `cpu`, `cuda`, `mps`, ...
         device_indices: Number of each rank's device on its machine, by local rank.
         device_name: The processor's or accelerator's own name.
-        own_network: Whether the network was given, not built as `model` says.
+        own_network: Class of the network, where it was given and not built as `model` says.
         global_batch_size: Images of one forward pass over all ranks.
         device_batch_size: Images of one forward pass on one rank.
         evaluation_batch_size: Images of one forward pass of an evaluation over all ranks.
@@ -52,7 +52,7 @@ class TrainPlan:
     auto_micro_batch: bool
     # The network.
     model: str
-    own_network: bool
+    own_network: str | None
     stem: Literal["cifar", "imagenet"]
     num_classes: int
     weights: Path | None

@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import json
+import math
 import os
 import re
 import shutil
@@ -248,5 +249,15 @@ def write_text_atomically(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write plain values as indented JSON, atomically."""
-    write_text_atomically(path, json.dumps(content, indent=2, default=str) + "\n")
+    """Write plain values as indented JSON, atomically; NaN and infinity become null."""
+    text = json.dumps(_finite(content), indent=2, default=str, allow_nan=False)
+    write_text_atomically(path, text + "\n")
+
+
+def _finite(content: Any) -> Any:
+    """Without the numbers that JSON does not know."""
+    if isinstance(content, dict):
+        return {key: _finite(value) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [_finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content

@@ -25,7 +25,7 @@ class NetworkCard:
     """What must be known to build a network again and to feed it.
 
     Attributes:
-        model: A key of MODELS.
+        model: A key of MODELS, or the class of a user's own network.
         stem: `cifar` or `imagenet`.
         share_early_weights: As in `build_model`.
         class_names: One a class, in label order.
@@ -34,6 +34,7 @@ class NetworkCard:
         std: Per-channel standard deviation, same units.
         center_crop: Whether evaluation images are the middle of a picture resized to 256/224 of
             `image_size`, as for image folders, or else the whole of it.
+        is_own: Whether it is a user's own network, whose class no file holds.
     """
 
     model: str
@@ -44,12 +45,14 @@ class NetworkCard:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     center_crop: bool
+    is_own: bool = False
 
     @classmethod
     def of(cls, plan: TrainPlan, facts: DatasetFacts) -> "NetworkCard":
         """The card of a network that is trained as planned on a data set."""
         return cls(
-            model=plan.model,
+            model=plan.own_network or plan.model,
+            is_own=plan.own_network is not None,
             stem=plan.stem,
             share_early_weights=plan.share_early_weights,
             class_names=facts.class_names or tuple(map(str, range(plan.num_classes))),
@@ -63,8 +66,14 @@ class NetworkCard:
         """The network, with initial weights.
 
         Raises:
-            UserError: There is no such network.
+            UserError: There is no such network, or it is a user's own.
         """
+        if self.is_own:
+            raise UserError(
+                f"holds the weights of a user's own network ({self.model}), and not its class",
+                f"in Python, build {self.model} and load weights.safetensors of its run into it "
+                "(safetensors.torch.load_model)",
+            )
         return build_model(
             self.model,
             num_classes=len(self.class_names),
@@ -113,6 +122,7 @@ class NetworkCard:
             and isinstance(self.stem, str)
             and isinstance(self.share_early_weights, bool)
             and isinstance(self.center_crop, bool)
+            and isinstance(self.is_own, bool)
             and 1 <= len(self.class_names) <= MOST_CLASSES
             and all(isinstance(name, str) for name in self.class_names)
             and type(self.image_size) is int
@@ -164,4 +174,5 @@ def _built(card: NetworkCard, path: Path) -> ResNet:
     try:
         return card.build()
     except UserError as error:
-        raise UserError(f"{path}: {error.fault}", "take another checkpoint") from None
+        cure = error.cure if card.is_own else "take another checkpoint"
+        raise UserError(f"{path}: {error.fault}", cure) from None

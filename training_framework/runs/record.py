@@ -2,6 +2,7 @@
 
 import dataclasses
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from training_framework.machine.peak_flops import measure_peak_flops
 from training_framework.machine.precision import compute_dtype
 from training_framework.plan import PlannedRun, TrainPlan
 from training_framework.runs.directory import write_json
+from training_framework.runs.network_card import NetworkCard
 from training_framework.runs.progress import Progress, TrainResult
 
 __all__ = ["Costs", "opening_lines", "write_record"]
@@ -32,7 +34,13 @@ class Costs:
 
     @classmethod
     def measure(cls, plan: TrainPlan, *, flops_per_image: float) -> "Costs":
-        """With the peak of the plan's device, measured where no table has it."""
+        """With the peak of the plan's device, measured where no table has it.
+
+        Args:
+            flops_per_image: Training FLOPs of an image; 0 where they cannot be counted.
+        """
+        if not flops_per_image:
+            return cls(flops_per_image=0, peak_flops=0, peak_source="not asked")
         peak, source = measure_peak_flops(
             plan.device, plan.device_name, compute_dtype(plan.precision)
         )
@@ -44,6 +52,8 @@ class Costs:
 
     def line(self, device_name: str) -> str:
         """For people."""
+        if not self.flops_per_image:
+            return "MFU n/a: the operations of this network cannot be counted"
         work = f"training takes {self.flops_per_image / 1e9:.3g} GFLOP an image"
         if not self.peak_flops:
             return f"{work}; MFU n/a: the peak of {device_name} is unknown"
@@ -72,6 +82,8 @@ def write_record(
     directory: Path,
     *,
     planned: PlannedRun,
+    network: NetworkCard,
+    identity: Mapping[str, Any],
     costs: Costs,
     resumed_from: Path | None,
     started: float,
@@ -84,6 +96,8 @@ def write_record(
     Args:
         directory: The run's.
         planned: The run's plan, and what it rests on.
+        network: The network's card.
+        identity: What tells the run from others (`runs.identity`).
         costs: Of the run.
         resumed_from: The checkpoint that this part of it went on from.
         started: When it began, in seconds since 1970.
@@ -98,7 +112,9 @@ def write_record(
         "versions": library_versions(),
         "hardware": dataclasses.asdict(planned.hardware),
         "data": dataclasses.asdict(planned.facts),
+        "network": network.as_dict(),
         "config": planned.settings,
+        "identity": dict(identity),
         "plan": planned.plan.as_dict(),
         "training_flops_per_image": costs.flops_per_image,
         "peak_flops": costs.peak_flops,

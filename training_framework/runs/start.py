@@ -25,8 +25,9 @@ from training_framework.runs.directory import (
     run_directory_of,
     under_way,
 )
+from training_framework.runs.identity import identity_differences
 
-__all__ = ["Start", "choose_start", "refuse_other_settings"]
+__all__ = ["Start", "changed_settings", "choose_start"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,7 +53,7 @@ class Start:
     def opening_lines(self, step: int, total_steps: int) -> list[str]:
         """What is damaged, and what is gone on with."""
         if self.checkpoint is None:
-            return []
+            return list(self.lines)
         where = f"{step:,} of {total_steps:,} (--resume never starts anew)"
         return [*self.lines, f"resuming {self.directory or self.checkpoint} at step {where}"]
 
@@ -65,20 +66,31 @@ class Start:
             last.replace(last.with_name("last.ckpt.damaged"))
 
 
-def choose_start(plan: TrainPlan, processes: Processes) -> Start:
+def choose_start(planned: PlannedRun, identity: Mapping[str, Any], processes: Processes) -> Start:
     """Find what `resume` means here; the first process decides for all.
 
     `auto` is the newest run of the same name that has a checkpoint, if it is not finished; else a
-    new run. A path of a run's last.ckpt goes on in its directory, another one in a new directory.
+    new run. Where that run had other data or another network, it is a new run too. A path of a
+    run's last.ckpt goes on in its directory, another one in a new directory.
 
     Args:
-        plan: With `resume`, `output_dir` and `name`.
+        planned: With `resume`, `output_dir`, `name` and the settings to compare.
+        identity: What `run_identity` says of this run; the first process alone reads it.
         processes: All of them call this at the same point.
 
     Raises:
-        UserError: The checkpoint cannot be read, or its run is still under way.
+        UserError: The checkpoint cannot be read, its run is still under way, or it had other
+            settings, data or network and `allow_config_change` is off.
     """
-    start = _choose(plan) if processes.is_first else Start()
+    start = Start()
+    if processes.is_first:
+        start = _choose(planned.plan)
+        try:
+            start = _same_run(start, planned, identity)
+        except BaseException:
+            if start.lock is not None:
+                start.lock.release()
+            raise
     if processes.world_size > 1:
         shared = (start.checkpoint, start.directory)
         checkpoint, directory = gathered(shared if processes.is_first else None)[0]
@@ -155,43 +167,53 @@ def _going_on(directory: Path, lock: DirectoryLock) -> Start:
     )
 
 
-def refuse_other_settings(
-    planned: PlannedRun, start: Start, *, facts: Mapping[str, Any], class_names: tuple[str, ...]
-) -> None:
-    """Refuse what would lead elsewhere than the run that is resumed.
-
-    Args:
-        planned: What would run now.
-        start: What is resumed.
-        facts: Of the training data, as the checkpoint holds them under `data`.
-        class_names: In label order.
-
-    Raises:
-        UserError: Something differs, all of which is listed, and allow_config_change is off.
-    """
-    state = start.state
-    if state is None or planned.plan.allow_config_change:
-        return
-    # A path takes the run's settings over, except for the weights that it started from.
-    free = TRAJECTORY_FREE_KEYS - ({"weights"} if planned.plan.resume == "auto" else set())
-    now = {**planned.settings, **facts, "class_names": list(class_names)}
-    then = {
-        **{key: value for key, value in (state["config"] or {}).items() if key not in free},
-        **(state.get("data") or {}),
-        "class_names": (state["network"] or {}).get("class_names"),
-    }
-    differing = [
-        f"{key} {shown(value)} -> {shown(now[key])}"
-        for key, value in then.items()
-        if key in now and now[key] != value
+def _same_run(start: Start, planned: PlannedRun, identity: Mapping[str, Any]) -> Start:
+    """The start, where what it resumes is the run that is asked for; else a new run, or refused."""
+    plan, state = planned.plan, start.state
+    if state is None:
+        return start
+    others = identity_differences(state, identity)
+    if plan.allow_config_change:
+        if not others:
+            return start
+        line = f"note: not the run that the checkpoint is from: {', '.join(others)}"
+        return dataclasses.replace(start, lines=(*start.lines, line))
+    then, now = state["config"] or {}, planned.settings
+    settings = [
+        f"{key} {shown(then[key])} -> {shown(now[key])}" for key in changed_settings(start, planned)
     ]
-    if differing:
+    if settings:
         cure = "drop them, or go on with --allow-config-change"
-        if planned.plan.resume == "auto":
+        if plan.resume == "auto":
             cure = (
                 "train with those again, start anew with --resume never, or go on with "
                 "--allow-config-change"
             )
         raise UserError(
-            f"{start.checkpoint}: its run had other settings: {', '.join(differing)}", cure
+            f"{start.checkpoint}: its run had other settings: {', '.join([*settings, *others])}",
+            cure,
         )
+    if others and plan.resume != "auto":
+        raise UserError(
+            f"{start.checkpoint}: is of another run: {', '.join(others)}",
+            "name the data, loaders and network that it was trained with, or go on with "
+            "--allow-config-change",
+        )
+    if others:
+        if start.lock is not None:
+            start.lock.release()
+        line = f"note: {start.directory} is of another run ({', '.join(others)}): a new one starts"
+        return Start(version=next_version(plan.output_dir / plan.name), lines=(line,))
+    return start
+
+
+def changed_settings(start: Start, planned: PlannedRun) -> list[str]:
+    """Keys of settings that change results and differ from those of the run that is resumed."""
+    if start.state is None:
+        return []
+    # A path takes the run's settings over, except for the weights that it started from.
+    free = TRAJECTORY_FREE_KEYS - ({"weights"} if planned.plan.resume == "auto" else set())
+    then, now = start.state["config"] or {}, planned.settings
+    return [
+        key for key, value in then.items() if key not in free and key in now and now[key] != value
+    ]

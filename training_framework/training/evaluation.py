@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from training_framework.data import Batch, Loader
+from training_framework.errors import UserError
 from training_framework.faults import fault_point
 from training_framework.machine.distributed import largest
 from training_framework.machine.precision import Precision, autocast
@@ -67,6 +68,7 @@ def evaluate(
 
     Raises:
         StopRequested: It was stopped.
+        UserError: There was not one image.
     """
     start = time.perf_counter()
     was_training = model.training
@@ -88,7 +90,12 @@ def evaluate(
     if should_stop is not None and any(largest([stopped], device)):
         raise StopRequested
     sums.all_reduce()
-    return Evaluation(metrics=sums.read(), seconds=time.perf_counter() - start)
+    metrics = sums.read()
+    if not metrics.count:
+        raise UserError(
+            "the validation data has no image to evaluate", "give it images, or evaluate nothing"
+        )
+    return Evaluation(metrics=metrics, seconds=time.perf_counter() - start)
 
 
 def evaluate_unless_stopped(

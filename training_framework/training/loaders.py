@@ -12,11 +12,11 @@ from training_framework.data import (
     Dataset,
     EncodedSplit,
     EvalTransform,
-    ForeignLoader,
     Loader,
     MixedLabels,
     Split,
     TrainTransform,
+    UserLoader,
     WorkerLoader,
     build_loader,
 )
@@ -82,7 +82,7 @@ class Loaders:
             val = load(source.val, train=False) if len(source.val) else None
             train = load(source.train, train=True)
         else:
-            own = functools.partial(ForeignLoader, device=device, num_classes=plan.num_classes)
+            own = functools.partial(UserLoader, device=device, num_classes=plan.num_classes)
             train, val = own(source.train), None if source.val is None else own(source.val)
         eval_transform = EvalTransform(
             mean=facts.mean, std=facts.std, device=device, channels_last=plan.channels_last

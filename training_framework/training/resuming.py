@@ -1,41 +1,108 @@
 """What a checkpoint holds of a run beside its steps, and how a run takes all of it over."""
 
+import dataclasses
+import math
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, NamedTuple, get_type_hints
 
 import torch
 from pydantic import TypeAdapter, ValidationError
 
 from training_framework.checkpoint import CheckpointKeeper
-from training_framework.data import ForeignLoader, Loader
-from training_framework.data.facts import DatasetFacts
+from training_framework.data import Loader, UserLoader
 from training_framework.errors import UserError, shown
 from training_framework.machine.randomness import random_states, restore_random_states
-from training_framework.plan import PlannedRun, TrainPlan
+from training_framework.plan import PlannedRun, TrainPlan, resumed_plan
+from training_framework.runs.directory import next_version
+from training_framework.runs.identity import identity_of
 from training_framework.runs.progress import EpochRecord, Progress
-from training_framework.runs.start import Start
+from training_framework.runs.start import Start, changed_settings
 from training_framework.training.parts import Parts
 
-__all__ = ["checkpoint_extras", "open_keeper", "restore", "restore_draws", "training_data"]
+__all__ = ["checkpoint_extras", "open_keeper", "plan_resumption", "restore", "restore_draws"]
 
 
-def training_data(facts: DatasetFacts, plan: TrainPlan) -> dict[str, Any]:
-    """What a checkpoint holds of the training data: with other numbers its position is another."""
-    return {"training images": facts.train_images, "batches an epoch": plan.batches_per_epoch}
+class _EpochShape(NamedTuple):
+    """What a run's count of steps is made of."""
+
+    batches: int
+    accumulate: int
+
+    @property
+    def steps(self) -> int:
+        return math.ceil(self.batches / self.accumulate)
 
 
-def checkpoint_extras(planned: PlannedRun, network: dict[str, Any]) -> dict[str, Any]:
+def _shape_of(plan: TrainPlan) -> _EpochShape:
+    return _EpochShape(plan.batches_per_epoch, plan.accumulate_grad_batches)
+
+
+def _shape_in(state: Mapping[str, Any]) -> _EpochShape | None:
+    """That of a checkpoint's run, where it tells."""
+    batches = identity_of(state).get("batches an epoch")
+    accumulate = (state["config"] or {}).get("accumulate_grad_batches", 1)
+    if type(batches) is not int or type(accumulate) is not int or min(batches, accumulate) < 1:
+        return None
+    return _EpochShape(batches, accumulate)
+
+
+def plan_resumption(planned: PlannedRun, start: Start) -> tuple[PlannedRun, Start]:
+    """The plan to go on with, and where.
+
+    The plan is that of the checkpoint. Where an epoch has another number of steps than there, as
+    `allow_config_change` permits, the run goes on in a new directory: rows and checkpoints count
+    steps, and those of the old count stay as they are.
+
+    Raises:
+        UserError: This machine cannot do what the plan says.
+    """
+    state = start.state
+    if state is None:
+        return planned, start
+    values, lines = state.get("plan"), list(start.lines)
+    if isinstance(values, dict):
+        plan, more = resumed_plan(
+            planned.plan,
+            values,
+            planned.hardware,
+            changed=changed_settings(start, planned),
+            where=str(start.checkpoint),
+        )
+        planned, lines = dataclasses.replace(planned, plan=plan), [*lines, *more]
+    else:
+        lines.append(
+            "note: the checkpoint is of an older version and holds no plan, so what was left to "
+            "the plan is decided anew"
+        )
+    then, now = _shape_in(state), _shape_of(planned.plan)
+    if then not in (None, now):
+        assert then is not None
+        lines.append(
+            f"note: an epoch had {then.steps:,} steps and has {now.steps:,}: goes on where as much "
+            "of it is behind, in a new run directory"
+        )
+        parent = planned.plan.output_dir / planned.plan.name
+        start = dataclasses.replace(start, directory=None, version=next_version(parent))
+    return planned, dataclasses.replace(start, lines=tuple(lines))
+
+
+def checkpoint_extras(
+    planned: PlannedRun, network: dict[str, Any], identity: Mapping[str, Any]
+) -> dict[str, Any]:
     """What every checkpoint of a run holds alike.
 
     Args:
         planned: The run's plan, and what it rests on.
         network: Plain values of the network's card.
+        identity: What `run_identity` says of the run.
     """
     return {
         # What resumes the run neither resumes from nor stops where this start did.
         "config": {**planned.settings, "resume": "auto", "stop_after_steps": None},
+        "plan": planned.plan.as_dict(),
         "network": network,
-        "data": training_data(planned.facts, planned.plan),
+        "identity": dict(identity),
         "total_steps": planned.plan.total_steps,
     }
 
@@ -50,7 +117,7 @@ def open_keeper(directory: Path, parts: Parts) -> CheckpointKeeper:
     plan, loader = parts.plan, parts.loaders.train
 
     def draws() -> dict[str, Any]:
-        own = loader.state_dict() if isinstance(loader, ForeignLoader) else None
+        own = loader.state_dict() if isinstance(loader, UserLoader) else None
         return {"random": random_states(parts.device), "loader": own}
 
     return CheckpointKeeper(
@@ -78,9 +145,35 @@ def restore(start: Start, parts: Parts, *, is_first: bool) -> Progress:
         progress = _progress(state["progress"])
     except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise _unfit(start, error) from None
+    progress = _converted(progress, start, parts.plan)
     if progress.batch >= parts.plan.batches_per_epoch and progress.unlogged is None:
         # With other settings an epoch may have fewer batches than were made of it.
         progress.epoch, progress.batch = progress.epoch + 1, 0
+    return progress
+
+
+def _converted(progress: Progress, start: Start, plan: TrainPlan) -> Progress:
+    """The progress in this plan's steps: as much of the schedule and of the epoch is behind.
+
+    Raises:
+        UserError: More is behind than a run with these settings has.
+    """
+    assert start.state is not None
+    then, now = _shape_in(start.state), _shape_of(plan)
+    if then not in (None, now):
+        assert then is not None
+        batch = math.floor(progress.batch / then.batches * now.batches + 1e-9)
+        if batch < now.batches:
+            batch -= batch % now.accumulate
+        steps = progress.epoch * now.steps + math.ceil(batch / now.accumulate)
+        progress = dataclasses.replace(progress, step=steps, batch=batch, unlogged=None)
+    if progress.step > plan.total_steps or progress.epoch > plan.epochs:
+        raise UserError(
+            f"{start.checkpoint}: its run is at step {progress.step:,}, in epoch "
+            f"{progress.epoch + 1:,}, and a run with these settings has {plan.total_steps:,} steps "
+            f"in {plan.epochs:,} epoch(s)",
+            "raise epochs, or start anew with --resume never",
+        )
     return progress
 
 
@@ -99,7 +192,7 @@ def restore_draws(start: Start, *, loader: Loader, device: torch.device) -> None
     try:
         if state.get("random") is not None:
             restore_random_states(state["random"], device)
-        if state.get("loader") is not None and isinstance(loader, ForeignLoader):
+        if state.get("loader") is not None and isinstance(loader, UserLoader):
             loader.load_state_dict(state["loader"])
     except (RuntimeError, ValueError, TypeError, LookupError, OverflowError) as error:
         raise _unfit(start, error) from None

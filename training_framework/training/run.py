@@ -2,7 +2,6 @@
 
 import dataclasses
 import time
-from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -10,24 +9,27 @@ from typing import Any
 from torch import nn
 
 from training_framework.config import TrainConfig
+from training_framework.data.user_look import LookedAtLoader
 from training_framework.machine.distributed import process_group
-from training_framework.models import save_weights
+from training_framework.models import plain_network, save_weights
 from training_framework.plan import TrainPlan, plan_run
 from training_framework.runs.directory import check_space, check_writable, create_run_directory
+from training_framework.runs.identity import run_identity
 from training_framework.runs.network_card import NetworkCard
 from training_framework.runs.progress import Progress, TrainResult
 from training_framework.runs.record import opening_lines, write_record
-from training_framework.runs.start import Start, choose_start, refuse_other_settings
+from training_framework.runs.start import Start, choose_start
 from training_framework.training.outputs import Outputs, open_loggers
 from training_framework.training.parts import Parts, build_parts
 from training_framework.training.resuming import (
     checkpoint_extras,
     open_keeper,
+    plan_resumption,
     restore,
     restore_draws,
-    training_data,
 )
 from training_framework.training.trainer import Trainer
+from training_framework.training.user_network import class_of
 
 __all__ = ["TrainingRun"]
 
@@ -54,15 +56,16 @@ class TrainingRun:
         config: TrainConfig,
         *,
         model: nn.Module | None = None,
-        train_loader: Iterable[Any] | None = None,
-        val_loader: Iterable[Any] | None = None,
+        train_loader: LookedAtLoader | None = None,
+        val_loader: LookedAtLoader | None = None,
     ) -> None:
         self.model = model
+        self._identity: dict[str, Any] = {}
         self.planned = plan_run(
             config,
             train_loader=train_loader,
             val_loader=val_loader,
-            own_network=model is not None,
+            own_network=None if model is None else class_of(model),
         )
 
     @property
@@ -80,10 +83,15 @@ class TrainingRun:
 
     def _train(self) -> TrainResult:
         with ExitStack() as stack:
+            # Of the network as it is given; only the first process needs it.
+            is_first = self.planned.processes.is_first
+            self._identity = run_identity(self.planned, self.model) if is_first else {}
             start = self._start(stack)
+            if self.model is not None:  # a user's own network, whatever happens
+                stack.callback(plain_network, self.model)
             parts = build_parts(self.planned, network=self.model, with_weights=start.state is None)
             stack.callback(parts.close)
-            progress = restore(start, parts, is_first=self.planned.processes.is_first)
+            progress = restore(start, parts, is_first=is_first)
             # Last, so that a run that cannot start leaves no empty folder behind.
             outputs = self._outputs(start, parts, progress, stack)
             trainer = Trainer(plan=self.plan, parts=parts, outputs=outputs, progress=progress)
@@ -92,7 +100,7 @@ class TrainingRun:
             clocks = (time.time(), time.perf_counter())
             result = trainer.fit()
             result = dataclasses.replace(result, bad_images=parts.loaders.share_bad_images())
-            self.model = parts.evaluated
+            self.model = plain_network(parts.evaluated)
             if outputs.checkpoints is not None and outputs.run_directory is not None:
                 # A checkpoint that could not be written is an error, and shows here.
                 outputs.checkpoints.wait()
@@ -122,6 +130,8 @@ class TrainingRun:
         write_record(
             directory,
             planned=self.planned,
+            network=self._card(),
+            identity=self._identity,
             costs=parts.costs,
             resumed_from=start.checkpoint,
             started=clocks[0],
@@ -133,18 +143,13 @@ class TrainingRun:
     def _start(self, stack: ExitStack) -> Start:
         """Where to start from, in a place that can be written to."""
         plan, processes = self.plan, self.planned.processes
-        start = choose_start(plan, processes)
+        start = choose_start(self.planned, self._identity, processes)
         if start.lock is not None:
             stack.callback(start.lock.release)
         if processes.is_first:
             parent = plan.output_dir / plan.name
             check_writable(parent if start.directory is None else start.directory / "checkpoints")
-        refuse_other_settings(
-            self.planned,
-            start,
-            facts=training_data(self.planned.facts, plan),
-            class_names=self._card().class_names,
-        )
+        self.planned, start = plan_resumption(self.planned, start)
         return start
 
     def _card(self) -> NetworkCard:
@@ -190,6 +195,6 @@ class TrainingRun:
             loggers=loggers,
             advance=console.advance,
             checkpoints=keeper,
-            checkpoint_extras=checkpoint_extras(planned, self._card().as_dict()),
+            checkpoint_extras=checkpoint_extras(planned, self._card().as_dict(), self._identity),
             run_directory=directory,
         )

@@ -51,7 +51,7 @@ def tuning_space(
         local_world_size=plan.world_size,
         total_steps=plan.total_steps,
         stem=plan.stem,
-        own_network=plan.own_network,
+        own_network=plan.own_network is not None,
         chosen=plan.switch_values(),
     )
     found: dict[str, list[Trial]] = {}

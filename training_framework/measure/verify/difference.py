@@ -25,7 +25,7 @@ _MEASURED_PROGRESS = frozenset(
     }
 )  # fmt: skip
 # The name of the run and where it lies differ; what the settings did is compared instead.
-_IGNORED_PARTS = frozenset({"config"})
+_IGNORED_PARTS = frozenset({"config", "plan"})
 _NAMES = {
     "model": "weights and buffers",
     "average": "weight average",

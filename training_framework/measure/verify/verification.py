@@ -108,7 +108,7 @@ def verify_resume(
         stops=points,
         killed=kill,
         comparison=comparison,
-        needs_determinism=plan.device != "cpu" and not config.deterministic,
+        needs_determinism=plan.device != "cpu" and not plan.deterministic,
         kept=folder if kept else None,
     )
 

@@ -1,0 +1,195 @@
+"""The plan of a run that is resumed: that of its checkpoint, as far as this machine can do it."""
+
+import dataclasses
+import os
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any, NamedTuple
+
+from training_framework.config import TrainConfig
+from training_framework.errors import UserError
+from training_framework.machine.hardware import Hardware
+from training_framework.optimizers import has_fused_optimizer
+from training_framework.plan.train_plan import TrainPlan
+from training_framework.switches import Choice
+
+__all__ = ["FREE_FIELDS", "resumed_plan"]
+
+# Fields of the plan that change no number of the training: they are decided anew at each start.
+FREE_FIELDS = frozenset(
+    {
+        "allow_config_change", "asked_for", "auto_micro_batch", "choices", "device_indices",
+        "device_name", "evaluation_interval_steps", "keep_memory", "log_every_n_steps", "name",
+        "num_workers", "on_bad_image", "output_dir", "pin_memory", "prefetch_factor",
+        "resident_data", "resume", "save_every_n_steps", "save_every_seconds", "save_top_k",
+        "stop_after_steps", "tensorboard", "weights",
+    }
+)  # fmt: skip
+# What another number of processes brings with it.
+_OF_PROCESSES = (
+    "cuda_graph", "device_batch_size", "evaluation_batch_size", "fused_norms", "sync_batchnorm",
+    "threads", "world_size",
+)  # fmt: skip
+# What the machine's choices depend on: where one of these differs, all of them are made anew.
+_DECISIVE = frozenset(
+    {
+        "accelerator", "channels_last", "compile", "cuda_graph", "img_size", "model", "optimizer",
+        "precision", "stem",
+    }
+)  # fmt: skip
+# Where one of these differs, the data are others, and what follows from them is decided anew.
+_OF_DATA = ("batches_per_epoch", "image_size", "num_classes")
+
+
+class _Obstacle(NamedTuple):
+    """What of the run's plan cannot be done here, the fields it is about, and the cure."""
+
+    fault: str
+    fields: tuple[str, ...]
+    cure: str
+
+
+def resumed_plan(
+    fresh: TrainPlan,
+    values: Mapping[str, Any],
+    hardware: Hardware,
+    *,
+    changed: Collection[str],
+    where: str,
+) -> tuple[TrainPlan, list[str]]:
+    """Take every choice from the plan that a run had; none of them is made again.
+
+    Args:
+        fresh: What would be decided now.
+        values: The plan in the checkpoint, as `TrainPlan.as_dict` gives it.
+        hardware: This machine.
+        changed: Keys of settings that differ from the run's. They win, and so do the choices that
+            follow from them; the machine's choices stay.
+        where: What to call the checkpoint.
+
+    Returns:
+        The plan to go on with, and lines to show the user.
+
+    Raises:
+        UserError: The machine cannot do what the plan says and `allow_config_change` is off, or
+            what the checkpoint holds is not a plan.
+    """
+    known = {field.name for field in dataclasses.fields(TrainPlan)}
+    try:  # a plan of another version may lack a field, and have others
+        own = {key: value for key, value in values.items() if key in known}
+        then = TrainPlan.from_dict({**fresh.as_dict(), **own})
+    except ValueError:
+        raise UserError(
+            f"{where}: its plan is damaged", "take another checkpoint, or start anew"
+        ) from None
+    obstacles = list(_obstacles(then, fresh, hardware))
+    if obstacles and not fresh.allow_config_change:
+        faults = ", ".join(obstacle.fault for obstacle in obstacles)
+        cures = " and ".join(dict.fromkeys(obstacle.cure for obstacle in obstacles))
+        raise UserError(
+            f"{where}: this machine cannot go on as its run was planned: {faults}",
+            f"{cures}, or go on with --allow-config-change",
+        )
+    anew = {field for obstacle in obstacles for field in obstacle.fields}
+    plan = _merged(fresh, then, anew=anew, changed=changed)
+    return plan, _lines(fresh, then, plan, hardware)
+
+
+def _obstacles(then: TrainPlan, fresh: TrainPlan, hardware: Hardware) -> Iterator[_Obstacle]:
+    if then.world_size != fresh.world_size:
+        yield _Obstacle(
+            f"{then.world_size} process(es) trained and now {fresh.world_size} do",
+            _OF_PROCESSES,
+            f"start {then.world_size} again"
+            + (f" (torchrun --nproc-per-node={then.world_size})" if then.world_size > 1 else ""),
+        )
+    if then.device != fresh.device:
+        # Nothing that was chosen for one kind of device is right for another.
+        machine = tuple(field.name for field in dataclasses.fields(TrainPlan))
+        yield _Obstacle(
+            f"it trained on {then.device} and this run is on {fresh.device}",
+            machine,
+            f"resume where there is a {then.device} to use",
+        )
+    kernels = ("winograd_convolutions", "fused_norms")
+    compiled = tuple(key for key in kernels if getattr(then, key) and not getattr(fresh, key))
+    if compiled and then.device == "cpu" and not hardware.cpp_compiler:
+        yield _Obstacle(
+            f"{' and '.join(compiled)}: {hardware.cpp_compiler_fault}",
+            compiled,
+            "install a C++ compiler (g++)",
+        )
+    if then.fused_optimizer and not has_fused_optimizer(then.optimizer, fresh.device):
+        yield _Obstacle(
+            f"this PyTorch has no fused {then.optimizer} for {fresh.device}",
+            ("fused_optimizer",),
+            "use the PyTorch that it was trained with",
+        )
+    limit = os.environ.get("OMP_THREAD_LIMIT", "")
+    if limit.isdecimal() and 0 < int(limit) < then.threads:
+        yield _Obstacle(
+            f"it trained with {then.threads} threads and OMP_THREAD_LIMIT is {limit}",
+            ("threads",),
+            f"set OMP_THREAD_LIMIT to {then.threads}",
+        )
+
+
+def _merged(
+    fresh: TrainPlan, then: TrainPlan, *, anew: Collection[str], changed: Collection[str]
+) -> TrainPlan:
+    other_data = any(getattr(fresh, key) != getattr(then, key) for key in _OF_DATA)
+    if _DECISIVE & set(changed):
+        kept = set()
+    elif changed or other_data:
+        kept = _machine_fields() - set(changed)
+    else:
+        kept = {field.name for field in dataclasses.fields(TrainPlan)} - FREE_FIELDS
+    values = {key: getattr(then, key) for key in kept if key not in anew}
+    choices = tuple(
+        Choice(choice.name, _readable(values[choice.name]), "as its run had decided")
+        if choice.name in values and values[choice.name] != getattr(fresh, choice.name)
+        else choice
+        for choice in fresh.choices
+    )
+    return dataclasses.replace(fresh, **values, choices=choices)
+
+
+def _machine_fields() -> set[str]:
+    """Fields that the machine decides where nobody asks for a value."""
+    of_machine = {
+        key
+        for key, field in TrainConfig.model_fields.items()
+        if isinstance(field.json_schema_extra, dict)
+        and field.json_schema_extra["section"] == "machine"
+    }
+    known = {field.name for field in dataclasses.fields(TrainPlan)}
+    return (of_machine & known) - FREE_FIELDS
+
+
+def _lines(fresh: TrainPlan, then: TrainPlan, plan: TrainPlan, hardware: Hardware) -> list[str]:
+    """What goes on as the run had it though a new run would not, and what does not."""
+    keys = sorted(_machine_fields() | {"device", "world_size", "stem", "lr"})
+    as_before = [
+        f"{key} {_readable(getattr(plan, key))} (a new run here: {_readable(getattr(fresh, key))})"
+        for key in keys
+        if getattr(plan, key) != getattr(fresh, key)
+    ]
+    otherwise = [
+        f"{key} {_readable(getattr(then, key))} -> {_readable(getattr(plan, key))}"
+        for key in keys
+        if getattr(plan, key) != getattr(then, key)
+    ]
+    lines = []
+    if as_before:
+        lines.append(f"note: goes on as its run was planned: {', '.join(as_before)}")
+    if otherwise:
+        lines.append(f"note: differs from its run: {', '.join(otherwise)}")
+    if plan.device == "cpu" and plan.threads > hardware.cores:
+        lines.append(
+            f"note: {plan.threads} threads share {hardware.cores} core(s), which is slow; they are "
+            "kept since another number rounds otherwise"
+        )
+    return lines
+
+
+def _readable(value: Any) -> str:
+    return ("on" if value else "off") if isinstance(value, bool) else str(value)

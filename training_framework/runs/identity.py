@@ -1,0 +1,113 @@
+"""What makes a run this run: its data and its network, as a checkpoint remembers them.
+
+Settings are compared by themselves (`runs.start`). What they do not tell is here: which images lie
+where `data_root` points, and what a user's own loaders and network are.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any
+
+from torch import nn
+
+from training_framework.data import Dataset, FileSplit
+from training_framework.data.user_digest import user_loader_digest
+from training_framework.errors import shown
+from training_framework.plan import PlannedRun
+
+__all__ = ["identity_differences", "network_digest", "run_identity"]
+
+SAMPLED_FILES = 64
+DATA, NETWORK = "data", "network"
+# How many there are of what a digest covers; where one differs, it says more than the digest.
+_COUNTS = ("training images", "validation images", "class_names")
+
+
+def run_identity(planned: PlannedRun, network: nn.Module | None) -> dict[str, Any]:
+    """Plain values that are equal for two runs on the same data and network.
+
+    Costs a `stat` for every image file and reading 64 files of each split, or one reading of
+    arrays in memory: about 3 s for the 1.3 million files of ImageNet, 0.1 s for CIFAR-10.
+
+    Args:
+        planned: With the data.
+        network: The user's own, before anything changed it; None for one of ours, which the
+            settings describe.
+
+    Raises:
+        UserError: An image file is gone.
+    """
+    facts, source = planned.facts, planned.source
+    if isinstance(source, Dataset):
+        data = f"{source.digest()} {_sampled_contents(source)}"
+    else:
+        val = "" if source.val is None else user_loader_digest(source.val.loader)
+        data = f"{user_loader_digest(source.train.loader)} {val}"
+    return {
+        "training images": facts.train_images,
+        "validation images": facts.val_images,
+        "batches an epoch": planned.plan.batches_per_epoch,
+        "class_names": list(facts.class_names),
+        DATA: data,
+        NETWORK: "configured" if network is None else network_digest(network),
+    }
+
+
+def _sampled_contents(dataset: Dataset) -> str:
+    """SHA-256 of some files' contents, spread evenly over each split.
+
+    It tells sets apart whose files have equal names and sizes, as uncompressed images have.
+    """
+    digest = hashlib.sha256()
+    for split in (dataset.train, dataset.val):
+        if not isinstance(split, FileSplit):
+            continue
+        for number in range(min(SAMPLED_FILES, len(split))):
+            path = split.root / split.paths[number * len(split) // min(SAMPLED_FILES, len(split))]
+            with suppress(OSError):  # which loading it names
+                digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def network_digest(network: nn.Module) -> str:
+    """SHA-256 of a network's structure, as hexadecimal text.
+
+    It covers the names, types and printed options of all modules, and the names, shapes and types
+    of all weights, but not their values, nor what a `forward` of the user's own does with them.
+    """
+    digest = hashlib.sha256()
+    for name, module in network.named_modules():
+        # Without its module, which is __main__ where a script is started.
+        kind = type(module).__qualname__
+        digest.update(f"{name} {kind} {module.extra_repr()};".encode())
+    for name, tensor in network.state_dict(keep_vars=True).items():
+        shape = tuple(getattr(tensor, "shape", ()))
+        digest.update(f"{name} {shape} {getattr(tensor, 'dtype', '')};".encode())
+    return digest.hexdigest()
+
+
+def identity_of(state: Mapping[str, Any]) -> dict[str, Any]:
+    """The identity that a checkpoint holds; of an older one, what it knows."""
+    identity = state.get("identity")
+    if isinstance(identity, dict):
+        return identity
+    older = state.get("data")
+    names = (state.get("network") or {}).get("class_names")
+    return {**(older if isinstance(older, dict) else {}), "class_names": names}
+
+
+def identity_differences(state: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What of a checkpoint's run is not as now, one text each."""
+    then = identity_of(state)
+    differing = [key for key in now if key in then and then[key] != now[key]]
+    lines = [
+        f"{key} {shown(then[key])} -> {shown(now[key])}"
+        for key in differing
+        if key not in (DATA, NETWORK)
+    ]
+    if DATA in differing and not any(key in differing for key in _COUNTS):
+        lines.append("other images, labels or loaders than those it trained on")
+    if NETWORK in differing:
+        lines.append("another network")
+    return lines
