@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from pydantic import TypeAdapter
 
+from training_framework.config.schema import OptimizerName
 from training_framework.switches import SWITCHES, Choice
 
 __all__ = ["Choice", "TrainPlan"]
@@ -96,7 +97,7 @@ class TrainPlan:
     steps_per_epoch: int
     total_steps: int
     # The optimizer.
-    optimizer: Literal["sgd", "adam", "adamw"]
+    optimizer: OptimizerName
     lr: float
     momentum: float
     nesterov: bool
