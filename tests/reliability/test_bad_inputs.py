@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 
 from training_framework.checkpoint import load_checkpoint, save_checkpoint
 from training_framework.cli.main import main
-from training_framework.data import CIFAR10
+from training_framework.data.sources.cifar import CIFAR10
 from training_framework.machine.hardware import Accelerator, detect_hardware
 from training_framework.models import build_model
 
@@ -359,7 +359,7 @@ DATA = [
     Bad(
         "a missing data folder",
         "train --data-root gone",
-        r"data_root gone is no folder; it must hold train/ and val/.*",
+        r"data_root gone is not a folder; it must hold train/ and val/.*",
     ),
     Bad(
         "a data folder that holds something else",
@@ -494,7 +494,7 @@ DATA = [
     Bad(
         "a link that goes round in a circle",
         f"plan {PICTURES}",
-        r"pictures/train/ant/again: the class holds this folder twice, through a link; remove the link",
+        r"pictures/train/ant/again: the class holds this folder twice, through a link; .*",
         pictures(lambda: Path("pictures/train/ant/again").symlink_to(".")),
     ),
     Bad(
@@ -878,7 +878,7 @@ COMMANDS = [
     Bad(
         "a folder for a result",
         "report folder",
-        r"folder: not a file; name a file that .*",
+        r"folder: is no file; name a file that .*",
         lambda: Path("folder").mkdir(),
     ),
     Bad(
