@@ -40,14 +40,21 @@ def unit_of(module: str) -> str:
 
 def imported(file: Path) -> set[str]:
     """Modules of the package that a file imports, wherever in it."""
+    prefix = "training_framework."
     found = set()
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{file.name}: relative import"
-            found.add(node.module or "")
+            package = node.module or ""
+            # `from package import module` imports the module.
+            found |= {
+                name
+                if (ROOT / f"{name.removeprefix(prefix).replace('.', '/')}.py").is_file()
+                else package
+                for name in (f"{package}.{alias.name}" for alias in node.names)
+            }
         elif isinstance(node, ast.Import):
             found.update(alias.name for alias in node.names)
-    prefix = "training_framework."
     return {name.removeprefix(prefix) for name in found if name.startswith(prefix)}
 
 

@@ -1059,7 +1059,7 @@ def test_a_gpu_that_cannot_be_used_is_named(
     says: str,
 ) -> None:
     hardware = dataclasses.replace(detect_hardware(), accelerators=accelerators)
-    monkeypatch.setattr("training_framework.training.run.detect_hardware", lambda: hardware)
+    monkeypatch.setattr("training_framework.plan.planned_run.detect_hardware", lambda: hardware)
     before = contents(workplace)
     assert main(shlex.split(f"train {TINY} --accelerator gpu")) == 2
     line = the_error(capsys.readouterr().err)
