@@ -149,9 +149,20 @@ def test_changed_settings_win_and_the_choices_of_the_machine_stay():
     assert plan.threads == 8
 
 
-def test_a_damaged_plan_is_one_line():
+@pytest.mark.parametrize("forged", [{"precision": "64"}, {"threads": 10**9}, {"compile_mode": "x"}])
+def test_a_damaged_plan_is_one_line(forged):
     with pytest.raises(UserError, match=r"last\.ckpt: its plan is damaged"):
-        resumed_plan(plan_on(), {"precision": "64"}, CPU, changed=(), where="last.ckpt")
+        resumed_plan(plan_on(), forged, CPU, changed=(), where="last.ckpt")
+
+
+def test_every_choice_that_a_plan_makes_stays():
+    """A setting that may be left to the plan is kept, or stands among those that change nothing."""
+    auto = {key for key, field in TrainConfig.model_fields.items() if field.default == "auto"}
+    then = plan_on(stem="imagenet", flip="none", crop_padding=2, lr=0.3, nesterov=False, threads=3)
+    plan, _ = resumed(then, plan_on())
+    fields = {field.name for field in dataclasses.fields(TrainPlan)}
+    for key in (auto & fields) - FREE_FIELDS:
+        assert getattr(plan, key) == getattr(then, key), key
 
 
 def test_settings_that_may_differ_at_a_resumption_are_fields_that_do():

@@ -62,7 +62,9 @@ class TrainPlan:
     precision: Literal["32", "bf16-mixed", "16-mixed"]
     channels_last: bool
     compile: bool
-    compile_mode: str
+    compile_mode: Literal[
+        "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"
+    ]
     cuda_graph: bool
     fused_optimizer: bool
     small_map_convolutions: bool
