@@ -38,6 +38,13 @@ def unit_of(module: str) -> str:
     return module.partition(".")[0]
 
 
+def named_module(package: str, name: str) -> str:
+    """What `from package import name` imports: a module of the package, or something in it."""
+    module = f"{package}.{name}"
+    path = ROOT.parent / module.replace(".", "/")
+    return module if path.with_suffix(".py").exists() or path.is_dir() else package
+
+
 def imported(file: Path) -> set[str]:
     """Modules of the package that a file imports, wherever in it."""
     prefix = "training_framework."
@@ -45,14 +52,7 @@ def imported(file: Path) -> set[str]:
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{file.name}: relative import"
-            package = node.module or ""
-            # `from package import module` imports the module.
-            found |= {
-                name
-                if (ROOT / f"{name.removeprefix(prefix).replace('.', '/')}.py").is_file()
-                else package
-                for name in (f"{package}.{alias.name}" for alias in node.names)
-            }
+            found |= {named_module(node.module or "", alias.name) for alias in node.names}
         elif isinstance(node, ast.Import):
             found.update(alias.name for alias in node.names)
     return {name.removeprefix(prefix) for name in found if name.startswith(prefix)}
