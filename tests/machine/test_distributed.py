@@ -142,7 +142,11 @@ def test_a_checkpoint_of_one_process_goes_on_with_two(tmp_path):
     settings = (*DIGITS, *CALM, "--epochs=1", "--batch-size=128", "--ema-decay=0.5")
     run(tmp_path, 1, "train", *settings, "--name=run", "--stop-after-steps=5")
     checkpoint = "logs/run/version_0/checkpoints/last.ckpt"
-    run(tmp_path, 2, "train", f"--resume={checkpoint}", "--stop-after-steps=null")
+    resume = ("train", f"--resume={checkpoint}", "--stop-after-steps=null")
+    refused = run_two(tmp_path, *resume)
+    assert refused.returncode != 0
+    assert "1 process(es) trained and now 2 do; start 1 again, or go on with" in refused.stderr
+    run(tmp_path, 2, *resume, "--allow-config-change")
     rows = rows_of(tmp_path, "run")
     assert [int(row["step"]) for row in rows] == list(range(1, 12))
     found = found_by_evaluate(run(tmp_path, 1, "evaluate", checkpoint, "--threads=1"))

@@ -2,8 +2,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from training_framework.config.architectures import Architecture
 from training_framework.errors import UserError
-from training_framework.models.resnet import MODELS, build_model
+from training_framework.kernels.small_maps import is_small_map
+from training_framework.kernels.winograd_convolution import winograd_applies
+from training_framework.models.blocks import Bottleneck
+from training_framework.models.resnet import MODELS, ResNet, build_model
 
 
 def parameters(name: str, num_classes: int) -> int:
@@ -20,6 +24,10 @@ def parameters(name: str, num_classes: int) -> int:
         ("resnet50", 1000, 25_557_032),
         ("resnet50", 5, 23_518_277),
         ("resnet101", 1000, 44_549_160),
+        ("resnext50_32x4d", 1000, 25_028_904),
+        ("resnext101_32x8d", 1000, 88_791_336),
+        ("wide_resnet50_2", 1000, 68_883_240),
+        ("wide_resnet101_2", 1000, 126_886_696),
     ],
 )
 def test_parameter_counts_are_torchvisions(name, num_classes, expected):
@@ -80,6 +88,34 @@ def plain_resnet10(state: dict[str, Tensor], x: Tensor) -> Tensor:
             x = norm(f"{block}.downsample.1", x)
         x = (out + x).relu()
     return functional.linear(x.mean(dim=(2, 3)), state["fc.weight"], state["fc.bias"])
+
+
+def test_a_bottleneck_in_groups_equals_one_convolution_a_group():
+    torch.manual_seed(0)
+    block = Bottleneck(32, 64, stride=2, groups=4, base_width=8).double().eval()
+    images = torch.randn(2, 32, 8, 8, dtype=torch.float64)
+    x = block.bn1(block.conv1(images)).relu()
+    assert x.shape[1] == 32
+    by_group = [
+        nn.functional.conv2d(part, weight, stride=2, padding=1)
+        for part, weight in zip(x.chunk(4, 1), block.conv2.weight.chunk(4), strict=True)
+    ]
+    x = block.bn3(block.conv3(block.bn2(torch.cat(by_group, 1)).relu()))
+    assert block.downsample is not None
+    torch.testing.assert_close(block(images), (x + block.downsample(images)).relu())
+
+
+def test_a_basic_block_has_no_groups():
+    with pytest.raises(UserError, match="use bottleneck blocks"):
+        ResNet(Architecture("basic", (1, 1, 1, 1), cardinality=2), num_classes=2)
+
+
+def test_kernels_leave_convolutions_in_groups_alone():
+    with torch.device("meta"):
+        block = Bottleneck(64, 64, groups=4, base_width=16)
+    assert block.conv2.groups == 4
+    assert not winograd_applies(block.conv2, 16, 16)
+    assert not is_small_map(block.conv2, 1, 1)
 
 
 def test_logits_equal_the_network_written_out_in_functions():

@@ -18,6 +18,7 @@ from training_framework.machine.hardware import Hardware, detect_hardware
 from training_framework.plan import TrainPlan, make_plan, planned_run, resumed_plan
 from training_framework.plan.resumption import FREE_FIELDS
 from training_framework.train import main
+from training_framework.training import resuming
 
 FACTS = DatasetFacts(
     name="cifar10",
@@ -149,14 +150,35 @@ def test_changed_settings_win_and_the_choices_of_the_machine_stay():
     assert plan.threads == 8
 
 
-def test_a_damaged_plan_is_one_line():
+@pytest.mark.parametrize("forged", [{"precision": "64"}, {"threads": 10**9}, {"compile_mode": "x"}])
+def test_a_damaged_plan_is_one_line(forged):
     with pytest.raises(UserError, match=r"last\.ckpt: its plan is damaged"):
-        resumed_plan(plan_on(), {"precision": "64"}, CPU, changed=(), where="last.ckpt")
+        resumed_plan(plan_on(), forged, CPU, changed=(), where="last.ckpt")
+
+
+def test_every_choice_that_a_plan_makes_stays():
+    """A setting that may be left to the plan is kept, or stands among those that change nothing."""
+    auto = {key for key, field in TrainConfig.model_fields.items() if field.default == "auto"}
+    then = plan_on(stem="imagenet", flip="none", crop_padding=2, lr=0.3, nesterov=False, threads=3)
+    plan, _ = resumed(then, plan_on())
+    fields = {field.name for field in dataclasses.fields(TrainPlan)}
+    for key in (auto & fields) - FREE_FIELDS:
+        assert getattr(plan, key) == getattr(then, key), key
 
 
 def test_settings_that_may_differ_at_a_resumption_are_fields_that_do():
     fields = {field.name for field in dataclasses.fields(TrainPlan)}
     assert TRAJECTORY_FREE_KEYS & fields <= FREE_FIELDS <= fields
+
+
+def test_processes_that_planned_differently_do_not_train_together(monkeypatch):
+    slower = dataclasses.replace(CPU, bf16_speed=1.09, cpu_name="another CPU")
+    other = plan_on(slower).as_dict()
+    monkeypatch.setattr(resuming, "gathered", lambda values: [values, other])
+    with pytest.raises(UserError, match="precision is bf16-mixed and 32; set precision for all"):
+        resuming.refuse_different_plans(plan_on())
+    monkeypatch.setattr(resuming, "gathered", lambda values: [values, values])
+    resuming.refuse_different_plans(plan_on())
 
 
 TINY: dict[str, Any] = {

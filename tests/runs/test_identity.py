@@ -95,13 +95,13 @@ def test_other_data_are_another_run(in_tmp_path, capsys, change, says):
     assert f"version_0 is of another run ({says}" in capsys.readouterr().err
 
 
-def test_another_packed_file_of_the_same_name_is_another_run(in_tmp_path):
+def test_other_shards_of_the_same_name_are_another_run(in_tmp_path):
     for name, seed in (("a", 0), ("b", 1)):
-        pack_folder(make_folder(Path(name) / "pets", seed=seed), Path(name) / "pets.arrow")
-    settings = {**SETTINGS, "data": "packed", "name": "pets"}
-    main(**settings, data_root="a/pets.arrow", stop_after_steps=2)
-    assert version(main(**settings, data_root="b/pets.arrow", stop_after_steps=2)) == "version_1"
-    assert version(main(**settings, data_root="b/pets.arrow")) == "version_1"
+        pack_folder(make_folder(Path(name) / "source", seed=seed), Path(name) / "pets")
+    settings = {**SETTINGS, "data": "shards", "name": "pets"}
+    main(**settings, data_root="a/pets", stop_after_steps=2)
+    assert version(main(**settings, data_root="b/pets", stop_after_steps=2)) == "version_1"
+    assert version(main(**settings, data_root="b/pets")) == "version_1"
 
 
 def loader_of(*, seed: int = 0, shuffle: bool = False) -> DataLoader[tuple[Tensor, ...]]:

@@ -10,7 +10,7 @@ from training_framework.config.architectures import MODELS
 from training_framework.config.data_sets import DATA_SETS
 from training_framework.schedules import SCHEDULES
 
-__all__ = ["TRAJECTORY_FREE_KEYS", "Section", "TrainConfig", "sections"]
+__all__ = ["TRAJECTORY_FREE_KEYS", "OptimizerName", "Section", "TrainConfig", "sections"]
 
 Section = Literal["data", "model", "training", "machine", "run"]
 

@@ -14,6 +14,7 @@ from training_framework.switches import Choice
 
 __all__ = ["FREE_FIELDS", "resumed_plan"]
 
+MAX_THREADS = 4096
 # Fields of the plan that change no number of the training: they are decided anew at each start.
 FREE_FIELDS = frozenset(
     {
@@ -77,6 +78,8 @@ def resumed_plan(
     try:  # a plan of another version may lack a field, and have others
         own = {key: value for key, value in values.items() if key in known}
         then = TrainPlan.from_dict({**fresh.as_dict(), **own})
+        if not 1 <= then.threads <= MAX_THREADS:
+            raise ValueError(f"{then.threads} threads")
     except ValueError:
         raise UserError(
             f"{where}: its plan is damaged", "take another checkpoint, or start anew"
@@ -142,7 +145,9 @@ def _merged(
     elif changed or other_data:
         kept = _machine_fields() - set(changed)
     else:
-        kept = {field.name for field in dataclasses.fields(TrainPlan)} - FREE_FIELDS
+        kept = _machine_fields() | _fields_left_to_the_plan()
+        if then.more_switches.keys() == fresh.more_switches.keys():
+            kept.add("more_switches")
     values = {key: getattr(then, key) for key in kept if key not in anew}
     choices = tuple(
         Choice(choice.name, _readable(values[choice.name]), "as its run had decided")
@@ -151,6 +156,13 @@ def _merged(
         for choice in fresh.choices
     )
     return dataclasses.replace(fresh, **values, choices=choices)
+
+
+def _fields_left_to_the_plan() -> set[str]:
+    """Fields of settings that may be `auto`; the others are as they were asked for."""
+    known = {field.name for field in dataclasses.fields(TrainPlan)}
+    auto = {key for key, field in TrainConfig.model_fields.items() if field.default == "auto"}
+    return (auto & known) - FREE_FIELDS
 
 
 def _machine_fields() -> set[str]:

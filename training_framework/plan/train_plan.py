@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from pydantic import TypeAdapter
 
+from training_framework.config.schema import OptimizerName
 from training_framework.switches import SWITCHES, Choice
 
 __all__ = ["Choice", "TrainPlan"]
@@ -61,7 +62,9 @@ class TrainPlan:
     precision: Literal["32", "bf16-mixed", "16-mixed"]
     channels_last: bool
     compile: bool
-    compile_mode: str
+    compile_mode: Literal[
+        "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"
+    ]
     cuda_graph: bool
     fused_optimizer: bool
     small_map_convolutions: bool
@@ -94,7 +97,7 @@ class TrainPlan:
     steps_per_epoch: int
     total_steps: int
     # The optimizer.
-    optimizer: Literal["sgd", "adam", "adamw"]
+    optimizer: OptimizerName
     lr: float
     momentum: float
     nesterov: bool

@@ -97,10 +97,18 @@ def identity_of(state: Mapping[str, Any]) -> dict[str, Any]:
     return {**(older if isinstance(older, dict) else {}), "class_names": names}
 
 
+def _equal(then: object, now: object) -> bool:
+    """Whether plain values are equal; a checkpoint may hold anything in their place."""
+    try:
+        return type(then) is type(now) and bool(then == now)
+    except (RuntimeError, ValueError):  # tensors in a list
+        return False
+
+
 def identity_differences(state: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """What of a checkpoint's run is not as now, one text each."""
     then = identity_of(state)
-    differing = [key for key in now if key in then and then[key] != now[key]]
+    differing = [key for key in now if key in then and not _equal(then[key], now[key])]
     lines = [
         f"{key} {shown(then[key])} -> {shown(now[key])}"
         for key in differing
