@@ -47,8 +47,8 @@ from training_framework.data.host_batches import FileBatches
 from training_framework.data.sampling import BatchPlan
 from training_framework.data.shards.packing import pack_folder
 from training_framework.machine.hardware import detect_hardware
+from training_framework.machine.load import MachineWatch
 from training_framework.measure.compare.environment import environment_of, source_commit
-from training_framework.measure.compare.machine_load import MachineWatch
 from training_framework.measure.compare.result import result_file_name, unused_path
 from training_framework.measure.compare.statistics import control_holds, paired_ratio
 

@@ -33,10 +33,11 @@ from training_framework.checkpoint import CheckpointKeeper
 from training_framework.config import TrainConfig
 from training_framework.config.loading import config_to_dict
 from training_framework.loggers import CsvLogger, LoggerGroup
+from training_framework.machine.load import MachineWatch
+from training_framework.machine.memory import peak_memory
 from training_framework.measure.compare.comparison import Comparison
 from training_framework.measure.compare.environment import device_label
 from training_framework.measure.compare.experiment import CONTROL, Experiment, Variant
-from training_framework.measure.compare.machine_load import MachineWatch, peak_memory
 from training_framework.measure.compare.result import (
     Measurement,
     Result,

@@ -31,7 +31,7 @@ from switches import switch_cards, switch_picture, switch_table, switch_worths
 
 from training_framework.measure.compare.result import Result
 from training_framework.measure.compare.table import result_lines
-from training_framework.measure.report.report import html_report
+from training_framework.measure.report.render import html_report
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"

@@ -32,12 +32,13 @@ from training_framework.config import TrainConfig
 from training_framework.config.inheritance import read_config_file
 from training_framework.data import open_dataset
 from training_framework.machine.hardware import detect_hardware
+from training_framework.machine.load import MachineWatch
+from training_framework.machine.memory import peak_memory
 from training_framework.machine.peak_flops import measure_peak_flops
 from training_framework.measure.compare import workers
 from training_framework.measure.compare.comparison import Comparison, OpenWorker
 from training_framework.measure.compare.environment import device_label
 from training_framework.measure.compare.experiment import CONTROL, Experiment, Variant
-from training_framework.measure.compare.machine_load import MachineWatch, peak_memory
 from training_framework.measure.compare.result import (
     Measurement,
     VariantFacts,

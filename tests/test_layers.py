@@ -38,16 +38,23 @@ def unit_of(module: str) -> str:
     return module.partition(".")[0]
 
 
+def named_module(package: str, name: str) -> str:
+    """What `from package import name` imports: a module of the package, or something in it."""
+    module = f"{package}.{name}"
+    path = ROOT.parent / module.replace(".", "/")
+    return module if path.with_suffix(".py").exists() or path.is_dir() else package
+
+
 def imported(file: Path) -> set[str]:
     """Modules of the package that a file imports, wherever in it."""
+    prefix = "training_framework."
     found = set()
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{file.name}: relative import"
-            found.add(node.module or "")
+            found |= {named_module(node.module or "", alias.name) for alias in node.names}
         elif isinstance(node, ast.Import):
             found.update(alias.name for alias in node.names)
-    prefix = "training_framework."
     return {name.removeprefix(prefix) for name in found if name.startswith(prefix)}
 
 

@@ -50,10 +50,19 @@ AVERAGED = {"ema_decay": 0.9, "accumulate_grad_batches": 3, "mixup": 0.2, "cutou
 
 
 @pytest.mark.timeout(1200)  # two threads, which a busy machine slows out of proportion
-def test_the_default_configuration_learns_the_digits_in_five_epochs(in_tmp_path):
-    result = main(epochs=5)
+@pytest.mark.parametrize(
+    ("precision", "lowest_acc1"),
+    # Five epochs are 110 steps at a high rate: after two of them the validation loss is in the
+    # hundreds still, and what the last three make of it varies. Over seeds, threads and kernels
+    # fp32 ended at 96.1 to 98.6, bf16 at 90.5 to 96.9.
+    [("32", 94), ("bf16-mixed", 88)],
+)
+def test_the_default_configuration_learns_the_digits_in_five_epochs(
+    in_tmp_path, precision, lowest_acc1
+):
+    result = main(epochs=5, precision=precision)
     assert result.run_directory == Path("logs/resnet18-digits/version_0")
-    assert result.best_acc1 >= 97
+    assert result.best_acc1 >= lowest_acc1
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,9 @@
 """Fault injection: fail at a named point, to prove that a run survives failing there.
 
 `TRAINING_FRAMEWORK_FAULT=POINT:N[:ACTION]` acts at the N-th pass (counted from 1) of POINT in each
-process that reads it. ACTION is a signal that the process sends itself, in lower case and without
-SIG (`kill`, the default, `term`, `int`, `hup`), or the name of an errno (`ENOSPC`, `EIO`, ...),
-which is raised as an OSError. The variable is read once, at the import; unset, a pass costs one
-call of an empty function.
+process that reads it. ACTION is a signal that the process sends itself (`kill`, the default,
+`term`, `int`, `hup`), or the name of an errno (`ENOSPC`, `EIO`, ...), which is raised as an
+OSError. The variable is read once, at the import; unset, a pass calls an empty function.
 """
 
 import errno
@@ -21,30 +20,17 @@ VARIABLE = "TRAINING_FRAMEWORK_FAULT"
 
 POINTS = frozenset(
     {
-        "checkpoint.before_write",
-        "checkpoint.in_write",
-        "checkpoint.before_fsync",
-        "checkpoint.before_replace",
-        "checkpoint.before_directory_fsync",
-        "checkpoint.after_save",
-        "step.before_update",
-        "step.after_update",
-        "evaluation.batch",
-        "packing.after_shard",
-        "packing.before_rename",
-        "logging.before_row",
-        "logging.after_row",
+        "checkpoint.before_write", "checkpoint.in_write", "checkpoint.before_fsync",
+        "checkpoint.before_replace", "checkpoint.before_directory_fsync", "checkpoint.after_save",
+        "step.before_update", "step.after_update", "evaluation.batch",
+        "packing.after_shard", "packing.before_rename",
+        "logging.before_row", "logging.after_row",
         "resume.after_load",
     }
-)
+)  # fmt: skip
 """Every name that a `fault_point` of the program passes."""
 
-_SIGNALS = {
-    "kill": signal.SIGKILL,
-    "term": signal.SIGTERM,
-    "int": signal.SIGINT,
-    "hup": signal.SIGHUP,
-}
+_SIGNALS = {name: signal.Signals[f"SIG{name.upper()}"] for name in ("kill", "term", "int", "hup")}
 
 
 def fault_injector(setting: str) -> Callable[[str], None]:
@@ -55,33 +41,26 @@ def fault_injector(setting: str) -> Callable[[str], None]:
     """
     if not setting:
         return _no_fault
-    point, _, rest = setting.partition(":")
-    pass_text, _, action = rest.partition(":")
-    if point not in POINTS:
-        raise UserError(
-            f"{VARIABLE}={setting}: unknown point {point!r}",
-            f"the points are: {', '.join(sorted(POINTS))}",
-        )
-    if not (pass_text.isascii() and pass_text.isdecimal() and int(pass_text)):
-        raise UserError(
-            f"{VARIABLE}={setting}: {pass_text!r} is no count of passes",
-            f"write {point}:N with N from 1, as in {point}:1",
-        )
+    point, passes, action = [*setting.split(":", 2), "", ""][:3]
     action = action or "kill"
     number = getattr(errno, action, None) if action.startswith("E") else None
-    if action not in _SIGNALS and number is None:
-        raise UserError(
-            f"{VARIABLE}={setting}: unknown action {action!r}",
-            f"use {', '.join(_SIGNALS)} or the name of an errno, such as ENOSPC",
-        )
-    passes_left = int(pass_text)
+    for fault, cure, wrong in (
+        (f"unknown point {point!r}", f"the points are: {', '.join(sorted(POINTS))}",
+         point not in POINTS),
+        (f"{passes!r} is no count of passes", f"write {point}:N with N from 1, as in {point}:1",
+         not (passes.isascii() and passes.isdecimal() and int(passes))),
+        (f"unknown action {action!r}",
+         f"use {', '.join(_SIGNALS)} or the name of an errno, such as ENOSPC",
+         action not in _SIGNALS and number is None),
+    ):  # fmt: skip
+        if wrong:
+            raise UserError(f"{VARIABLE}={setting}: {fault}", cure)
+    passes_left = int(passes)
 
     def inject(passed: str) -> None:
         nonlocal passes_left
-        if passed != point:
-            return
-        passes_left -= 1
-        if passes_left != 0:
+        passes_left -= passed == point
+        if passed != point or passes_left != 0:
             return
         if number is not None:
             raise OSError(number, os.strerror(number))

@@ -259,3 +259,13 @@ def test_what_a_killed_run_left_half_written_is_removed(tmp_path: Path) -> None:
     whole.write_bytes(b"whole")
     CheckpointKeeper(tmp_path, prefix="resnet18", keep=1)
     assert not left.exists() and whole.exists()
+
+
+def test_where_no_thread_can_be_started_a_save_is_made_at_once(tmp_path, monkeypatch):
+    def no_thread(self):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", no_thread)
+    with CheckpointKeeper(tmp_path, prefix="resnet10", keep=1) as keeper:
+        keeper.save(state_of(7), epoch=0, val_acc1=None)
+    assert mark_of(tmp_path / "last.ckpt") == 7

@@ -49,7 +49,7 @@ def test_both_are_named_where_both_are_damaged(tmp_path):
     for path in (last, previous_of(last)):
         write(path, 1)
         path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(UserError, match=r"last\.ckpt: .*last-1\.ckpt: .*; go on from another"):
+    with pytest.raises(UserError, match=r"last\.ckpt: .*last-1\.ckpt: .*; resume from another"):
         load_newest(last)
 
 

@@ -41,7 +41,7 @@ def test_a_failing_write_keeps_the_old_file_and_leaves_no_other(tmp_path, monkey
 
 def test_a_folder_that_is_gone_has_a_cure_of_its_own(tmp_path):
     with pytest.raises(
-        UserError, match=r"a\.ckpt: .* \(No such file or directory\); bring its fol"
+        UserError, match=r"a\.ckpt: .* \(No such file or directory\); restore its fol"
     ):
         save_checkpoint(tmp_path / "gone" / "a.ckpt", state_of(1))
 

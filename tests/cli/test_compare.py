@@ -4,6 +4,7 @@ import pytest
 
 from training_framework.cli.main import main
 from training_framework.measure.compare import timing
+from training_framework.training import parts
 
 EXPERIMENT = """
 isolation: shared
@@ -22,7 +23,7 @@ variants:
 
 @pytest.fixture(autouse=True)
 def _cheap_costs(monkeypatch):
-    monkeypatch.setattr(timing, "training_flops_per_image", lambda *_: 1e6)
+    monkeypatch.setattr(parts, "training_flops_per_image", lambda *_: 1e6)
     monkeypatch.setattr(timing, "measure_peak_flops", lambda *_: (1e11, "measured"))
 
 
@@ -71,12 +72,12 @@ def test_the_shipped_experiments_are_listed(capsys):
     [
         ([], "nothing to compare"),
         (["mine.yaml", "--ablate"], "too much to compare"),
-        (["mine.yaml", "--base", "b.yaml"], "--base beside an experiment"),
+        (["mine.yaml", "--base", "b.yaml"], "--base cannot be used with an experiment"),
         (["--vary", "lr"], "no KEY=A,B"),
         (["--vary", "lr=[1,2"], "a value is not YAML"),
         (["--vary", "lr=0.1,0.2", "--steps", "2", "--seconds", "3"], "drop one of them"),
         (["mine.yaml", "--output", "mine.yaml"], "exists already"),
-        (["--resume", "mine.yaml", "--lr", "1"], "--lr beside --resume"),
+        (["--resume", "mine.yaml", "--lr", "1"], "--lr cannot be used with --resume"),
         (["--resume", "mine.yaml"], "not a result file"),
         (["mine.yaml", "--rounds", "0"], "rounds: 0 should be"),
     ],

@@ -1,5 +1,7 @@
 import dataclasses
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -101,3 +103,23 @@ def test_measuring_the_peak_leaves_the_runs_generator_alone():
 
 def test_memory_in_use_is_that_of_this_process():
     assert 2**24 < memory_in_use(torch.device("cpu")) < detect_hardware().memory_bytes
+
+
+def test_openmps_limit_of_threads_is_heeded():
+    """In a process of its own: OpenMP reads the limit at its start, and PyTorch would hang."""
+    program = (
+        "import torch\n"
+        "from training_framework.config import TrainConfig\n"
+        "from training_framework.train import plan_for\n"
+        "plan, _, _ = plan_for(TrainConfig(threads=2))\n"
+        "print(plan.threads, torch.get_num_threads())\n"
+        "torch.set_num_threads(plan.threads)\n"
+        "images = torch.randn(8, 64, 28, 28, requires_grad=True)\n"
+        "torch.nn.functional.conv2d(images, torch.randn(64, 64, 3, 3)).sum().backward()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=os.environ | {"OMP_THREAD_LIMIT": "1", "OMP_NUM_THREADS": "2"},
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (0, "1 1\n"), done.stderr

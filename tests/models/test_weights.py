@@ -232,8 +232,8 @@ def test_a_failed_write_keeps_the_old_file_and_leaves_no_other(tmp_path, monkeyp
     ("change", "words"),
     [
         (lambda weight: weight * float("nan"), "holds NaN or infinity"),
-        (lambda weight: weight.to_sparse(), "is no plain tensor"),
-        (lambda weight: weight.to("meta"), "is no plain tensor"),
+        (lambda weight: weight.to_sparse(), "is not a plain tensor"),
+        (lambda weight: weight.to("meta"), "is not a plain tensor"),
         (lambda weight: torch.zeros(()).expand(10**6, 10**6), "larger than what is stored"),
     ],
 )

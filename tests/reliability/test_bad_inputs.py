@@ -494,7 +494,8 @@ DATA = [
     Bad(
         "a link that goes round in a circle",
         f"plan {PICTURES}",
-        r"pictures/train/ant/again: the class holds this folder twice, through a link; .*",
+        r"pictures/train/ant/again: the class holds this folder twice, through a link; "
+        "remove the link",
         pictures(lambda: Path("pictures/train/ant/again").symlink_to(".")),
     ),
     Bad(
@@ -552,7 +553,7 @@ CHECKPOINTS = [
     Bad(
         "random bytes for a checkpoint",
         "train --resume noise.ckpt",
-        r"noise\.ckpt: cannot be read as a checkpoint .*; it is damaged or no checkpoint; .*",
+        r"noise\.ckpt: cannot be read as a checkpoint .*; it is damaged or not a checkpoint; .*",
         file("noise.ckpt", np.random.default_rng(0).bytes(5000)),
     ),
     Bad(

@@ -205,7 +205,9 @@ def nested_lists(depth: int) -> list[Any]:
 LAUGHS = "".join(f"l{n}: &l{n} [{', '.join([f'*l{n - 1}'] * 10)}]\n" for n in range(1, 15))
 EXPERIMENT = "variants:\n- name: plain\n- name: hostile\n  environment: {{{}}}\n"
 COMPARE = "compare hostile.yaml --model resnet10 --data synthetic"
-NOT_CIFAR = r"cifar-10-batches-py/data_batch_1: not a CIFAR file \({}\); replace it .*"
+NOT_CIFAR = (
+    r"cifar-10-batches-py/data_batch_1: not a CIFAR file \({}\); replace it with the original"
+)
 FROM_CIFAR = "plan --data cifar10 --data-root ."
 FROM_WEIGHTS = f"train {TINY} --weights"
 HOSTILE_TEXT = 200_000 * b"a"
@@ -571,7 +573,8 @@ FOLDERS = [
     Attack(
         "a folder that holds itself",
         f"plan {PICTURES}",
-        r"pictures/train/ant/again: the class holds this folder twice, through a link; .*",
+        r"pictures/train/ant/again: the class holds this folder twice, through a link; "
+        "remove the link",
         pictures(link("pictures/train/ant/again", ".")),
     ),
     Attack(

@@ -107,10 +107,15 @@ class CheckpointKeeper:
         if psutil.virtual_memory().available < 2 * flat.tensor_bytes:
             self._write(flat, *arguments)
             return
-        self._writer = threading.Thread(
+        writer = threading.Thread(
             target=self._write_in_thread, args=(flat.copied(), *arguments), name="checkpoint"
         )
-        self._writer.start()
+        try:
+            writer.start()
+        except RuntimeError:  # no memory for its stack, or no more threads (ulimit -u)
+            self._write(flat, *arguments)
+        else:
+            self._writer = writer
 
     def wait(self) -> None:
         """Wait until the latest save is on the disk.

@@ -37,7 +37,7 @@ def add_compare(commands: Any) -> None:
         metavar="KEY=A,B,...",
         action="append",
         default=[],
-        help="compare these values of a key; given twice, all combinations",
+        help="compare these values of a setting; given twice: all combinations",
     )
     parser.add_argument(
         "--ablate", action="store_true", help="each switch off in turn, and each on alone"
@@ -48,7 +48,7 @@ def add_compare(commands: Any) -> None:
         "--resume", type=Path, metavar="FILE", help="resume the comparison of a result file"
     )
     parser.add_argument(
-        "--strict", action="store_true", help="exit with 1 where the validity gate marks anything"
+        "--strict", action="store_true", help="exit with 1 if the validity gate marks anything"
     )
     parser.add_argument("--rounds", type=int, help="samples of each variant")
     parser.add_argument("--steps", type=int, help="timed steps of a sample")
@@ -56,8 +56,8 @@ def add_compare(commands: Any) -> None:
     parser.add_argument("--dropped-steps", type=int, metavar="STEPS",
                         help="steps before the first sample")  # fmt: skip
     parser.add_argument("--patience", type=float, metavar="X",
-                        help="most time for waiting until the machine is quiet, in times of the "
-                        "samples' own (2; 0: none)")  # fmt: skip
+                        help="time to wait for a quiet machine, as a multiple of the samples' "
+                        "own time (2; 0: never wait)")  # fmt: skip
     keys = [key for section, members in sections().items() for key in members
             if section not in SETTINGS_OF_A_RUN]  # fmt: skip
     add_config_flags(parser, keys)
@@ -117,7 +117,7 @@ def _experiment(options: argparse.Namespace, settings: dict[str, Any]) -> Any:
     if options.experiment:
         if options.base is not None:
             raise UserError(
-                "compare: --base beside an experiment, which has its own base",
+                "compare: --base cannot be used with an experiment, which has its own base",
                 "drop --base; single settings are flags, such as --data-root DIR",
             )
         return load_experiment(options.experiment, settings, **changes)
@@ -193,7 +193,7 @@ def _refuse_beside_resume(options: argparse.Namespace, settings: dict[str, Any])
     given = [name for name, value in others.items() if value]
     if given:
         raise UserError(
-            f"compare: {given[0]} cannot be changed by --resume, which follows the file",
+            f"compare: {given[0]} cannot be used with --resume, which follows the file",
             f"drop {given[0]}",
         )
 

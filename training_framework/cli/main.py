@@ -21,6 +21,7 @@ from training_framework.cli.compare import add_compare
 from training_framework.cli.data import add_inspect, add_pack
 from training_framework.cli.profile import add_profile
 from training_framework.cli.report import add_report
+from training_framework.cli.streams import discard_output, prepare_streams, say
 from training_framework.cli.tune import add_tune
 from training_framework.cli.verify import add_verify_resume
 from training_framework.config.flags import add_config_flags, given_settings
@@ -77,12 +78,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit status: 0, 2 for bad input, 70 for a fault of the program itself, or 128 and the
         number of the signal that ended a run.
     """
+    prepare_streams()
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = DEBUG_FLAG in arguments
     if debug:
         arguments.remove(DEBUG_FLAG)
     try:
         check_fault_variable()
+        _check_working_directory()
         return _run(arguments)
     except UserError as error:
         if debug:
@@ -92,8 +95,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if debug:
             traceback.print_exc()
         text = one_line(f"{type(error).__name__}: {error}")
-        print(f"error: {text}; a fault of the program: {_kept_traceback()}", file=sys.stderr)
+        say(f"error: {text}; a fault of the program: {_kept_traceback()}")
         return PROGRAM_FAULT
+
+
+def _check_working_directory() -> None:
+    """Refuse one that is gone, without which the numerical libraries end the process."""
+    try:
+        Path.cwd()
+    except OSError as error:
+        raise UserError(
+            f"the working directory cannot be used ({error.strerror})", "cd to one that exists"
+        ) from None
 
 
 def _kept_traceback() -> str:
@@ -117,10 +130,10 @@ def _run(arguments: list[str]) -> int:
         sys.stdout.flush()  # here, where a reader that has left is no surprise
         return status
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        say("interrupted")
         return SIGNAL_EXIT_CODES["SIGINT"]
     except BrokenPipeError:  # the reader of our output has left, as `| head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        discard_output()
         return 1
     except (OSError, RuntimeError, MemoryError) as error:
         shortage = _shortage(error)
@@ -137,13 +150,18 @@ def _report(error: UserError) -> int:
 
         first = is_first_to_say(str(error))
     if first:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}")
     return USAGE_ERROR
 
 
 def _shortage(error: Exception) -> UserError | None:
     """The user's error behind a disk or a memory that is full; None for any other."""
     if isinstance(error, OSError):
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            return UserError(
+                f"{error.filename or 'a file of the run'}: {error.strerror}",
+                "allow more open files (ulimit -n 1024), or lower num_workers",
+            )
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
             return None
         return UserError(
@@ -257,7 +275,7 @@ def _train(options: argparse.Namespace) -> int:
             if result.stopped_by != "SIGHUP":
                 raise
             # The terminal is gone, as the signal said; what could not be said must not fail again.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            discard_output()
     return SIGNAL_EXIT_CODES.get(result.stopped_by, 0)
 
 

@@ -32,7 +32,7 @@ def add_report(commands: Any) -> None:
 
 
 def _report(options: argparse.Namespace) -> None:
-    from training_framework.measure.report.report import html_report, markdown_report
+    from training_framework.measure.report.render import html_report, markdown_report
     from training_framework.measure.report.sources import read_source
 
     sources = [read_source(path) for path in options.results]

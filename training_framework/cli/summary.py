@@ -6,6 +6,7 @@ from training_framework.data.facts import DatasetFacts
 from training_framework.machine.hardware import Hardware
 from training_framework.plan import TrainPlan
 from training_framework.runs.progress import TrainResult
+from training_framework.runs.record import busy_machine_note
 
 __all__ = ["plan_lines", "result_lines"]
 
@@ -15,6 +16,7 @@ WIDTH = 80
 def plan_lines(plan: TrainPlan, hardware: Hardware, facts: DatasetFacts) -> list[str]:
     """What would run, and why."""
     memory = f"{hardware.memory_bytes / 2**30:.0f} GB"
+    busy = busy_machine_note(plan, hardware)
     sets = ", ".join(hardware.instruction_sets) or "no vector extensions known"
     lines = [
         *_wrapped(f"machine   {hardware.cpu_name}, {hardware.cores} core(s), {memory}, {sets}"),
@@ -23,6 +25,7 @@ def plan_lines(plan: TrainPlan, hardware: Hardware, facts: DatasetFacts) -> list
             for gpu in hardware.accelerators
             for line in _wrapped(f"          {gpu.name} {gpu.fault or 'usable'}")
         ),
+        *_wrapped(f"          note: {busy}" if busy else ""),
         *_wrapped(
             f"data      {facts.name}: {facts.train_images:,} training, {facts.val_images:,} "
             f"validation images, {plan.num_classes} classes, {plan.image_size} px"

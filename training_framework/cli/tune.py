@@ -23,11 +23,19 @@ def add_tune(commands: Any) -> None:
     add_config_flags(parser)
     parser.usage = f"{parser.prog} [--config FILE] [--trials N] [--budget-seconds S] [...]"
     group = parser.add_argument_group("tuning")
-    group.add_argument("--trials", type=int, default=32, help="most short trials (32)")
-    group.add_argument("--budget-seconds", type=float, metavar="S",
-                       help="most time, about; two fifths confirm the winner")  # fmt: skip
-    group.add_argument("--memory-limit-gb", type=float, metavar="GB",
-                       help="reject what takes more memory, in GB of 2^30 bytes")  # fmt: skip
+    group.add_argument("--trials", type=int, default=32, help="limit of short trials (32)")
+    group.add_argument(
+        "--budget-seconds",
+        type=float,
+        metavar="S",
+        help="approximate limit of the time; two fifths of it confirm the winner",
+    )
+    group.add_argument(
+        "--memory-limit-gb",
+        type=float,
+        metavar="GB",
+        help="reject settings that take more memory, in GB of 2^30 bytes",
+    )
     group.add_argument(
         "--allow-batch-change",
         action="store_true",

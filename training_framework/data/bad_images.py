@@ -24,14 +24,14 @@ def _warn(line: str) -> None:
 
 
 class BadImages:
-    """The bad images of a run, each once; more of them than a split may have are an error.
+    """The bad images of a run, each once; too many in a split are an error.
 
     A split may have 1% of its images, or 10 where that is more, but always less than half.
 
     Args:
         train: Images of the training split.
         val: Images of the validation split.
-        report: Says a line to people; by default that is a warning.
+        report: Shows a line to the user; a warning by default.
     """
 
     def __init__(self, *, train: int, val: int, report: Callable[[str], None] = _warn) -> None:
@@ -49,7 +49,7 @@ class BadImages:
         return max(0, min(max(_FEWEST_ALLOWED, count * _ALLOWED_PERCENT // 100), (count - 1) // 2))
 
     def add(self, split: SplitName, reasons: Mapping[str, str]) -> None:
-        """Take note of images, by name with the reason; those known already change nothing.
+        """Add images, by name with the reason; known ones change nothing.
 
         Raises:
             UserError: They are more than the split may have, or the list cannot be written.
@@ -75,14 +75,14 @@ class BadImages:
         return {split: dict(reasons) for split, reasons in self._reasons.items()}
 
     def list_in(self, path: Path, report: Callable[[str], None]) -> None:
-        """Go on from what a file lists, and list them there from now on.
+        """Continue the list in a file.
 
         A line holds the split, the image's name and the reason, between tabs. A name with tabs,
         newlines or bytes that are not text is a JSON string.
 
         Args:
             path: The file; it need not exist, and is not made before there is a bad image.
-            report: Says a line to people from now on.
+            report: Shows a line to the user from now on.
 
         Raises:
             UserError: The file cannot be read or written.

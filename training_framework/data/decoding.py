@@ -1,4 +1,4 @@
-"""From the bytes of an image to the uint8 pixels that are wanted of it, and no more than those.
+"""Decode an image file to uint8 pixels, and only the part that is needed.
 
 Images are taken as they are stored: an EXIF orientation is not applied (except by Pillow to a
 TIFF) and transparency is dropped, as torchvision's loader does, whose crops these are.
@@ -269,7 +269,7 @@ def _resized_shape(height: int, width: int, size: int) -> tuple[int, int]:
 
 
 def _middle(pixels: Pixels) -> Pixels:
-    """Pixels without the ends of a very long image, which resizing would blow up in vain."""
+    """Pixels without the ends of a very long image, which resizing would enlarge for nothing."""
     height, width = pixels.shape[:2]
     top = max(0, (height - _LONGEST_SIDES * width) // 2)
     left = max(0, (width - _LONGEST_SIDES * height) // 2)

@@ -1,4 +1,4 @@
-"""Batches made by torch's DataLoader workers, which may die and are then started anew."""
+"""Batches made by torch's DataLoader workers, which are restarted if they die."""
 
 import contextlib
 import multiprocessing.util
@@ -23,13 +23,13 @@ from training_framework.errors import UserError
 __all__ = ["WorkerLoader"]
 
 _RESTARTS_PER_EPOCH = 2
-# What a torch DataLoader raises where a worker is no more, or is dying at this very moment.
+# What a torch DataLoader raises when a worker has died or is dying.
 _SIGNS_OF_DEATH = (RuntimeError, ConnectionError, EOFError, FileNotFoundError)
 
 
 @dataclass(frozen=True)
 class _Fault:
-    """A UserError on its way out of a worker, which would otherwise turn it into a traceback."""
+    """A UserError sent from a worker, which would otherwise turn it into a traceback."""
 
     fault: str
     cure: str
@@ -57,7 +57,7 @@ class WorkerLoader:
         bad_images: Notes images that cannot be decoded and are skipped; None: each is an error.
 
     Attributes:
-        report: Says a line to people; a warning, unless set.
+        report: Shows a line to the user; a warning, unless set.
     """
 
     def __init__(
@@ -142,7 +142,7 @@ class WorkerLoader:
                     "if memory was short (/dev/shm too), lower num_workers, prefetch_factor or the "
                     "batch size",
                 )
-            self.report(f"note: {death}; new loader processes go on where it left")
+            self.report(f"note: {death}; new loader processes continue from there")
 
     def _items(self) -> Iterator[Batch]:
         """What is requested, until an error, or a worker's death."""

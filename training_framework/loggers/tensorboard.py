@@ -69,7 +69,8 @@ class TensorBoardLogger:
         """Write the line as text at the step that was logged last."""
         from torch.utils.tensorboard.summary import text as text_summary
 
-        self._write(step=self._last_step, summary=text_summary("messages", text))
+        encodable = text.encode(errors="backslashreplace").decode()  # a path may be no UTF-8
+        self._write(step=self._last_step, summary=text_summary("messages", encodable))
 
     def close(self) -> None:
         """Close the event file."""

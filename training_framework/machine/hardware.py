@@ -1,9 +1,10 @@
 """What this machine is and can do: measured or asked, never assumed."""
 
-import functools
 import importlib.metadata
 import os
 import platform
+import sys
+import time
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +12,10 @@ from pathlib import Path
 import psutil
 import torch
 
+from training_framework.errors import UserError
 from training_framework.kernels.compiler import find_compiler
-from training_framework.machine.memory import can_keep_freed_memory
+from training_framework.machine.load import MachineWatch
+from training_framework.machine.memory import can_keep_freed_memory, memory_in_use
 from training_framework.machine.peak_flops import measure_bf16_speed
 
 __all__ = [
@@ -30,6 +33,8 @@ MEMORY_LIMIT_FILE = Path("/sys/fs/cgroup/memory.max")
 BF16_INSTRUCTIONS = frozenset({"avx512_bf16", "amx", "arm_bf16"})
 # Less would not repay the casts of the weights.
 BF16_PAYS_FROM = 1.1
+# The system counts in ticks of 10 ms.
+SHORTEST_WATCH_SECONDS = 0.08
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +74,9 @@ class Hardware:
             that works.
         cpp_compiler_fault: Why there is none, in a few words.
         glibc: Whether memory is allocated by glibc, which can be told to keep it.
+        thread_limit: The most threads that OpenMP may start (OMP_THREAD_LIMIT); None: no limit.
+        other_cpu_share: Share of the cores that other processes took while the machine was looked
+            at, 0 to 1; 0 where torchrun's other processes would count.
     """
 
     cpu_name: str
@@ -80,6 +88,8 @@ class Hardware:
     cpp_compiler: str | None = None
     cpp_compiler_fault: str = "no C++ compiler is installed for its kernels"
     glibc: bool = False
+    thread_limit: int | None = None
+    other_cpu_share: float = 0.0
 
     @property
     def usable(self) -> tuple[Accelerator, ...]:
@@ -107,8 +117,15 @@ def detect_hardware() -> Hardware:
     """Look at this machine.
 
     Where the CPU has instructions for bfloat16, their worth is measured, once a process, in about
-    a tenth of a second.
+    a tenth of a second. Meanwhile others' use of the cores is measured.
+
+    Raises:
+        UserError: The system does not tell.
     """
+    if sys.platform == "linux" and not Path("/proc/self").exists():
+        raise UserError("/proc is not mounted", "mount it: it says what memory and cores there are")
+    watch = _started_watch()
+    thread_limit = _heed_thread_limit()
     compiler = find_compiler()
     flags, cpu_name = _cpu_flags()
     sets = [
@@ -122,16 +139,51 @@ def detect_hardware() -> Hardware:
         }.items()
         if flag in flags
     ]
+    bf16_speed = measure_bf16_speed() if BF16_INSTRUCTIONS & set(sets) else None
     return Hardware(
         cpu_name=cpu_name,
         cores=usable_cores(),
         instruction_sets=tuple(sets),
         memory_bytes=_usable_memory(),
         accelerators=_accelerators(),
-        bf16_speed=measure_bf16_speed() if BF16_INSTRUCTIONS & set(sets) else None,
+        bf16_speed=bf16_speed,
         cpp_compiler=None if compiler is None else Path(compiler).name,
         glibc=can_keep_freed_memory(),
+        thread_limit=thread_limit,
+        other_cpu_share=_other_cpu_share(watch),
     )
+
+
+def _heed_thread_limit() -> int | None:
+    """The most threads that OpenMP may start; PyTorch is held to it.
+
+    Asked for more, PyTorch starts a parallel region with fewer threads than its parts wait for, and
+    hangs.
+    """
+    text = os.environ.get("OMP_THREAD_LIMIT", "").strip()
+    limit = int(text) if text.isascii() and text.isdecimal() else 0
+    if limit < 1:
+        return None
+    if torch.get_num_threads() > limit:
+        torch.set_num_threads(limit)
+    return limit
+
+
+def _started_watch() -> MachineWatch | None:
+    """None where the others are of the same training."""
+    if "RANK" in os.environ:
+        return None
+    watch = MachineWatch()
+    watch.start()
+    return watch
+
+
+def _other_cpu_share(watch: MachineWatch | None) -> float:
+    """Others' share of the cores since the watch was started, at least some ticks ago."""
+    if watch is None:
+        return 0.0
+    time.sleep(max(0.0, SHORTEST_WATCH_SECONDS - watch.seconds))
+    return watch.stop().other_cpu_share
 
 
 def _cpu_flags() -> tuple[set[str], str]:
@@ -277,19 +329,3 @@ def library_versions() -> dict[str, str]:
     names = ("torch", "numpy", "pillow", "simplejpeg")
     versions = {name: importlib.metadata.version(name) for name in names}
     return {"python": platform.python_version(), **versions}
-
-
-def memory_in_use(device: torch.device) -> int:
-    """Bytes: the peak of PyTorch's allocations on a CUDA device, else this process's resident set.
-
-    The peak is that since the start of the process.
-    """
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return _this_process(os.getpid()).memory_info().rss
-
-
-@functools.cache
-def _this_process(pid: int) -> psutil.Process:
-    """Kept, since finding a process takes longer than asking it; by its number, for forks."""
-    return psutil.Process(pid)

@@ -1,10 +1,16 @@
-"""Keeping the host memory that tensors free, for the next step's tensors."""
+"""Memory: how much is in use, and keeping what tensors free for the next step's tensors."""
 
+import contextlib
 import ctypes
 import functools
+import os
 import platform
+from pathlib import Path
 
-__all__ = ["can_keep_freed_memory", "keep_freed_memory"]
+import psutil
+import torch
+
+__all__ = ["can_keep_freed_memory", "keep_freed_memory", "memory_in_use", "peak_memory"]
 
 # Parameters of glibc's mallopt (mallopt(3)).
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
@@ -32,3 +38,32 @@ def keep_freed_memory() -> bool:
     mallopt = ctypes.CDLL(None).mallopt
     settings = ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, _LARGEST_INT))
     return all(mallopt(parameter, value) == 1 for parameter, value in settings)
+
+
+def memory_in_use(device: torch.device) -> int:
+    """Bytes: the peak of PyTorch's allocations on a CUDA device, else this process's resident set.
+
+    The peak is that since the start of the process.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return _this_process(os.getpid()).memory_info().rss
+
+
+@functools.cache
+def _this_process(pid: int) -> psutil.Process:
+    """Kept, since finding a process takes longer than asking it; by its number, for forks."""
+    return psutil.Process(pid)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the most that PyTorch had allocated on a CUDA device since its counter was reset.
+
+    Elsewhere the highest resident set of this process so far, or where the system keeps no such
+    count, the present one.
+    """
+    if device.type != "cuda":
+        with contextlib.suppress(OSError, IndexError, ValueError):
+            status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
+            return int(status.split("VmHWM:")[1].split()[0]) * 1024
+    return memory_in_use(device)

@@ -4,8 +4,15 @@ import re
 
 __all__ = ["memory_shortage"]
 
-# PyTorch's words for host memory, and for libraries of a CUDA device that find none.
-_SIGNS = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+# PyTorch's words for host memory, and for libraries of a CUDA device that find none. oneDNN says of
+# a kernel that it has no room for just that it could not create it.
+_SIGNS = (
+    "can't allocate memory",
+    "can't start new thread",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+)
+_ONEDNN_SIGN = "could not create a primitive"
 
 
 def memory_shortage(error: BaseException) -> str | None:
@@ -16,7 +23,8 @@ def memory_shortage(error: BaseException) -> str | None:
     text = " ".join(str(error).split())
     # Its name, since torch's class is found at several places and numpy has one of its own.
     known = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    if not known and not (isinstance(error, RuntimeError) and any(sign in text for sign in _SIGNS)):
+    said = text == _ONEDNN_SIGN or any(sign in text for sign in _SIGNS)
+    if not known and not (isinstance(error, RuntimeError) and said):
         return None
     text = re.sub(r"^\[enforce fail at [^\]]*\][^:]*?(?=DefaultCPUAllocator)", "", text)
     # What follows is advice on PyTorch's allocator and addresses in its code.

@@ -1,8 +1,8 @@
-"""What PyTorch's safe unpickler does not bound: how much memory a small weight file may ask for.
+"""Bound how much memory a small weight file may ask for, which PyTorch's safe unpickler does not.
 
 `torch.load(weights_only=True)` runs no code of a file, but it calls the functions that it admits on
 whatever the file says, as often as it says, and unpacks what is compressed. So a file of a megabyte
-can ask for terabytes. `check_pickles` goes through the file first and calls nothing.
+can ask for terabytes. `check_pickles` reads the file first, without calling anything.
 """
 
 import io
@@ -14,9 +14,9 @@ from typing import IO, Any
 __all__ = ["Oversized", "check_pickles"]
 
 _ZIP_START = b"PK\x03\x04"
-_MOST_PICKLE_BYTES = 4 << 20
+_MAX_PICKLE_BYTES = 4 << 20
 _OLD_FORMAT_PICKLES = 5  # magic number, protocol, system, content, storage keys
-_LARGEST_WEIGHT = 1 << 62
+_MAX_WEIGHT = 1 << 62
 _CALLS = ("REDUCE", "NEWOBJ", "BUILD")
 _CHANGES = ("APPEND", "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS", "BUILD")
 _GETS = ("GET", "BINGET", "LONG_BINGET")
@@ -30,7 +30,7 @@ class Oversized(Exception):
 def check_pickles(path: Path) -> None:
     """Go through the pickles of a file of torch.save, in its zip format or in the old one.
 
-    What is no such file passes: torch.load will not take it either.
+    A file of another kind passes: torch.load refuses it.
 
     Raises:
         Oversized: Loading it could take far more memory than its size.
@@ -52,7 +52,7 @@ def check_pickles(path: Path) -> None:
         for entry in entries:
             if not entry.filename.lower().endswith(".pkl"):  # torch finds it in either case
                 continue
-            if entry.file_size > _MOST_PICKLE_BYTES:
+            if entry.file_size > _MAX_PICKLE_BYTES:
                 raise Oversized(f"{entry.filename} has {entry.file_size:,} bytes")
             _passes(io.BytesIO(archive.read(entry)))
 
@@ -66,8 +66,8 @@ def _passes(stream: IO[bytes]) -> bool:
             # Positions count from the stream's start; what came before only makes it laxer.
             if simulation.spent > 4 * (position or 0) + 4096:
                 raise Oversized("its pickle copies its parts over and over")
-            if simulation.written > _MOST_PICKLE_BYTES:
-                raise Oversized(f"its pickle has more than {_MOST_PICKLE_BYTES >> 20} MiB")
+            if simulation.written > _MAX_PICKLE_BYTES:
+                raise Oversized(f"its pickle has more than {_MAX_PICKLE_BYTES >> 20} MiB")
     except (ValueError, IndexError, KeyError, TypeError, AttributeError):
         return False  # as far as it went, it was harmless; torch.load will say what is wrong
     return True
@@ -119,5 +119,5 @@ class _Simulation:
         result = [1]
         if opcode.name in _CHANGES:  # what refers to it already sees it grow
             result = parts.pop(0)
-        result[0] = min(result[0] + sum(weight for (weight,) in parts), _LARGEST_WEIGHT)
+        result[0] = min(result[0] + sum(weight for (weight,) in parts), _MAX_WEIGHT)
         self._stack.append(result)

@@ -1,4 +1,4 @@
-"""Weight files: reading those of others with care, writing our own as safetensors."""
+"""Weight files: read those of other programs safely, write our own as safetensors."""
 
 import os
 import pickle
@@ -31,7 +31,7 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> list[str]:
     """Load a weight file into a model, in place; nothing changes where it raises.
 
     Reads `.safetensors`, a `.ckpt` of this framework (the weight average where it has one), and
-    `.pth`, `.pt` and `.ckpt` of others without running what they may hold. A
+    `.pth`, `.pt` and `.ckpt` of other programs without running any code in them. A
     state dict inside {"model": ...} or {"state_dict": ...} is found, and the prefixes that DDP,
     torch.compile and Lightning put before names are taken off. A head (`fc`) of another size, or
     none, is left as the model has it.
@@ -110,7 +110,7 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
     """The metadata strings of a safetensors file, without reading its tensors.
 
     Raises:
-        UserError: The file is missing or no safetensors file.
+        UserError: The file is missing or not a safetensors file.
     """
     path = Path(path)
     _require_file(path)
@@ -178,7 +178,7 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
 def _fault_of(tensor: Tensor) -> str:
     """Why a tensor cannot be a weight; empty where it can."""
     if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
-        return "is no plain tensor"
+        return "is not a plain tensor"
     if tensor.nbytes > tensor.untyped_storage().nbytes():  # one number may stand for any size
         return "is larger than what is stored of it"
     return ""

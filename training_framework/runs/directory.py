@@ -9,6 +9,7 @@ import re
 import shutil
 import tempfile
 import uuid
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -89,11 +90,29 @@ os.register_at_fork(after_in_child=_leave_locks_to_parent)
 
 
 def run_directories(parent: Path) -> list[Path]:
-    """The runs below `<output_dir>/<name>`, the newest first; none where there is no such folder.
+    """The user's runs below `<output_dir>/<name>`, the newest first; none without such a folder.
+
+    In a folder that several users share, those of others that are closed to this one are left out.
 
     Raises:
         UserError: The folder cannot be read.
     """
+    return [path for path in _versions(parent) if not _is_closed(path)]
+
+
+def next_version(parent: Path) -> int:
+    """The number of the next run below `<output_dir>/<name>`.
+
+    Raises:
+        UserError: The folder cannot be read.
+    """
+    newest = next(iter(_versions(parent)), None)
+    match = None if newest is None else _version_of(newest)
+    return int(match[1]) + 1 if match else 0
+
+
+def _versions(parent: Path) -> list[Path]:
+    """All runs below a folder, the newest first, whosever they are."""
     try:
         found = [(int(match[1]), path) for path in parent.iterdir() if (match := _version_of(path))]
     except FileNotFoundError:
@@ -103,15 +122,17 @@ def run_directories(parent: Path) -> list[Path]:
     return [path for _, path in sorted(found, reverse=True)]
 
 
-def next_version(parent: Path) -> int:
-    """The number of the next run below `<output_dir>/<name>`.
+def _is_closed(directory: Path) -> bool:
+    """Whether a run is another user's and this one may not write to it.
 
-    Raises:
-        UserError: The folder cannot be read.
+    One's own that was made read-only is not: that is to be said, not passed over.
     """
-    newest = next(iter(run_directories(parent)), None)
-    match = None if newest is None else _version_of(newest)
-    return int(match[1]) + 1 if match else 0
+    try:
+        owner = directory.stat().st_uid
+    except OSError:
+        return False
+    may_write = os.access(directory, os.R_OK | os.W_OK | os.X_OK)
+    return owner != os.geteuid() and not may_write
 
 
 def _version_of(path: Path) -> re.Match[str] | None:
@@ -219,10 +240,14 @@ def _nearest_existing(directory: Path) -> Path:
 
 
 def _not_writable(place: Path, error: OSError) -> UserError:
-    return UserError(
-        f"{error.filename or place}: cannot be written to ({error.strerror})",
-        "give another --output-dir",
-    )
+    cure = "give another --output-dir"
+    if error.errno == errno.EACCES:
+        for folder in (place, *place.parents):
+            with suppress(OSError):  # below a folder that is closed, nothing can be asked
+                if folder.stat().st_uid == os.geteuid() and not os.access(folder, os.W_OK):
+                    cure = f"{folder} is yours: allow it (chmod u+rwx, umask 022), or {cure}"
+                break
+    return UserError(f"{error.filename or place}: cannot be written to ({error.strerror})", cure)
 
 
 def run_directory_of(checkpoint: Path) -> Path | None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from training_framework.data.facts import DatasetFacts
 from training_framework.machine.hardware import Hardware, library_versions
+from training_framework.machine.load import neighbours_note
 from training_framework.machine.peak_flops import measure_peak_flops
 from training_framework.machine.precision import compute_dtype
 from training_framework.plan import PlannedRun, TrainPlan
@@ -15,7 +16,7 @@ from training_framework.runs.directory import write_json
 from training_framework.runs.network_card import NetworkCard
 from training_framework.runs.progress import Progress, TrainResult
 
-__all__ = ["Costs", "opening_lines", "write_record"]
+__all__ = ["Costs", "busy_machine_note", "opening_lines", "write_record"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,11 +61,21 @@ class Costs:
         return f"{work}; MFU is of {self.peak_flops / 1e9:.4g} GFLOP/s ({self.peak_source})"
 
 
+def busy_machine_note(plan: TrainPlan, hardware: Hardware) -> str:
+    """What other processes take of a CPU that is to train, and what to do; empty if little."""
+    if plan.device != "cpu":
+        return ""
+    return neighbours_note(hardware.other_cpu_share, hardware.cores, plan.threads)
+
+
 def opening_lines(
     plan: TrainPlan, facts: DatasetFacts, hardware: Hardware, costs: Costs
 ) -> list[str]:
     """What is trained, on what."""
     lines = [f"note: {gpu.name} {gpu.fault}" for gpu in hardware.accelerators if gpu.fault]
+    busy = busy_machine_note(plan, hardware)
+    if busy:
+        lines.append(f"note: {busy}")
     layout = "channels_last" if plan.channels_last else "contiguous"
     compiled = f", compiled ({plan.compile_mode})" if plan.compile else ""
     lines.append(

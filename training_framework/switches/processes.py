@@ -42,9 +42,14 @@ SYNC_BATCHNORM = Switch(
 def _threads(situation: Situation) -> Decision:
     wanted, hardware = situation.config.threads, situation.hardware
     if wanted != "auto":
-        return Decision(wanted, "asked for")
-    threads = max(1, hardware.cores // situation.local_world_size)
-    return Decision(threads, f"{hardware.cores} cores, {situation.local_world_size} process(es)")
+        threads, why = wanted, "asked for"
+    else:
+        threads = max(1, hardware.cores // situation.local_world_size)
+        why = f"{hardware.cores} cores, {situation.local_world_size} process(es)"
+    limit = hardware.thread_limit
+    if limit is not None and threads > limit:
+        return Decision(limit, f"OMP_THREAD_LIMIT allows no more ({threads}: {why})")
+    return Decision(threads, why)
 
 
 def _thread_trials(situation: Situation) -> Iterator[Trial]:

@@ -14,6 +14,7 @@ from training_framework.measure.compare.result import load_result
 from training_framework.measure.compare.table import result_lines
 from training_framework.measure.compare.workers import InlineWorker, ProcessWorker, VariantFailure
 from training_framework.runs import record as run_record
+from training_framework.training import parts
 
 TINY = {
     "data": "synthetic",
@@ -32,7 +33,7 @@ TINY = {
 
 @pytest.fixture(autouse=True)
 def _cheap_costs(monkeypatch):
-    monkeypatch.setattr(timing, "training_flops_per_image", lambda *_: 1e6)
+    monkeypatch.setattr(parts, "training_flops_per_image", lambda *_: 1e6)
     monkeypatch.setattr(timing, "measure_peak_flops", lambda *_: (1e11, "measured"))
     monkeypatch.setattr(run_record, "measure_peak_flops", lambda *_: (1e11, "measured"))
 
@@ -178,13 +179,16 @@ def test_an_interrupted_comparison_keeps_its_rounds_and_goes_on(tmp_path):
     assert result.ratios[0].pairs == 2  # the first start's processes, and the second one's
 
 
-def test_rounds_of_another_machine_are_not_gone_on_with(tmp_path):
+def test_rounds_of_another_machine_cannot_be_resumed(tmp_path):
     compare(tmp_path, experiment(rounds=1), open_worker=Recorder()).run()
     path = tmp_path / "r.json"
     content = json.loads(path.read_text())
     content["environment"]["cpu_name"] = "another processor"
     path.write_text(json.dumps(content))
-    with pytest.raises(UserError, match=r"cpu_name: 'another processor' then"):
+    with pytest.raises(
+        UserError,
+        match=r"cannot resume: the environment changed: cpu_name: 'another processor' then",
+    ):
         Comparison.resume(path, rounds=2)
 
 

@@ -86,7 +86,7 @@ def test_an_experiment_survives_the_way_through_its_result_file(tmp_path):
         ),
         (("batch_size: 16", "resume: last.ckpt"), r"an experiment cannot use resume"),
         (("variants:", "variants: []\nothers:"), r"mine.yaml: "),
-        (("base: {", "base: [{"), r"mine.yaml: is no valid YAML"),
+        (("base: {", "base: [{"), r"mine.yaml: not valid YAML"),
         (("base: {data: synthetic, model: resnet10}", "base: 3"), r"base: 3 holds no settings"),
     ],
 )

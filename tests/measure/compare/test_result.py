@@ -13,7 +13,7 @@ from training_framework.measure.compare.result import (
     unused_path,
 )
 from training_framework.measure.compare.table import result_lines, sweet_spot_line
-from training_framework.measure.report.report import html_report
+from training_framework.measure.report.render import html_report
 
 
 def variant(name: str, median: float | None = 100.0, **changes) -> VariantResult:

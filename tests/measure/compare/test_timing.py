@@ -67,20 +67,20 @@ def test_the_sampled_steps_are_those_of_a_training_run(tmp_path):
     tiny = StepSampler(TrainConfig(**settings), steps=5, seconds=1, warmup_steps=1)
     tiny.sample(0)
     trained = load_file(result.run_directory / "weights.safetensors")
-    for name, tensor in tiny.step.model.state_dict().items():
+    for name, tensor in tiny.parts.step.model.state_dict().items():
         assert torch.equal(trained[name], tensor), name
 
 
 def test_a_recompilation_in_the_timed_window_is_marked():
     tiny = sampler(small_map_convolutions=False)
-    tiny.step._forward = torch.compile(tiny.step._logits_and_loss, backend="eager")
+    tiny.parts.step._forward = torch.compile(tiny.parts.step._logits_and_loss, backend="eager")
     tiny.optimizer_step()
     clean = tiny.sample(0)
     ordinary_step, calls = tiny.optimizer_step, iter(range(9))
 
     def step_with_another_shape() -> int:
         if next(calls) == 3:  # after the dropped steps, in the window
-            tiny.step.accumulate(torch.randn(5, 3, 8, 8), torch.zeros(5, dtype=torch.int64))
+            tiny.parts.step.accumulate(torch.randn(5, 3, 8, 8), torch.zeros(5, dtype=torch.int64))
         return ordinary_step()
 
     tiny.optimizer_step = step_with_another_shape
@@ -92,13 +92,13 @@ def test_a_recompilation_in_the_timed_window_is_marked():
 
 def test_a_delay_in_the_loader_is_in_the_clock():
     tiny = sampler()
-    ordinary = tiny.loaders.train.epoch
+    ordinary = tiny.parts.loaders.train.epoch
 
     def delayed(epoch: int):
         for batch in ordinary(epoch):
             time.sleep(0.05)
             yield batch
 
-    tiny.loaders.train.epoch = delayed
+    tiny.parts.loaders.train.epoch = delayed
     tiny.sample(0)  # ends the epoch that began without delay
     assert min(tiny.sample(1).step_seconds) >= 0.05

@@ -11,7 +11,7 @@ import pytest
 from training_framework.cli.main import main
 from training_framework.errors import UserError
 from training_framework.measure.report.figures import Bar, BarChart, LineChart, Series
-from training_framework.measure.report.report import html_report, markdown_report
+from training_framework.measure.report.render import html_report, markdown_report
 from training_framework.measure.report.sources import read_source
 
 HOSTILE = """<script>alert("x&y's")</script>"""
@@ -219,12 +219,31 @@ def test_shares_are_of_their_sum(run):
     assert f"{100 * (4 / 3) / 10:.1f}% (1.333 s)" in page
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"variants": 1}', '{"metrics": []}', "\x00"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        "{}",
+        '{"variants": 1}',
+        '{"metrics": []}',
+        "\x00",
+        "[" * 200_000,
+    ],
+)
 def test_file_of_another_kind_is_named_with_the_cure(tmp_path, text):
     path = tmp_path / "other.json"
     path.write_text(text)
     with pytest.raises(UserError, match=r"other\.json.*; name a"):
         read_source(path)
+
+
+def test_text_that_no_file_can_hold_is_refused(run):
+    content = json.loads(run.read_text())
+    content["config"]["model"] = "\ud800"  # half of a character, which JSON can escape
+    run.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"run\.json: not JSON"):
+        read_source(run)
 
 
 def test_command_writes_the_page_and_never_onto_a_result(comparison, in_tmp_path, capsys):

@@ -22,7 +22,9 @@ from training_framework.measure.tune.search import (
 )
 from training_framework.measure.tune.trials import limited_worker
 from training_framework.measure.tune.tuning import tune
+from training_framework.switches import SWITCHES
 
+BATCH = ("batch_size", "accumulate_grad_batches")
 SETTINGS = {
     "data": "synthetic", "synthetic_train_images": 64, "synthetic_val_images": 8, "img_size": 8,
     "num_classes": 4, "model": "resnet10", "batch_size": 32, "epochs": 100, "precision": "32",
@@ -103,6 +105,39 @@ def test_value_that_is_hopeless_alone_is_not_tried_in_combination():
     search(dimensions(FACTORS), timer, max_trials=40)
     assert [c for c, _ in timer.trials if c[0] == 2] == [(2, 0, 0, 0)]
     assert max(rung for _, rung in timer.trials) == 2
+
+
+def random_space(source):
+    """Factors of 4 to 7 dimensions, some of whose values help or hinder each other."""
+    sizes = [source.choice([2, 2, 3, 4]) for _ in range(source.randint(4, 7))]
+    factors = [[1.0, *(math.exp(source.gauss(0, 0.15)) for _ in range(n - 1))] for n in sizes]
+    together = {
+        ((a, source.randrange(1, sizes[a])), (b, source.randrange(1, sizes[b]))): factor
+        for a, b in itertools.combinations(range(len(sizes)), 2)
+        if (factor := math.exp(source.gauss(0, 0.08))) > 1.05 or factor < 0.95
+    }
+    return sizes, factors, together
+
+
+def test_search_with_noise_and_interactions_comes_near_the_best_at_the_default_of_32_trials():
+    shares = []
+    for seed in range(20):
+        source = random.Random(seed)
+        sizes, factors, together = random_space(source)
+
+        def speed(candidate, factors=factors, together=together):
+            values = set(enumerate(candidate))
+            pairs = (factor for pair, factor in together.items() if values.issuperset(pair))
+            alone = (row[v] for row, v in zip(factors, candidate, strict=True))
+            return math.prod([*alone, *pairs])
+
+        def measured(candidate, rung, best, speed=speed, source=source):
+            return Score(speed(candidate) * math.exp(source.gauss(0, 0.03 / 2**rung)))
+
+        ranking = search(dimensions(factors), measured, max_trials=32)
+        best = max(map(speed, itertools.product(*map(range, sizes))))
+        shares.append(speed(ranking[0]) / best)
+    assert sum(shares) / len(shares) > 0.97
 
 
 def test_search_that_is_out_of_time_keeps_what_it_has():
@@ -193,7 +228,8 @@ def test_gain_that_does_not_repeat_in_paired_turns_falls_back_to_the_default(tmp
         changed = config.batch_size != 32 and next(calls) < 4
         return 130.0 if changed else 100.0
 
-    result = tuned(tmp_path, lucky, max_trials=5, keep=["compile", "channels_last", "precision"])
+    others = [switch.key for switch in SWITCHES if switch.key not in BATCH]
+    result = tuned(tmp_path, lucky, max_trials=5, keep=others)
     assert result.winner and not result.chosen
     assert load_config(tmp_path / "tuned.yaml").batch_size == 32
 

@@ -40,7 +40,7 @@ def make_subset(
 ) -> SubsetSummary:
     """Copy a random part of an image folder into a new one, with the same layout.
 
-    The folder appears whole or not at all; its `subset.json` says what was chosen.
+    The folder appears whole or not at all; its `subset.json` lists what was chosen.
 
     Args:
         source: Holds train/<class>/* and val/<class>/* (or test/).

@@ -10,9 +10,10 @@ import torch
 
 from training_framework.config import TrainConfig
 from training_framework.data import Batch
+from training_framework.machine.load import MachineWatch
+from training_framework.machine.memory import peak_memory
 from training_framework.machine.peak_flops import measure_peak_flops
 from training_framework.machine.precision import compute_dtype
-from training_framework.measure.compare.machine_load import MachineWatch, peak_memory
 from training_framework.measure.compare.result import Measurement, VariantFacts
 from training_framework.plan import plan_run
 from training_framework.training.parts import build_parts

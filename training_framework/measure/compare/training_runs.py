@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from training_framework.config import TrainConfig
-from training_framework.measure.compare.machine_load import MachineWatch, peak_memory
+from training_framework.machine.load import MachineWatch
+from training_framework.machine.memory import peak_memory
 from training_framework.measure.compare.result import Measurement, VariantFacts
 from training_framework.runs.progress import TrainResult
 from training_framework.training.run import TrainingRun

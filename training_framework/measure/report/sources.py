@@ -1,12 +1,12 @@
 """The files that a report is made of, told apart and validated."""
 
-import json
 import math
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic_core import from_json
 
 from training_framework.errors import UserError, shown
 from training_framework.measure.compare.result import Result, load_result
@@ -183,12 +183,12 @@ def read_source(path: Path) -> Source:
             raise UserError(f"{path}: not a file", KINDS)
         if path.stat().st_size > MAX_BYTES:
             raise UserError(f"{path}: is larger than {MAX_BYTES >> 20} MiB", KINDS)
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = from_json(path.read_bytes())
     except UserError:
         raise
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})", KINDS) from None
-    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, too deep, too many digits
+    except ValueError as error:  # not UTF-8, not JSON, too deep
         raise UserError(f"{path}: not JSON ({error})", KINDS) from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: not a result", KINDS)

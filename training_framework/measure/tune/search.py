@@ -1,10 +1,9 @@
 """The search alone, without a clock or a network: coordinate ascent, then longer trials.
 
-Each value is tried alone first. From the plan's own choice the search then walks from value to
-value, those with the largest gain alone first, and keeps each that makes the present combination
-faster, until none does. The fastest combinations are measured again, and longer, as in successive
-halving (Jamieson and Talwalkar, "Non-stochastic Best Arm Identification and Hyperparameter
-Optimization", AISTATS 2016).
+From the plan's own choice the search changes one value after the other, keeps each that makes the
+present combination faster, and starts over until none does. The fastest combinations are measured
+again, and longer, as in successive halving (Jamieson and Talwalkar, "Non-stochastic Best Arm
+Identification and Hyperparameter Optimization", AISTATS 2016).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +17,7 @@ AS_PLANNED = "as planned"
 FINALISTS = (None, 6, 3)
 # Shares of the time that may have passed when a rung starts its last trial.
 TIME_SHARES = (0.7, 0.9, 1.0)
-# A value that costs more than this alone is not tried in combinations.
+# A value that leaves less than this of the speed is not tried again.
 HOPELESS_SHARE = 0.5
 
 Candidate = tuple[int, ...]
@@ -111,20 +110,16 @@ def search(
 
 def _ascend(sizes: Sequence[int], value: Callable[[Candidate], float]) -> None:
     """Walk from the plan's own choice to faster combinations, one value at a time."""
-    best = planned = (0,) * len(sizes)
-    enough = HOPELESS_SHARE * value(planned)
-    alone = {
-        (place, number): value(_moved(planned, place, number))
-        for place, size in enumerate(sizes)
-        for number in range(1, size)
-    }
-    moves = sorted((m for m in alone if alone[m] > enough), key=lambda move: -alone[move])
-    moves += [(place, 0) for place in range(len(sizes))]
-    start = None
+    best, start = (0,) * len(sizes), None
+    value(best)
+    moves = [(place, number) for place, size in enumerate(sizes) for number in (*range(1, size), 0)]
     while start != best:
         start = best
-        for move in moves:
-            best = max(best, _moved(best, *move), key=value)
+        for move in list(moves):
+            candidate = _moved(best, *move)
+            if value(candidate) < HOPELESS_SHARE * value(best):
+                moves.remove(move)
+            best = max(best, candidate, key=value)
 
 
 def _moved(candidate: Candidate, place: int, number: int) -> Candidate:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from training_framework.checkpoint import load_checkpoint
+from training_framework.errors import shown
 from training_framework.loggers import COLUMNS
 
 __all__ = ["MEASURED_COLUMNS", "RunComparison", "compare_rows", "compare_runs", "compare_states"]
@@ -17,13 +18,11 @@ __all__ = ["MEASURED_COLUMNS", "RunComparison", "compare_rows", "compare_runs", 
 MEASURED_COLUMNS = frozenset({"images_per_second", "data_wait", "memory", "mfu", "eval_seconds"})
 """Columns that say how fast it went and on what, which no two runs share."""
 
-# `images` counts those of timed steps alone: what a stop cuts out of the clock is not among them.
-_MEASURED_PROGRESS = frozenset(
-    {
-        "epoch_seconds", "epoch_evaluation_seconds", "train_seconds", "images",
-        "seconds", "evaluation_seconds", *MEASURED_COLUMNS,
-    }
-)  # fmt: skip
+# `images` counts those of timed steps alone, without those that a stop cut out of the clock.
+_MEASURED = MEASURED_COLUMNS | {
+    "epoch_seconds", "epoch_evaluation_seconds", "train_seconds", "images", "seconds",
+    "evaluation_seconds",
+}  # fmt: skip
 # The name of the run and where it lies differ; what the settings did is compared instead.
 _IGNORED_PARTS = frozenset({"config", "plan"})
 _NAMES = {
@@ -41,9 +40,9 @@ class RunComparison:
     """What was compared, and what differed.
 
     Attributes:
-        compared: One line a thing that is equal or not: what, and how much of it.
-        differences: One line a thing that differs, the logged rows first: where it first differs
-            and by how much. Empty where the runs are equal bit for bit.
+        compared: One line for each thing that was compared: what, and how much of it.
+        differences: One line for each thing that differs, the logged rows first: where it first
+            differs and by how much. Empty where the runs are equal bit for bit.
     """
 
     compared: tuple[str, ...]
@@ -56,12 +55,12 @@ def compare_runs(straight: Path, other: Path) -> RunComparison:
     Raises:
         UserError: A checkpoint is missing or damaged.
     """
-    rows = [_rows(directory / "metrics.csv") for directory in (straight, other)]
-    states = [
-        load_checkpoint(directory / "checkpoints" / "last.ckpt") for directory in (straight, other)
-    ]
-    logged = compare_rows(*rows)
-    final = compare_states(*states)
+    rows, states = [], []
+    for directory in (straight, other):
+        with (directory / "metrics.csv").open(encoding="utf-8", newline="") as file:
+            rows.append(list(csv.DictReader(file)))
+        states.append(load_checkpoint(directory / "checkpoints" / "last.ckpt"))
+    logged, final = compare_rows(*rows), compare_states(*states)
     return RunComparison(
         compared=logged.compared + final.compared,
         differences=logged.differences + final.differences,
@@ -71,29 +70,27 @@ def compare_runs(straight: Path, other: Path) -> RunComparison:
 def compare_rows(rows: list[dict[str, str]], others: list[dict[str, str]]) -> RunComparison:
     """Compare the rows of two metrics.csv, but for the columns that measure time and memory."""
     columns = [name for name in COLUMNS if name not in MEASURED_COLUMNS]
-    compared = (f"metrics.csv: {len(rows)} rows of {len(columns)} columns",)
-    for row, other in zip(rows, others, strict=False):
-        for name in columns:
-            if row.get(name) != other.get(name):
-                line = (
-                    f"metrics.csv: step {row.get('step')}: {name} is {row.get(name) or 'empty'} "
-                    f"straight and {other.get(name) or 'empty'} resumed"
-                )
-                return RunComparison(compared=compared, differences=(line,))
+    differences = [
+        f"step {row.get('step')}: {name} is {row.get(name) or 'empty'} straight and "
+        f"{other.get(name) or 'empty'} resumed"
+        for row, other in zip(rows, others, strict=False)
+        for name in columns
+        if row.get(name) != other.get(name)
+    ]
     if len(rows) != len(others):
-        line = f"metrics.csv: {len(rows)} rows straight and {len(others)} resumed"
-        return RunComparison(compared=compared, differences=(line,))
-    return RunComparison(compared=compared, differences=())
+        differences.append(f"{len(rows)} rows straight and {len(others)} resumed")
+    return RunComparison(
+        compared=(f"metrics.csv: {len(rows)} rows of {len(columns)} columns",),
+        differences=tuple(f"metrics.csv: {line}" for line in differences[:1]),
+    )
 
 
 def compare_states(state: Mapping[str, Any], other: Mapping[str, Any]) -> RunComparison:
     """Compare what two checkpoints hold, part by part; times are left out."""
     compared, differences = [], []
     for part in dict.fromkeys([*state, *other]):
-        if part in _IGNORED_PARTS:
-            continue
         ours, theirs = (dict(_leaves(whole.get(part))) for whole in (state, other))
-        if not ours and not theirs:
+        if part in _IGNORED_PARTS or not (ours or theirs):
             continue
         name = _NAMES.get(part, part.replace("_", " "))
         tensors = sum(isinstance(value, Tensor) for value in ours.values())
@@ -110,7 +107,7 @@ def _count(number: int, noun: str) -> str:
 
 
 def _first_difference(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
-    """In the order of the state; empty where all is equal. Of tensors, also how many differ."""
+    """In the order of the state, and how many more there are; empty where all is equal."""
     differing = [
         name
         for name in dict.fromkeys([*ours, *theirs])
@@ -121,27 +118,21 @@ def _first_difference(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str
     first = differing[0]
     more = f" (and {len(differing) - 1} more)" if len(differing) > 1 else ""
     if first not in ours or first not in theirs:
-        side = "straight" if first in ours else "resumed"
-        return f"{first} is only in the {side} run{more}"
+        return f"{first} is only in the {'straight' if first in ours else 'resumed'} run{more}"
     mine, other = ours[first], theirs[first]
     both = isinstance(mine, Tensor) and isinstance(other, Tensor)
     if both and mine.dtype == other.dtype and mine.shape == other.shape:
         gap = (mine.double() - other.double()).abs().max().item()
         return f"{first} differs by at most {gap:.3g}{more}"
-    return f"{first} is {_shown(mine)} straight and {_shown(other)} resumed{more}"
+    return f"{first} is {_described(mine)} straight and {_described(other)} resumed{more}"
 
 
 def _equal(value: Any, other: Any) -> bool:
-    if type(value) is not type(other):
-        return False
-    if isinstance(value, Tensor):
-        return (
-            value.dtype == other.dtype
-            and value.shape == other.shape
-            and torch.equal(_bytes(value), _bytes(other))
-        )
+    if isinstance(value, Tensor) and isinstance(other, Tensor):
+        alike = value.dtype == other.dtype and value.shape == other.shape
+        return alike and torch.equal(_bytes(value), _bytes(other))
     # As text, so that a NaN equals itself and 0.0 is not -0.0.
-    return repr(value) == repr(other)
+    return type(value) is type(other) and repr(value) == repr(other)
 
 
 def _bytes(tensor: Tensor) -> Tensor:
@@ -152,7 +143,7 @@ def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
     """Tensors, numbers and text by their place in the nested state, empty containers left out."""
     if isinstance(value, Mapping):
         for key, member in value.items():
-            if key not in _MEASURED_PROGRESS:
+            if key not in _MEASURED:
                 yield from _leaves(member, f"{name}.{key}" if name else str(key))
     elif isinstance(value, (list, tuple)):
         for position, member in enumerate(value):
@@ -161,13 +152,5 @@ def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
         yield name, value
 
 
-def _shown(value: Any) -> str:
-    if isinstance(value, Tensor):
-        return f"{value.dtype} {tuple(value.shape)}"
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def _rows(path: Path) -> list[dict[str, str]]:
-    with path.open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
+def _described(value: Any) -> str:
+    return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else shown(value)

@@ -1,4 +1,4 @@
-"""Train straight, train again with stops, and hold the two together."""
+"""Train straight, train again with stops, and compare the two."""
 
 import os
 import random
@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from training_framework.faults import VARIABLE
 from training_framework.measure.verify.difference import RunComparison, compare_runs
 from training_framework.train import plan_for
 
-__all__ = ["Verification", "verify_resume"]
+__all__ = ["Verification", "stop_points", "verify_resume"]
 
 # Passed once a step, where every step is logged.
 _KILL_POINTS = (
@@ -40,8 +40,8 @@ class Verification:
         stops: Steps after which the second run was stopped, or killed, and resumed.
         killed: Whether it was killed.
         comparison: What was compared, and what differed.
-        needs_determinism: The device is no CPU and `deterministic` is off, so that two equal runs
-            may differ without any stop.
+        needs_determinism: The device is not a CPU and `deterministic` is off, so that two equal
+            runs may differ without any stop.
         kept: Folder with both runs; None where they were equal, and are gone.
     """
 
@@ -70,19 +70,20 @@ def verify_resume(
     """Compare a run of `steps` steps with one that is stopped at random steps and resumed.
 
     Every part is a process of its own, started as `efficient-resnet train` is, in this working
-    directory and on this configuration, but for the run's name, its folder (a temporary one) and
-    the interval of the logged rows, which is one step. The schedule stays that of the whole run.
+    directory and with this configuration. Only the run's name, its folder (a temporary one) and
+    the interval of the logged rows, which is one step, differ. The schedule stays that of the whole
+    run.
 
     Args:
         config: What to train; its `resume` and `stop_after_steps` are left out.
         steps: Steps to compare; at most the configuration's own.
         stops: How often the second run is stopped.
         stop_seed: Draws the steps after which it is.
-        kill: End it by SIGKILL in the midst of a step, instead of in good order after it.
+        kill: End it by SIGKILL within a step, instead of stopping it after one.
         say: Takes a line at the start of each process.
 
     Raises:
-        UserError: The numbers do not fit, several processes are at work, or training fails.
+        UserError: The numbers do not fit, torchrun started this process, or training fails.
     """
     if "RANK" in os.environ:
         raise UserError(
@@ -133,9 +134,7 @@ class _Runs:
     def __init__(
         self, config: TrainConfig, folder: Path, *, steps: int, say: Callable[[str], None]
     ) -> None:
-        self._folder = folder
-        self._steps = steps
-        self._say = say
+        self._folder, self._steps, self._say = folder, steps, say
         self._config = folder / "config.yaml"
         settings = {
             "output_dir": folder / "runs",
@@ -150,58 +149,45 @@ class _Runs:
     def straight(self) -> Path:
         """The run directory of one that is never stopped."""
         self._say(f"{self._steps} steps straight")
-        self._train("straight", {"stop_after_steps": self._steps})
-        return self._directory("straight")
+        return self._train("straight", stop_after_steps=self._steps)
 
     def stopped(self, points: Sequence[int]) -> Path:
         """The run directory of one that stops after these steps and goes on from last.ckpt."""
-        start = 0
+        start, directory = 0, Path()
         for end in (*points, self._steps):
-            settings: dict[str, object] = {"stop_after_steps": end}
-            if start:
-                last = self._directory("stopped") / "checkpoints" / "last.ckpt"
-                settings["resume"] = last
             self._say(f"steps {start + 1} to {end} of the stopped run")
-            self._train("stopped", settings)
+            resume = directory / "checkpoints" / "last.ckpt" if start else "never"
+            directory = self._train("stopped", stop_after_steps=end, resume=resume)
             start = end
-        return self._directory("stopped")
+        return directory
 
     def killed(self, points: Sequence[int], seed: int) -> Path:
-        """The run directory of one that is killed in the midst of these steps; resumes by auto."""
-        draws = random.Random(seed)
-        settings = {"stop_after_steps": self._steps, "save_every_n_steps": _STEPS_BETWEEN_SAVES}
-        for point in points:
-            saved = self._saved_step("killed")
-            place = draws.choice(_KILL_POINTS)
-            self._say(f"from step {saved + 1} of the killed run; SIGKILL in step {point}, {place}")
-            self._train("killed", settings, fault=f"{place}:{point - saved}:kill")
-        self._say(f"from step {self._saved_step('killed') + 1} of the killed run to its end")
-        self._train("killed", settings)
-        return self._directory("killed")
+        """The run directory of one that is killed within these steps; resumes by auto."""
+        draws, saved, directory = random.Random(seed), 0, Path()
+        for point in (*points, None):
+            place, fault = "to its end", ""
+            if point is not None:
+                place = draws.choice(_KILL_POINTS)
+                fault = f"{place}:{point - saved}:kill"
+                place = f"to SIGKILL in step {point}, {place}"
+            self._say(f"from step {saved + 1} of the killed run {place}")
+            directory = self._train(
+                "killed",
+                fault=fault,
+                stop_after_steps=self._steps,
+                save_every_n_steps=_STEPS_BETWEEN_SAVES,
+            )
+            last = directory / "checkpoints" / "last.ckpt"
+            saved = int(load_checkpoint(last)["progress"]["step"]) if last.exists() else 0
+        return directory
 
-    def _saved_step(self, name: str) -> int:
-        """Steps in the run's newest checkpoint; 0 without one."""
-        if not (self._folder / "runs" / name).exists():
-            return 0
-        last = self._directory(name) / "checkpoints" / "last.ckpt"
-        return int(load_checkpoint(last)["progress"]["step"]) if last.exists() else 0
-
-    def _directory(self, name: str) -> Path:
-        # A run that was killed before its first checkpoint has left a version without one.
-        versions = (self._folder / "runs" / name).glob("version_*")
-        return max(versions, key=lambda path: int(path.name.partition("_")[2]))
-
-    def _train(self, name: str, settings: Mapping[str, object], *, fault: str = "") -> None:
-        """Train in a fresh process; with a fault, until that kills it."""
+    def _train(self, name: str, *, fault: str = "", **settings: object) -> Path:
+        """Train in a fresh process; with a fault, until that kills it. Its run directory."""
         flags = [f"--{key.replace('_', '-')}={value}" for key, value in settings.items()]
         command = [sys.executable, "-m", "training_framework", "train"]
-        command += [f"--config={self._config}", f"--name={name}", *flags]
-        environment = {key: value for key, value in os.environ.items() if key != VARIABLE}
-        if fault:
-            environment[VARIABLE] = fault
         done = subprocess.run(
-            command,
-            env=environment,
+            [*command, f"--config={self._config}", f"--name={name}", *flags],
+            env={**os.environ, VARIABLE: fault},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
@@ -209,19 +195,21 @@ class _Runs:
             errors="replace",
             check=False,
         )
-        expected = -signal.SIGKILL if fault else 0
-        if done.returncode != expected:
+        if done.returncode != (-signal.SIGKILL if fault else 0):
             raise _failure(done.returncode, done.stderr)
+        # A run that was killed before its first checkpoint has left a version without one.
+        versions = (self._folder / "runs" / name).glob("version_*")
+        return max(versions, key=lambda path: int(path.name.partition("_")[2]))
 
 
 def _failure(status: int, errors: str) -> UserError:
-    """What a process of the verification has to say of its end."""
-    lines = [line for line in errors.splitlines() if line.startswith("error: ")]
-    if lines:
-        fault, _, cure = lines[-1].removeprefix("error: ").rpartition("; ")
+    """The error that ended a training process, in its own words."""
+    lines = [line for line in errors.splitlines() if line.strip()] or ["no message"]
+    said = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    if said:
+        fault, _, cure = said[-1].rpartition("; ")
         return UserError(f"verify-resume: {fault}", cure)
-    last = next((line for line in reversed(errors.splitlines()) if line.strip()), "no message")
     return UserError(
-        f"verify-resume: a training process ended with status {status}: {last}",
+        f"verify-resume: a training process ended with status {status}: {lines[-1]}",
         "see that `efficient-resnet train` runs with this configuration",
     )

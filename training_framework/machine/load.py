@@ -1,18 +1,18 @@
 """Who used the processor while a sample was taken: this process, or others."""
 
 import contextlib
+import math
 import os
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import psutil
-import torch
 
-from training_framework.machine.hardware import memory_in_use
+__all__ = ["MachineLoad", "MachineWatch", "neighbours_note"]
 
-__all__ = ["MachineLoad", "MachineWatch", "peak_memory"]
+# One busy process on four cores; less is the usual noise of a system.
+NOTEWORTHY_SHARE = 0.2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,9 +44,14 @@ class MachineWatch:
         self._own, self._busy = self._own_seconds(), self._busy_seconds()
         self._start = time.perf_counter()
 
+    @property
+    def seconds(self) -> float:
+        """Since the start of the window."""
+        return time.perf_counter() - self._start
+
     def stop(self) -> MachineLoad:
         """End the window."""
-        seconds = time.perf_counter() - self._start
+        seconds = self.seconds
         own, busy = self._own_seconds() - self._own, self._busy_seconds() - self._busy
         others = max(0.0, busy - own) / (seconds * len(self._cores))
         return MachineLoad(cpu_seconds=own, other_cpu_share=min(1.0, others))
@@ -78,14 +83,20 @@ def _busy(times: Any) -> float:
     return sum(times) - idle - guests
 
 
-def peak_memory(device: torch.device) -> int:
-    """Bytes: the most that PyTorch had allocated on a CUDA device since its counter was reset.
+def neighbours_note(other_cpu_share: float, cores: int, threads: int) -> str:
+    """What to tell of other processes that take the cores a training is to run on; empty if none.
 
-    Elsewhere the highest resident set of this process so far, or where the system keeps no such
-    count, the present one.
+    Args:
+        other_cpu_share: As in `MachineLoad`.
+        cores: That this process may run on.
+        threads: Of the training.
     """
-    if device.type != "cuda":
-        with contextlib.suppress(OSError, IndexError, ValueError):
-            status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
-            return int(status.split("VmHWM:")[1].split()[0]) * 1024
-    return memory_in_use(device)
+    if other_cpu_share < NOTEWORTHY_SHARE:
+        return ""
+    taken = other_cpu_share * cores
+    free = max(1, cores - math.ceil(taken - NOTEWORTHY_SHARE))
+    cure = f"end them or set threads to {free}" if threads > free else "end them to train faster"
+    return (
+        f"other processes keep {taken:.1f} of the {cores} cores busy: threads wait for the "
+        f"slowest at every layer, so a step can take three times as long; {cure}"
+    )

@@ -22,7 +22,7 @@ __all__ = [
     "expected_digests",
     "newest_version",
     "write_configuration",
-    "write_pictures",
+    "write_images",
 ]
 
 CLASSES, TRAIN_PER_CLASS, VAL_PER_CLASS = 3, 15, 4
@@ -53,7 +53,7 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-def write_pictures(folder: Path) -> Path:
+def write_images(folder: Path) -> Path:
     """An image folder: `train` and `val` of a few classes, 12 x 12 px PNG files."""
     draws = np.random.default_rng(0)
     for split, count in (("train", TRAIN_PER_CLASS), ("val", VAL_PER_CLASS)):
@@ -67,17 +67,17 @@ def write_pictures(folder: Path) -> Path:
     return folder
 
 
-def write_configuration(path: Path, pictures: Path, **settings: Any) -> TrainConfig:
+def write_configuration(path: Path, images: Path, **settings: Any) -> TrainConfig:
     """Write the YAML file of this training, and return what it says.
 
     Args:
         path: For the file.
-        pictures: As from `write_pictures`.
+        images: As from `write_images`.
         **settings: That differ.
     """
-    values = {**SETTINGS, "data_root": str(pictures), **settings}
+    values = {**SETTINGS, "data_root": str(images), **settings}
     path.write_text(yaml.safe_dump(values), encoding="utf-8")
-    return TrainConfig(**{**values, "data_root": pictures})
+    return TrainConfig(**{**values, "data_root": images})
 
 
 def newest_version(runs: Path) -> Path:

@@ -2,8 +2,8 @@
 
 A process that imports torch anew takes seconds, one that is forked tenths of one, so hundreds of
 them are affordable. Forking is safe here because the parent runs one thread and never computes: it
-imports and waits. For what a fork might hide, a life can also be a fresh process: this file, run
-with the arguments of the command.
+imports and waits (`experiment.py` starts it). For what a fork might hide, a life can also be a
+fresh process: this file, run with the arguments of the command.
 
 Two things differ from the command in either: the networks are narrow, so that a save takes
 milliseconds, and the peak of the machine, of which only the mfu column is made, is not measured.
@@ -21,10 +21,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn
 
-# Before torch is imported: a thread pool does not survive a fork.
-os.environ["OMP_NUM_THREADS"] = "1"
-os.environ["OPENBLAS_NUM_THREADS"] = "1"
-
 import psutil
 import torch
 import torch.utils.tensorboard
@@ -35,7 +31,15 @@ from training_framework.cli.main import main as run_command
 from training_framework.machine import peak_flops
 from training_framework.models import build_model, resnet, use_small_map_convolutions
 
-__all__ = ["Life", "begin", "begin_fresh", "fork_life", "shared_memory_names", "warm_up"]
+__all__ = [
+    "Life",
+    "begin",
+    "begin_fresh",
+    "end_fault",
+    "fork_life",
+    "shared_memory_names",
+    "warm_up",
+]
 
 LONGEST_LIFE_SECONDS = 120.0
 SECONDS_BETWEEN_LOOKS = 0.002
@@ -181,6 +185,13 @@ def _session(process: psutil.Process) -> int:
         return -1 if process.status() == psutil.STATUS_ZOMBIE else os.getsid(process.pid)
     except (ProcessLookupError, psutil.NoSuchProcess, PermissionError):
         return -1
+
+
+def end_fault(status: int, said: str) -> str:
+    """What is wrong with an end that is to be good or one line of error; empty where nothing is."""
+    errors = [line for line in said.splitlines() if line.startswith("error: ")]
+    refused = status == 2 and len(errors) == 1 and "; " in errors[0] and "Traceback" not in said
+    return "" if status == 0 or refused else f"status {status}: {said}"
 
 
 def shared_memory_names() -> set[str]:
