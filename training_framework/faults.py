@@ -35,7 +35,6 @@ POINTS = frozenset(
         "logging.before_row",
         "logging.after_row",
         "resume.after_load",
-        "resume.before_first_step",
     }
 )
 """Every name that a `fault_point` of the program passes."""

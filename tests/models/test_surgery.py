@@ -1,10 +1,12 @@
 import copy
+import pickle
 import shutil
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import prune
 
 from training_framework.kernels.small_maps import SmallMapConv2d
 from training_framework.kernels.synchronized_norm import SynchronizedBatchNorm2d
@@ -255,3 +257,200 @@ def test_a_plain_network_has_no_synchronized_norms_but_the_users_own(device_type
 def test_a_plain_network_has_no_wrappers():
     model = resnet10()
     assert plain_network(torch.compile(model, backend="eager")) is model
+
+
+@needs_compiler
+def test_a_module_that_changes_stays_the_same_object_with_the_same_tensors():
+    model = UsersNetwork()
+    modules, tensors = list(model.modules()), model.state_dict(keep_vars=True)
+    assert use_winograd_convolutions(model, 32) == 1 and fuse_norms(model) == 2
+    assert all(a is b for a, b in zip(model.modules(), modules, strict=True))
+    after = model.state_dict(keep_vars=True)
+    assert list(after) == list(tensors) and all(after[name] is tensors[name] for name in after)
+
+
+def parts(change_convolution=None, change_norm=None):
+    """A network whose middle convolution and norm are changed by a user."""
+    torch.manual_seed(0)
+    convolution, norm = nn.Conv2d(16, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16)
+    convolution = (change_convolution or (lambda c: c))(convolution)
+    norm = (change_norm or (lambda n: n))(norm)
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1),
+        convolution,
+        norm,
+        nn.ReLU(),
+        nn.Conv2d(16, 16, 3, padding=1, bias=False),
+        nn.BatchNorm2d(16),
+    )
+
+
+class OwnConvolution(nn.Conv2d):
+    """A user's kind of convolution."""
+
+    def forward(self, x):
+        return super().forward(x) + 1
+
+
+class OwnNorm(nn.BatchNorm2d):
+    """A user's kind of norm."""
+
+    def forward(self, x):
+        return super().forward(x) + 1
+
+
+def with_own_forward(convolution):
+    convolution.forward = lambda x: nn.Conv2d.forward(convolution, x) + 1
+    return convolution
+
+
+REPARAMETRIZED = {
+    "weight_norm": torch.nn.utils.weight_norm,
+    "spectral_norm": torch.nn.utils.spectral_norm,
+    "parametrized weight_norm": torch.nn.utils.parametrizations.weight_norm,
+    "parametrized spectral_norm": torch.nn.utils.parametrizations.spectral_norm,
+    "orthogonal": torch.nn.utils.parametrizations.orthogonal,
+    "prune": lambda c: prune.l1_unstructured(c, "weight", 0.5),
+    "own class": lambda c: OwnConvolution(16, 16, 3, padding=1, bias=False),
+    "own forward": with_own_forward,
+    "TorchScript": torch.jit.script,
+}
+
+
+@needs_compiler
+@pytest.mark.filterwarnings("ignore:.*deprecated:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+@pytest.mark.parametrize("copied", [False, True])
+@pytest.mark.parametrize("name", REPARAMETRIZED)
+def test_a_convolution_that_is_more_than_its_class_stays_and_the_others_change(name, copied):
+    model = parts(REPARAMETRIZED[name])
+    images = torch.randn(2, 3, 8, 8)
+    if copied:
+        with torch.no_grad():  # torch copies no module that holds a weight with a gradient
+            model(images)
+    else:
+        model(images).sum().backward()
+    plain = copy.deepcopy(model) if copied else None
+    kind, names = type(model[1]), list(model.state_dict())
+    assert use_winograd_convolutions(model, 8) == 1 and fuse_norms(model) == 2
+    assert type(model[1]) is kind and list(model.state_dict()) == names
+    model(images).sum().backward()
+    if plain is not None and name != "own forward":  # the copy's forward is the original's
+        torch.manual_seed(1)
+        plain(images)
+        for mode in (False, True):
+            got, expected = model.train(mode)(images), plain.train(mode)(images)
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+HOOKED = {
+    "forward": lambda m, note: m.register_forward_hook(note),
+    "forward_pre": lambda m, note: m.register_forward_pre_hook(note),
+    "full_backward": lambda m, note: m.register_full_backward_hook(note),
+    "full_backward_pre": lambda m, note: m.register_full_backward_pre_hook(note),
+    "state_dict": lambda m, note: m._register_state_dict_hook(note),
+    "state_dict_post": lambda m, note: m.register_state_dict_post_hook(note),
+    "state_dict_pre": lambda m, note: m.register_state_dict_pre_hook(note),
+    "load_pre": lambda m, note: m.register_load_state_dict_pre_hook(note),
+    "load_post": lambda m, note: m.register_load_state_dict_post_hook(note),
+}
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", HOOKED)
+def test_modules_with_hooks_stay_and_their_hooks_run(name):
+    calls = []
+    model = parts()
+    for module in (model[1], model[2]):
+        HOOKED[name](module, lambda *_: calls.append(name))
+    assert use_winograd_convolutions(model, 8) == 1 and fuse_norms(model) == 1
+    assert not calls  # nor did the trial run show itself to the user's hooks
+    assert type(model[1]) is nn.Conv2d and type(model[2]) is nn.BatchNorm2d
+    images = torch.randn(2, 3, 8, 8, requires_grad=True)
+    model(images).sum().backward()
+    model.load_state_dict(model.state_dict())
+    assert len(calls) == 2
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", ["forward", "forward_pre", "full_backward", "full_backward_pre"])
+def test_hooks_that_come_after_surgery_run_in_our_networks_too(name):
+    model = changed_by_everything()
+    plain = resnet10(stem="cifar")
+    images = torch.randn(2, 3, 32, 32)
+    calls, outputs = [], []
+    for network in (model, plain):
+        network.layer1[0].bn1.register_forward_hook(lambda m, i, o: outputs.append(o))
+        HOOKED[name](network.layer1[0].bn1, lambda *_: calls.append(name))
+        HOOKED[name](network.layer1[0].conv1, lambda *_: calls.append(name))
+        network.layer1[0].recompute_activations = False
+        network(images).sum().backward()
+    assert len(calls) == 4
+    assert outputs[1].min() < 0  # ReLU came after the hook and left it its output
+    torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-4, atol=1e-4)
+
+
+@needs_compiler
+def test_a_module_in_two_places_stays():
+    model = parts()
+    model.append(nn.Sequential(model[1], model[2]))
+    assert use_winograd_convolutions(model, 8) == 1 and fuse_norms(model) == 1
+    assert type(model[1]) is nn.Conv2d and type(model[2]) is nn.BatchNorm2d
+
+
+@needs_compiler
+def test_lazy_modules_stay_lazy_and_the_others_change():
+    model = parts(
+        lambda _: nn.LazyConv2d(16, 3, padding=1, bias=False), lambda _: nn.LazyBatchNorm2d()
+    )
+    assert use_winograd_convolutions(model, 8) == 1 and fuse_norms(model) == 1
+    assert type(model[1]) is nn.LazyConv2d and type(model[2]) is nn.LazyBatchNorm2d
+    assert model(torch.randn(2, 3, 8, 8)).shape == (2, 16, 8, 8)
+    assert type(model[1]) is nn.Conv2d and type(model[2]) is nn.BatchNorm2d
+
+
+@needs_compiler
+def test_norms_of_a_users_class_stay():
+    model = parts(change_norm=lambda _: OwnNorm(16))
+    assert fuse_norms(model) == 1 and type(model[2]) is OwnNorm
+    assert synchronize_norms(parts(change_norm=lambda _: OwnNorm(16)), "cpu") == 1
+
+
+def test_a_synchronized_norm_keeps_its_hooks():
+    calls = []
+    model = parts()
+    model[2].register_forward_hook(lambda *_: calls.append(1))
+    assert synchronize_norms(model, "cpu") == 2
+    model(torch.randn(2, 3, 8, 8))
+    assert len(calls) == 1
+
+
+class OnItsOwnDevice(nn.Module):
+    """A network that does not run on the meta device."""
+
+    def __init__(self):
+        super().__init__()
+        self.convolution = nn.Conv2d(3, 16, 3)
+
+    def forward(self, x):
+        if not x.any():
+            raise ValueError("an image without any light")
+        return self.convolution(x)
+
+
+@needs_compiler
+@pytest.mark.parametrize("change", [use_small_map_convolutions, use_winograd_convolutions])
+def test_a_network_whose_maps_cannot_be_found_is_left_alone(change):
+    with pytest.warns(UserWarning, match="nothing changed") as caught:
+        assert change(OnItsOwnDevice(), 8) == 0
+    assert "maps are unknown" in str(caught[0].message)
+    assert all("nothing changed" in str(warning.message) for warning in caught)
+
+
+@needs_compiler
+def test_the_fourfold_change_survives_copy_and_pickle():
+    model = changed_by_everything()
+    images = torch.randn(2, 3, 32, 32)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(twin(images), copy.deepcopy(model)(images))
+        assert {type(m) for m in twin.modules()} == {type(m) for m in model.modules()}

@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 
 from training_framework.checkpoint import load_checkpoint, save_checkpoint
 from training_framework.cli.main import main
-from training_framework.data import CIFAR10
+from training_framework.data.sources.cifar import CIFAR10
 from training_framework.machine.hardware import Accelerator, detect_hardware
 from training_framework.models import build_model
 
@@ -359,7 +359,7 @@ DATA = [
     Bad(
         "a missing data folder",
         "train --data-root gone",
-        r"data_root gone is no folder; it must hold train/ and val/.*",
+        r"data_root gone is not a folder; it must hold train/ and val/.*",
     ),
     Bad(
         "a data folder that holds something else",
@@ -494,7 +494,7 @@ DATA = [
     Bad(
         "a link that goes round in a circle",
         f"plan {PICTURES}",
-        r"pictures/train/ant/again: the class holds this folder twice, through a link; remove the link",
+        r"pictures/train/ant/again: the class holds this folder twice, through a link; .*",
         pictures(lambda: Path("pictures/train/ant/again").symlink_to(".")),
     ),
     Bad(
@@ -878,7 +878,7 @@ COMMANDS = [
     Bad(
         "a folder for a result",
         "report folder",
-        r"folder: not a file; name a file that .*",
+        r"folder: is no file; name a file that .*",
         lambda: Path("folder").mkdir(),
     ),
     Bad(
@@ -1058,7 +1058,7 @@ def test_a_gpu_that_cannot_be_used_is_named(
     says: str,
 ) -> None:
     hardware = dataclasses.replace(detect_hardware(), accelerators=accelerators)
-    monkeypatch.setattr("training_framework.training.run.detect_hardware", lambda: hardware)
+    monkeypatch.setattr("training_framework.plan.planned_run.detect_hardware", lambda: hardware)
     before = contents(workplace)
     assert main(shlex.split(f"train {TINY} --accelerator gpu")) == 2
     line = the_error(capsys.readouterr().err)

@@ -1,4 +1,5 @@
 import copy
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -196,3 +197,56 @@ def test_bf16_computes_the_forward_pass_and_keeps_weights_in_fp32(batch):
     assert seen == [torch.bfloat16]
     assert {p.dtype for p in network.parameters()} == {torch.float32}
     assert {p.grad.dtype for p in network.parameters()} == {torch.float32}
+
+
+def test_a_step_that_takes_over_a_state_goes_on_as_the_other_does(batch):
+    def step_of(seed):
+        torch.manual_seed(seed)
+        network = nn.Sequential(
+            nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.LazyLinear(10)
+        )
+        network(batch[0])
+        return TrainStep(
+            network,
+            sgd(network),
+            device_type="cpu",
+            precision="16-mixed",
+            sums=ClassificationSums("cpu", num_classes=10),
+            average=WeightAverage(network, decay=0.5),
+        )
+
+    first, second = step_of(1), step_of(2)
+    first.accumulate(*batch)
+    first.update(0.1, step=0)
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    for step in (first, second):
+        step.accumulate(*batch)
+        step.update(0.05, step=1)
+    ours, theirs = first.state_dict(), second.state_dict()
+    torch.testing.assert_close(theirs, ours, rtol=0, atol=0)
+    third = step_of(3)
+    third.load_state_dict(ours, with_sums=False)
+    assert third.sums.read().count == 0
+
+
+def test_a_clock_is_told_of_each_phase_of_each_part(batch):
+    entered = []
+
+    @contextmanager
+    def phase(name):
+        entered.append(name)
+        yield
+        entered.append(f"end of {name}")
+
+    network = small_network()
+    step = TrainStep(
+        network, sgd(network), device_type="cpu", sums=ClassificationSums("cpu", num_classes=10)
+    )
+    step.phase, step.micro_batch_size = phase, 4
+    network.register_forward_hook(lambda *_: entered.append("network"))
+    network[1].register_full_backward_hook(lambda *_: entered.append("gradient"))
+    step.accumulate(*batch)
+    part = [
+        "forward", "network", "end of forward", "backward", "gradient", "end of backward",
+    ]  # fmt: skip
+    assert entered == [*part, *part, "logging", "end of logging"]

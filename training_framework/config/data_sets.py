@@ -22,9 +22,9 @@ _SOURCES = "training_framework.data.sources"
 # A path without a name is tried in this order.
 DATA_SETS = {
     "digits": DataSetEntry(f"{_SOURCES}.digits:SOURCE", reads_files=False),
+    "folder": DataSetEntry(f"{_SOURCES}.folder:SOURCE"),
     "cifar10": DataSetEntry(f"{_SOURCES}.cifar:CIFAR10_SOURCE"),
     "cifar100": DataSetEntry(f"{_SOURCES}.cifar:CIFAR100_SOURCE"),
-    "folder": DataSetEntry(f"{_SOURCES}.folder:SOURCE"),
     "shards": DataSetEntry(f"{_SOURCES}.shards:SOURCE"),
     "synthetic": DataSetEntry(f"{_SOURCES}.synthetic:SOURCE", reads_files=False),
 }

@@ -1,7 +1,7 @@
 """From the bytes of an image to the uint8 pixels that are wanted of it, and no more than those.
 
-Images are taken as they are stored: an EXIF orientation is not applied and transparency is
-dropped, as torchvision's loader does, whose crops these are.
+Images are taken as they are stored: an EXIF orientation is not applied (except by Pillow to a
+TIFF) and transparency is dropped, as torchvision's loader does, whose crops these are.
 """
 
 import io

@@ -9,6 +9,7 @@ from training_framework.kernels.norm import (
     UNBIASED_VARIANCE,
     rectified_norm,
 )
+from training_framework.kernels.operands import is_readable
 
 __all__ = ["FusedBatchNorm2d", "can_fuse_norm", "rectified"]
 
@@ -16,7 +17,8 @@ __all__ = ["FusedBatchNorm2d", "can_fuse_norm", "rectified"]
 class FusedBatchNorm2d(nn.BatchNorm2d):
     """BatchNorm2d that also adds a shortcut and applies ReLU, while it trains on a CPU in fp32.
 
-    In evaluation, in other precisions and on other devices it is `nn.BatchNorm2d`. Parameters and
+    In evaluation, in other precisions and on other devices it is `nn.BatchNorm2d`, which also says
+    what is wrong with an input. Parameters and
     buffers are the same in name, shape and value. It can be differentiated once, not twice.
     """
 
@@ -29,17 +31,18 @@ class FusedBatchNorm2d(nn.BatchNorm2d):
     def rectified(self, input: Tensor, shortcut: Tensor | None) -> Tensor:
         """ReLU of the norm of (N, C, H, W), plus the shortcut where there is one."""
         if not self._applies_to(input) or (
-            shortcut is not None
-            and (shortcut.shape != input.shape or shortcut.dtype != input.dtype)
+            shortcut is not None and not (is_readable(shortcut) and shortcut.shape == input.shape)
         ):
             return _apart(self, input, shortcut)
         return self._normalized(input, shortcut, relu=True)
 
     def _applies_to(self, input: Tensor) -> bool:
+        tensors = (input, self.weight, self.bias, self.running_mean, self.running_var)
         return (
             self.training
-            and input.device.type == "cpu"
-            and input.dtype == torch.float32
+            and self.momentum is not None
+            and self.num_features % CHANNEL_MULTIPLE == 0
+            and all(tensor is not None and is_readable(tensor) for tensor in tensors)
             and input.dim() == 4
             and input.shape[1] == self.num_features
             and input.numel() > self.num_features  # torch says what is wrong with one value

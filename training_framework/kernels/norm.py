@@ -2,7 +2,6 @@
 
 import ctypes
 import functools
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,8 @@ import torch
 from torch import Tensor
 
 from training_framework.kernels.compiler import load_library
+from training_framework.kernels.operands import check_operand
+from training_framework.kernels.scratch import scratch_memory, thread_count
 
 __all__ = [
     "CHANNEL_MULTIPLE",
@@ -45,27 +46,44 @@ def load_norm_kernels() -> ctypes.CDLL:
     return library
 
 
-class _Scratch(threading.local):
-    """A small buffer of a thread, kept and grown."""
-
-    buffer = torch.empty(0)
-
-    def of(self, floats: int) -> int:
-        """Address of room for so many fp32 numbers."""
-        if self.buffer.numel() < floats:
-            self.buffer = torch.empty(floats)
-        return self.buffer.data_ptr()
-
-
-_scratch = _Scratch()
-
-
 def _channels_last(tensor: Tensor) -> Tensor:
     return tensor.contiguous(memory_format=torch.channels_last)
 
 
+# By dtype and device, since the defaults for new tensors are the user's to change.
 def _like(images: Tensor) -> Tensor:
-    return torch.empty(images.shape, memory_format=torch.channels_last)
+    return torch.empty(
+        images.shape, dtype=torch.float32, device="cpu", memory_format=torch.channels_last
+    )
+
+
+def _per_channel(*shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.float32, device="cpu")
+
+
+def _check(
+    images: Tensor, per_channel: dict[str, Tensor], others: dict[str, Tensor | None]
+) -> None:
+    """Raise a RuntimeError, as torch's batch norm would, for what the kernels cannot compute.
+
+    Args:
+        images: (N, C, H, W).
+        per_channel: What must be (C,), by the names for the message.
+        others: What must have the shape of the images, or is None.
+    """
+    operator = "rectified_norm"
+    check_operand(operator, "images", images, (None, None, None, None))
+    channels = images.shape[1]
+    if channels % CHANNEL_MULTIPLE or images.numel() <= channels:
+        raise RuntimeError(
+            f"{operator}: expected channels in multiples of {CHANNEL_MULTIPLE} and more than one "
+            f"value in each, got images of shape {tuple(images.shape)}"
+        )
+    for name, tensor in per_channel.items():
+        check_operand(operator, name, tensor, (channels,))
+    for name, other in others.items():
+        if other is not None:
+            check_operand(operator, name, other, images.shape)
 
 
 @torch.library.custom_op("efficient_resnet::rectified_norm", mutates_args=())
@@ -85,16 +103,21 @@ def rectified_norm(
     Returns:
         (N, C, H, W) in channels_last, and (STATISTICS, C): the mean in row MEAN, the unbiased
         variance in row UNBIASED_VARIANCE, and what the backward pass needs.
+
+    Raises:
+        RuntimeError: A tensor has another shape or dtype, or lies on another device.
     """
+    _check(images, {"weight": weight, "bias": bias}, {"shortcut": shortcut})
     batch, channels, height, width = images.shape
-    library, threads = load_norm_kernels(), torch.get_num_threads()
+    library, threads = load_norm_kernels(), thread_count()
     images = _channels_last(images)
     shortcut = None if shortcut is None else _channels_last(shortcut)
-    output, statistics = _like(images), torch.empty(STATISTICS, channels)
+    weight, bias = weight.contiguous(), bias.contiguous()
+    output, statistics = _like(images), _per_channel(STATISTICS, channels)
     library.norm_forward(
         images.data_ptr(), None if shortcut is None else shortcut.data_ptr(),
         weight.data_ptr(), bias.data_ptr(), eps, relu, output.data_ptr(), statistics.data_ptr(),
-        _scratch.of(library.norm_scratch(channels, threads)),
+        scratch_memory(library.norm_scratch(channels, threads)),
         batch * height * width, channels, threads,
     )  # fmt: skip
     return output, statistics
@@ -133,18 +156,25 @@ def rectified_norm_backward(
 
     Returns:
         By images and by shortcut, (N, C, H, W) in channels_last; by weight and by bias, (C,).
+
+    Raises:
+        RuntimeError: A tensor has another shape or dtype, or lies on another device.
     """
+    _check(images, {"weight": weight}, {"grad_output": grad_output, "output": output})
+    check_operand("rectified_norm", "statistics", statistics, (STATISTICS, images.shape[1]))
     batch, channels, height, width = images.shape
-    library, threads = load_norm_kernels(), torch.get_num_threads()
+    library, threads = load_norm_kernels(), thread_count()
     grad_output, images = _channels_last(grad_output), _channels_last(images)
     grads = [_like(images) if want else grad_output.new_empty(0) for want in wanted]
-    grad_weight, grad_bias = torch.empty(channels), torch.empty(channels)
+    output = None if output is None else _channels_last(output)
+    weight, statistics = weight.contiguous(), statistics.contiguous()
+    grad_weight, grad_bias = _per_channel(channels), _per_channel(channels)
     library.norm_backward(
         grad_output.data_ptr(), images.data_ptr(), None if output is None else output.data_ptr(),
         weight.data_ptr(), statistics.data_ptr(), relu,
         *(grad.data_ptr() if want else None for grad, want in zip(grads, wanted, strict=True)),
         grad_weight.data_ptr(), grad_bias.data_ptr(),
-        _scratch.of(library.norm_scratch(channels, threads)),
+        scratch_memory(library.norm_scratch(channels, threads)),
         batch * height * width, channels, threads,
     )  # fmt: skip
     return grads[0], grads[1], grad_weight, grad_bias

@@ -16,6 +16,11 @@ from torch.autograd.function import once_differentiable
 __all__ = ["SmallMapConv2d", "is_small_map", "keep_small_maps_from_compiler"]
 
 
+# What autocast casts, unlike integers and fp64.
+AUTOCAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+LAYOUTS = (torch.contiguous_format, torch.channels_last)
+
+
 class _Window(NamedTuple):
     """Along one axis: the input pixels [start, stop) that the outputs [first, last) see.
 
@@ -145,12 +150,15 @@ class _PointwiseConvolution(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             # DDP wants the parameter's strides; in memory both layouts have the same order.
             product = (grad.t() @ rows).to(weight.dtype)
-            grad_weight = product.as_strided(weight.shape, weight.stride())
+            if any(weight.is_contiguous(memory_format=layout) for layout in LAYOUTS):
+                grad_weight = product.as_strided(weight.shape, weight.stride())
+            else:
+                grad_weight = torch.empty_like(weight).copy_(product.view(weight.shape))
         return grad_x, grad_weight, None
 
 
 def _compute_dtype(input: Tensor) -> torch.dtype:
-    if torch.is_autocast_enabled("cpu") and input.dtype != torch.float64:
+    if torch.is_autocast_enabled("cpu"):
         return torch.get_autocast_dtype("cpu")
     return input.dtype
 
@@ -179,10 +187,20 @@ class SmallMapConv2d(nn.Conv2d):
         return _WindowedConvolution.apply(input, self.weight, self.stride[0], self.padding[0])
 
     def _is_faster_as_products(self, input: Tensor) -> bool:
-        if input.device.type != "cpu" or input.dim() != 4 or not input.numel():
-            return False
-        if input.dtype != self.weight.dtype and not torch.is_autocast_enabled("cpu"):
+        tensors = (input, self.weight)
+        if (
+            any(t.device.type != "cpu" or t.layout != torch.strided for t in tensors)
+            or input.dim() != 4
+            or not input.numel()
+            or input.shape[1] != self.in_channels
+            or self.weight.shape != (self.out_channels, self.in_channels, *self.kernel_size)
+        ):
             return False  # torch's convolution says what is wrong
+        if torch.is_autocast_enabled("cpu"):
+            if any(t.dtype not in AUTOCAST_DTYPES for t in tensors):
+                return False
+        elif input.dtype != self.weight.dtype or not input.is_floating_point():
+            return False
         half = _compute_dtype(input).itemsize < 4
         return is_small_map(self, *input.shape[2:], batch_size=len(input), half_precision=half)
 

@@ -2,8 +2,6 @@
 
 import ctypes
 import functools
-import mmap
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +9,8 @@ import torch
 from torch import Tensor
 
 from training_framework.kernels.compiler import load_library
+from training_framework.kernels.operands import check_operand
+from training_framework.kernels.scratch import scratch_memory, thread_count
 
 __all__ = [
     "CHANNEL_MULTIPLE",
@@ -20,7 +20,6 @@ __all__ = [
 ]
 
 CHANNEL_MULTIPLE = 16
-HUGE_PAGE_BYTES = 2**21
 
 
 @functools.cache
@@ -52,32 +51,13 @@ def tile_side(stride: int, batch: int, height: int, width: int, *, weight_gradie
     return side
 
 
-class _Scratch(threading.local):
-    """Memory of a thread for the kernels, kept: fresh pages would cost more than the work on them.
-
-    It is mapped, not allocated, so that the system may back it with huge pages.
-    """
-
-    size = 0
-    address = 0
-
-    def of(self, floats: int) -> int:
-        """Address of room for so many fp32 numbers."""
-        needed = 4 * floats + HUGE_PAGE_BYTES
-        if needed > self.size:
-            self.memory = mmap.mmap(-1, needed)
-            if hasattr(mmap, "MADV_HUGEPAGE"):
-                self.memory.madvise(mmap.MADV_HUGEPAGE)
-            start = ctypes.addressof(ctypes.c_char.from_buffer(self.memory))
-            self.size, self.address = needed, -(-start // HUGE_PAGE_BYTES) * HUGE_PAGE_BYTES
-        return self.address
-
-
-_scratch = _Scratch()
-
-
 def _channels_last(tensor: Tensor) -> Tensor:
     return tensor.contiguous(memory_format=torch.channels_last)
+
+
+def _like_images(*shape: int) -> Tensor:
+    # By name, since the defaults for new tensors are the user's to change.
+    return torch.empty(shape, dtype=torch.float32, device="cpu", memory_format=torch.channels_last)
 
 
 def _empty_channels_last(like: Tensor, *shape: int) -> Tensor:
@@ -91,14 +71,14 @@ def _output_size(side: int, stride: int) -> int:
 def _convolve(images: Tensor, weight: Tensor, stride: int) -> Tensor:
     batch, channels, height, width = images.shape
     size = [_output_size(side, stride) for side in (height, width)]
-    output = torch.empty((batch, len(weight), *size), memory_format=torch.channels_last)
+    output = _like_images(batch, len(weight), *size)
     shape = (batch, height, width, channels, len(weight))
     return _run(images, weight, output, stride, shape, back=False)
 
 
 def _image_gradient(grad_output: Tensor, images: Tensor, weight: Tensor, stride: int) -> Tensor:
     batch, channels, height, width = images.shape
-    gradient = torch.empty(images.shape, memory_format=torch.channels_last)
+    gradient = _like_images(*images.shape)
     shape = (batch, height, width, len(weight), channels)
     return _run(grad_output, weight, gradient, stride, shape, back=True)
 
@@ -124,10 +104,10 @@ def _run(
     """
     if not result.numel():
         return result
-    library, threads = load_winograd_kernels(), torch.get_num_threads()
+    library, threads = load_winograd_kernels(), thread_count()
     tile = tile_side(stride, *shape[:3], weight_gradient=False)
     sizes = (stride, tile, *shape)
-    scratch = _scratch.of(library.winograd_scratch(0, *sizes, int(back), threads))
+    scratch = scratch_memory(library.winograd_scratch(0, *sizes, int(back), threads))
     source, weight = _channels_last(source), _channels_last(weight)
     library.winograd_forward(
         source.data_ptr(), weight.data_ptr(), result.data_ptr(), scratch, *sizes, int(back), threads
@@ -139,16 +119,32 @@ def _weight_gradient(grad_output: Tensor, images: Tensor, weight: Tensor, stride
     gradient = torch.empty_like(weight, memory_format=torch.channels_last)
     if not grad_output.numel():
         return gradient.zero_()
-    library, threads = load_winograd_kernels(), torch.get_num_threads()
+    library, threads = load_winograd_kernels(), thread_count()
     batch, channels, height, width = images.shape
     tile = tile_side(stride, batch, height, width, weight_gradient=True)
     sizes = (stride, tile, batch, height, width, channels, len(weight))
-    scratch = _scratch.of(library.winograd_scratch(1, *sizes, 0, threads))
+    scratch = scratch_memory(library.winograd_scratch(1, *sizes, 0, threads))
     images, grad_output = _channels_last(images), _channels_last(grad_output)
     library.winograd_weight(
         images.data_ptr(), grad_output.data_ptr(), gradient.data_ptr(), scratch, *sizes, threads
     )
     return gradient
+
+
+def _check(images: Tensor, weight: Tensor, stride: int) -> None:
+    """Raise a RuntimeError, as torch's convolution would, for what the kernels cannot compute."""
+    operator = "winograd_convolution"
+    check_operand(operator, "images", images, (None, None, None, None))
+    check_operand(operator, "weight", weight, (None, images.shape[1], 3, 3))
+    if stride not in (1, 2):
+        raise RuntimeError(f"{operator}: expected a stride of 1 or 2, got {stride}")
+    if any(channels % CHANNEL_MULTIPLE or not channels for channels in weight.shape[:2]):
+        raise RuntimeError(
+            f"{operator}: expected channels in multiples of {CHANNEL_MULTIPLE}, "
+            f"got a weight of shape {tuple(weight.shape)}"
+        )
+    if not all(images.shape[2:]):
+        raise RuntimeError(f"{operator}: images of shape {tuple(images.shape)} have no pixels")
 
 
 @torch.library.custom_op("efficient_resnet::winograd_convolution", mutates_args=())
@@ -162,7 +158,11 @@ def winograd_convolution(images: Tensor, weight: Tensor, stride: int) -> Tensor:
 
     Returns:
         (N, K, (H - 1) // stride + 1, (W - 1) // stride + 1) in channels_last.
+
+    Raises:
+        RuntimeError: A tensor has another shape or dtype, or lies on another device.
     """
+    _check(images, weight, stride)
     return _convolve(images, weight, stride)
 
 
@@ -187,7 +187,14 @@ def winograd_convolution_backward(
 
     Returns:
         (N, C, H, W) in channels_last, and (K, C, 3, 3) with the strides of the weight.
+
+    Raises:
+        RuntimeError: A tensor has another shape or dtype, or lies on another device.
     """
+    _check(images, weight, stride)
+    size = [_output_size(side, stride) for side in images.shape[2:]]
+    expected = (len(images), len(weight), *size)
+    check_operand("winograd_convolution_backward", "grad_output", grad_output, expected)
     grad_images, grad_weight = grad_output.new_empty(0), grad_output.new_empty(0)
     if wanted[0]:
         grad_images = _image_gradient(grad_output, images, weight, stride)

@@ -10,6 +10,7 @@ up to 4 millionths of the largest value, where oneDNN's is up to 3 (docs/experim
 import torch
 from torch import Tensor, nn
 
+from training_framework.kernels.operands import is_readable
 from training_framework.kernels.winograd import CHANNEL_MULTIPLE, winograd_convolution
 
 __all__ = ["SMALLEST_MAP", "WinogradConv2d", "winograd_applies"]
@@ -21,18 +22,18 @@ SMALLEST_MAP = 3
 class WinogradConv2d(nn.Conv2d):
     """Conv2d that runs by Winograd's algorithm on CPUs in fp32.
 
-    Everywhere else it is `nn.Conv2d`. Its parameters are the same in name, shape and gradient.
-    Fastest in channels_last, since the kernels read nothing else. It can be differentiated once,
-    not twice.
+    Everywhere else it is `nn.Conv2d`, which also says what is wrong with an input. Its parameters
+    are the same in name, shape and gradient. Fastest in channels_last, since the kernels read
+    nothing else. It can be differentiated once, not twice.
     """
 
     def forward(self, input: Tensor) -> Tensor:
         """(N, Cin, H, W) to (N, Cout, H, W)."""
         if (
-            input.device.type != "cpu"
-            or input.dtype != torch.float32
+            not (is_readable(input) and is_readable(self.weight))
             or input.dim() != 4
             or input.shape[1] != self.in_channels
+            or self.weight.shape != (self.out_channels, self.in_channels, 3, 3)
             or torch.is_autocast_enabled("cpu")
             or not winograd_applies(self, *input.shape[2:])
         ):

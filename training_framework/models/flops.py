@@ -5,12 +5,18 @@ usual; nothing is computed, since the counting runs on a copy without storage.
 """
 
 import copy
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.utils.flop_counter import FlopCounterMode
 
 __all__ = ["forward_flops_per_image", "meta_copy", "training_flops_per_image"]
+
+# Their arguments are unknown to the type stubs of torch.
+LAZY_BUFFER: Any = UninitializedBuffer
+LAZY_PARAMETER: Any = UninitializedParameter
 
 
 def forward_flops_per_image(model: nn.Module, image_size: int) -> int:
@@ -60,8 +66,26 @@ def meta_copy(model: nn.Module) -> nn.Module:
     """A copy of the model on the meta device: shapes without storage, no weight is copied."""
     copies: dict[int, object] = {}
     for parameter in model.parameters():
-        meta = torch.empty_like(parameter, device="meta")
-        copies[id(parameter)] = nn.Parameter(meta, requires_grad=parameter.requires_grad)
+        copies[id(parameter)] = _meta_parameter(parameter)
     for buffer in model.buffers():
-        copies[id(buffer)] = torch.empty_like(buffer, device="meta")
+        copies[id(buffer)] = (
+            LAZY_BUFFER(dtype=buffer.dtype, device="meta")
+            if isinstance(buffer, UninitializedBuffer)
+            else torch.empty_like(buffer, device="meta")
+        )
+    # Reparametrized modules keep the weight that they computed last as an attribute.
+    for module in model.modules():
+        for value in vars(module).values():
+            if isinstance(value, Tensor):
+                copies[id(value)] = torch.empty_like(value.detach(), device="meta")
     return copy.deepcopy(model, copies)
+
+
+def _meta_parameter(parameter: nn.Parameter) -> nn.Parameter:
+    if isinstance(parameter, UninitializedParameter):
+        lazy: nn.Parameter = LAZY_PARAMETER(
+            parameter.requires_grad, device="meta", dtype=parameter.dtype
+        )
+        return lazy
+    meta = torch.empty_like(parameter, device="meta")
+    return nn.Parameter(meta, requires_grad=parameter.requires_grad)

@@ -211,7 +211,14 @@ def _replace_convolutions(
     kind: type[nn.Conv2d],
 ) -> int:
     """Change the convolutions for which `applies` holds with the size of their maps; how many."""
-    map_sizes = _map_sizes(model, image_size)
+    try:
+        map_sizes = _map_sizes(model, image_size)
+    except Exception as error:  # whatever a user's network raises on a meta image
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        warnings.warn(
+            f"the sizes of the network's maps are unknown ({reason}); nothing changed", stacklevel=3
+        )
+        return 0
     convolutions = [
         module
         for name, module in _changeable(model)
@@ -257,12 +264,22 @@ def _map_sizes(model: nn.Module, image_size: int) -> dict[str, tuple[int, int]]:
         return hook
 
     shapes_only = meta_copy(model).eval()
+    for module in shapes_only.modules():
+        _drop_hooks_of_users(module)
     for name, module in shapes_only.named_modules():
         if isinstance(module, nn.Conv2d):
             module.register_forward_pre_hook(record(name))
     with torch.no_grad():
         shapes_only(torch.empty(1, 3, image_size, image_size, device="meta"))
     return sizes
+
+
+def _drop_hooks_of_users(module: nn.Module) -> None:
+    """A trial run must show a user's hooks nothing; torch's own compute weights."""
+    for hooks in (module._forward_hooks, module._forward_pre_hooks):
+        for key, hook in list(hooks.items()):
+            if getattr(hook, "__module__", "").partition(".")[0] != "torch":
+                del hooks[key]
 
 
 def _warn_if_none(changed: int, message: str) -> None:

@@ -85,7 +85,7 @@ class FinitenessGuard:
     """
 
     def __init__(
-        self, state: TrainState, *, sample_name: Callable[[int], str], device: torch.device
+        self, state: TrainState, sample_name: Callable[[int], str], device: torch.device
     ) -> None:
         self._trained = state
         self._sample_name = sample_name

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from training_framework.data import Batch
 from training_framework.errors import UserError
+from training_framework.loggers import LoggerGroup
 from training_framework.machine.hardware import memory_in_use
 from training_framework.machine.memory_shortage import memory_shortage
 from training_framework.machine.randomness import random_states, restore_random_states
@@ -24,9 +25,9 @@ class MicroBatching:
         step: What computes.
         progress: Where the run stands; it keeps the size of the parts.
         device: Where the model is.
+        loggers: Told of each halving.
         retries: Make a step that does not fit again from its start, in smaller parts; for a process
             that trains alone. Otherwise it ends the run.
-        report: Says a line to people.
     """
 
     def __init__(
@@ -34,14 +35,14 @@ class MicroBatching:
         step: TrainStep,
         progress: Progress,
         device: torch.device,
+        loggers: LoggerGroup,
         *,
         retries: bool,
-        report: Callable[[str], None],
     ) -> None:
         self._step = step
         self._progress = progress
         self._device = device
-        self._report = report
+        self._loggers = loggers
         self._start = StepStart(step, device) if retries else None
         step.micro_batch_size = progress.micro_batch_size
 
@@ -94,7 +95,7 @@ class MicroBatching:
             )
         self._start.restore()
         smaller = self._step.micro_batch_size = self._progress.micro_batch_size = (at_once + 1) // 2
-        self._report(
+        self._loggers.message(
             f"note: memory is full in step {step_number} with {at_once} images at once; from here "
             f"on each batch goes in parts of at most {smaller} (the same gradients summed; "
             "batch norm sees a part at a time)"

@@ -50,15 +50,9 @@ class Trainer:
         self._samples = SampleDigest(progress.sample_digest)
         self._signals = StopSignals()
         self._agreement = StopAgreement(world_size=plan.world_size, device=parts.device)
-        self._guard = FinitenessGuard(
-            parts.step, sample_name=parts.sample_name, device=parts.device
-        )
+        self._guard = FinitenessGuard(parts.step, parts.sample_name, parts.device)
         self._micro_batching = MicroBatching(
-            parts.step,
-            progress,
-            parts.device,
-            retries=plan.auto_micro_batch,
-            report=outputs.loggers.message,
+            parts.step, progress, parts.device, outputs.loggers, retries=plan.auto_micro_batch
         )
 
     def fit(self) -> TrainResult:
@@ -196,17 +190,17 @@ class Trainer:
         here, or cannot write, goes on with this row. Returns the evaluation; None where none was
         due, or a signal ended it.
         """
-        progress, step, plan = self.progress, self._parts.step, self._plan
-        evaluate = self._parts.evaluate if plan.evaluates_after(progress.step) else None
+        progress, plan, parts, step = self.progress, self._plan, self._parts, self._parts.step
+        evaluate = parts.evaluate if plan.evaluates_after(progress.step) else None
         if progress.unlogged is None:
             self._guard.check(progress.step, weights=evaluate is not None)
             with step.phase("logging"):
-                progress.unlogged = training_row(self._parts, self._costs, progress, self._interval)
+                progress.unlogged = training_row(parts, self._costs, progress, self._interval)
         row, evaluation = progress.unlogged, None
         try:
             if evaluate is not None:
                 evaluation = evaluate_unless_stopped(
-                    evaluate, self._signals, device=self._parts.device, alone=plan.world_size == 1
+                    evaluate, self._signals, device=parts.device, alone=plan.world_size == 1
                 )
                 if evaluation is None:
                     return None
@@ -234,9 +228,8 @@ class Trainer:
         if checkpoints is None:
             return
         progress.sample_digest = self._samples.read()
-        is_good = evaluation is not None and evaluation.is_finite
         checkpoints.save(
             {**step.state_dict(), "progress": asdict(progress), **self._outputs.checkpoint_extras},
             epoch=progress.epoch - (progress.batch == 0),
-            val_acc1=evaluation.metrics.acc1 if evaluation is not None and is_good else None,
+            val_acc1=evaluation.metrics.acc1 if evaluation and evaluation.is_finite else None,
         )

@@ -151,7 +151,7 @@ def test_the_command_prints_80_columns_and_writes_what_it_says(in_tmp_path, caps
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 80
     text = "\n".join(lines)
-    for piece in ("backward", "loader alone", "compute-bound", "convolution_backward", "GFLOP/s"):
+    for piece in ("backward", "loader alone", "compute-bound", "matrix product", "GFLOP/s"):
         assert piece in text
     folder = in_tmp_path / "profiles" / "resnet10-synthetic" / "0"
     record = json.loads((folder / "profile.json").read_text())
@@ -159,6 +159,7 @@ def test_the_command_prints_80_columns_and_writes_what_it_says(in_tmp_path, caps
     assert set(record["files"]) == {path.name for path in folder.iterdir()}
     assert record["phases"]["seconds"].keys() == PHASES.keys()
     assert record["verdict"]["limit"] == "compute-bound"
+    assert any("convolution_backward" in row["name"] for row in record["operators"])
     assert record["roofline"][0]["flops_per_second"] > 0
     assert any("conv1" in name for point in record["roofline"] for name in point["layers"])
     with gzip.open(folder / "trace.json.gz") as file:

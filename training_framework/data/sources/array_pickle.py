@@ -39,7 +39,6 @@ _NAMES = {
 }
 _CONTAINER_BYTES = 64
 _ALLOWANCE_BYTES = 1 << 20
-_Refused = pickle.UnpicklingError
 
 
 def unpickle_arrays(data: bytes) -> Any:
@@ -57,6 +56,10 @@ def unpickle_arrays(data: bytes) -> Any:
         raise
     except Exception as error:  # a damaged pickle can raise any exception
         raise _Refused(f"damaged: {error or type(error).__name__}") from None
+
+
+class _Refused(pickle.UnpicklingError):
+    """A pickle holds what is not allowed."""
 
 
 class _Name(str):

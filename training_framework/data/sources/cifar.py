@@ -29,6 +29,7 @@ __all__ = [
     "CIFAR100_SOURCE",
     "CifarFiles",
     "cifar_folder",
+    "cifar_source",
     "open_cifar",
 ]
 
@@ -246,7 +247,8 @@ def _one_process_at_a_time(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _source_of(files: CifarFiles) -> DataSource:
+def cifar_source(files: CifarFiles) -> DataSource:
+    """The source of a data set in CIFAR's layout."""
     return DataSource(
         open=lambda asked: open_cifar(files, root=asked.root, image_size=asked.image_size),
         recognizes=lambda root: cifar_folder(files, root) is not None,
@@ -254,4 +256,4 @@ def _source_of(files: CifarFiles) -> DataSource:
     )
 
 
-CIFAR10_SOURCE, CIFAR100_SOURCE = _source_of(CIFAR10), _source_of(CIFAR100)
+CIFAR10_SOURCE, CIFAR100_SOURCE = cifar_source(CIFAR10), cifar_source(CIFAR100)

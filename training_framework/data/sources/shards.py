@@ -91,7 +91,8 @@ class _ShardImages:
     """
 
     def __init__(self, split: ShardSplit) -> None:
-        self._folder, self._index, self._rows = split.folder, split.index, split.rows
+        self._index, self._rows = split.index, split.rows
+        self._shards = [str(split.folder / name) for name, _ in split.index.shards]
         self.name_of = split.name_of
 
     def __len__(self) -> int:
@@ -101,7 +102,7 @@ class _ShardImages:
         shard, offset, length, checksum = self._index.table[:4, self._rows[sample]].tolist()
         try:
             # Opened for each image, which costs 3 us: there may be more shards than open files.
-            descriptor = os.open(self._folder / self._index.shards[shard][0], os.O_RDONLY)
+            descriptor = os.open(self._shards[shard], os.O_RDONLY)
             try:
                 data = os.pread(descriptor, length, offset)
             finally:

@@ -66,7 +66,8 @@ class SyntheticSplit(Split):
         patterns = 80 + 96 * torch.rand(
             (self.num_classes, 3, 4, 4), generator=generator, device=device
         )
-        generator.manual_seed((self.seed + 1) * 1_000_003 + self.stream)
+        # Where a seed is so large, its product goes round: PyTorch takes 63 bits.
+        generator.manual_seed(((self.seed + 1) * 1_000_003 + self.stream) % 2**63)
         labels = torch.arange(self.count, device=device) % self.num_classes
         images = torch.empty((self.count, side, side, 3), dtype=torch.uint8, device=device)
         at_once = max(1, _GENERATED_BYTES_AT_ONCE // (4 * 3 * side * side))
