@@ -260,7 +260,7 @@ def test_no_thread_of_gloo_is_left_when_a_training_ends(group_of_one, monkeypatc
             raise fault
         return evaluate(*arguments, **settings)
 
-    monkeypatch.setattr("training_framework.training.run.evaluate", count_and_evaluate)
+    monkeypatch.setattr("training_framework.training.parts.evaluate", count_and_evaluate)
     with contextlib.chdir(tmp_path), contextlib.redirect_stdout(io.StringIO()):
         code = main(["train", *DIGITS, "--epochs=1", "--limit-train-images=128"])
     assert code == (0 if fault is None else 2)

@@ -75,10 +75,11 @@ class Parts:
     def evaluate(self) -> Evaluate | None:
         """One evaluation, which may ask whether to stop; None where there is no validation set."""
         loaders, model = self.loaders, self.evaluated
-        val = loaders.val
+        plan, device, val = self.plan, self.device, loaders.val
         if val is None:
             return None
 
+        # Without `self`: after an error the closure would keep the step, and with it DDP.
         def run_evaluation(should_stop: Callable[[], bool] | None) -> Evaluation:
             # Every rank has norm statistics of its own; saved, and so evaluated, are rank 0's.
             share_buffers(model)
@@ -86,9 +87,9 @@ class Parts:
                 model,
                 val,
                 loaders.eval_transform,
-                device=self.device,
-                num_classes=self.plan.num_classes,
-                precision=self.plan.precision,
+                device=device,
+                num_classes=plan.num_classes,
+                precision=plan.precision,
                 should_stop=should_stop,
             )
             loaders.share_bad_images()

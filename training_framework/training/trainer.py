@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict
+from functools import partial
 
 from training_framework.data import Batch
 from training_framework.data.sample_digest import SampleDigest
@@ -107,26 +108,10 @@ class Trainer:
         """Add up the gradients of a group of batches, and move the weights."""
         plan, progress, parts, step = self._plan, self.progress, self._parts, self._parts.step
         group_size = min(plan.accumulate_grad_batches, plan.batches_per_epoch - progress.batch)
-
-        def add_gradient(position: int, batch: Batch) -> WatchedBatch:
-            start = time.perf_counter()
-            with step.phase("transform"):
-                images, labels, mixed = parts.loaders.train_transform(
-                    batch,
-                    step=progress.epoch * plan.batches_per_epoch + progress.batch + position,
-                    epoch=progress.epoch,
-                )
-            self._interval.data_wait += time.perf_counter() - start
-            loss = step.accumulate(
-                images,
-                labels,
-                None if mixed is None else (mixed.other_labels, mixed.lam),
-                group_size=group_size,
-                last_of_group=position == group_size - 1,
-            )
-            return WatchedBatch.of(batch, loss)
-
-        watched = self._micro_batching.accumulate(self._group(batches, group_size), add_gradient)
+        # No function in here: after an error its closure would keep the step, and with it DDP.
+        watched = self._micro_batching.accumulate(
+            self._group(batches, group_size), partial(self._add_gradient, group_size)
+        )
         with step.phase("optimizer"):
             fault_point("step.before_update")
             lr = plan.lr * parts.schedule(progress.step)
@@ -141,6 +126,20 @@ class Trainer:
                 self._interval.images += len(batch.indices) * plan.world_size
             progress.batch += group_size
         self._outputs.advance(progress.step)
+
+    def _add_gradient(self, group_size: int, position: int, batch: Batch) -> WatchedBatch:
+        plan, progress, step = self._plan, self.progress, self._parts.step
+        start = time.perf_counter()
+        with step.phase("transform"):
+            done = progress.epoch * plan.batches_per_epoch + progress.batch + position
+            images, labels, mixed = self._parts.loaders.train_transform(
+                batch, step=done, epoch=progress.epoch
+            )
+        self._interval.data_wait += time.perf_counter() - start
+        pair = None if mixed is None else (mixed.other_labels, mixed.lam)
+        is_last = position == group_size - 1
+        loss = step.accumulate(images, labels, pair, group_size=group_size, last_of_group=is_last)
+        return WatchedBatch.of(batch, loss)
 
     def _group(self, batches: Iterator[Batch], size: int) -> Iterator[Batch]:
         """The batches of a step. A signal ends the wait for the first one of a single process."""
