@@ -100,7 +100,8 @@ def _block(
 ) -> ResidualBlock:
     groups, base_width = architecture.cardinality, architecture.base_width
     if architecture.block == "basic":
-        if (groups, base_width) != (1, STAGE_CHANNELS[0]):
+        plain = Architecture._field_defaults
+        if (groups, base_width) != (plain["cardinality"], plain["base_width"]):
             raise UserError(
                 f"a basic block has no cardinality ({groups}) or base_width ({base_width})",
                 "use bottleneck blocks",
