@@ -1,5 +1,6 @@
 """What makes a run this run: `auto` starts a new one where data or network are others."""
 
+import copy
 import shutil
 from pathlib import Path
 from typing import Any
@@ -148,6 +149,83 @@ def test_what_is_not_the_network_does_not_count():
     assert network_digest(network()) == network_digest(network()), "weights are no structure"
     others = [network(5), nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Dropout(0.5))]
     assert len({network_digest(other) for other in [network(), *others]}) == 3
+
+
+class Settings(nn.Module):
+    """A module that keeps plain values, which `forward` reads."""
+
+    def __init__(self, scale: float = 1.0, activation: Any = torch.relu, trained: bool = True):
+        super().__init__()
+        self.scale, self.activation = scale, activation
+        self.layer = nn.Linear(4, 4).requires_grad_(trained)
+
+
+def test_what_a_forward_reads_and_what_is_trained_are_the_network():
+    others = [Settings(), Settings(2.0), Settings(activation=torch.tanh), Settings(trained=False)]
+    assert len({network_digest(other) for other in others}) == 4
+    assert network_digest(Settings()) == network_digest(Settings())
+
+
+class OwnSamples:
+    """A data set of the user's own, which keeps its samples under names of its own."""
+
+    def __init__(self, **attributes: Any) -> None:
+        vars(self).update(attributes)
+
+    def __len__(self) -> int:
+        return 4
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ({"x": torch.zeros(4, 2)}, {"x": torch.ones(4, 2)}),
+        ({"_y": [0, 1, 0, 1]}, {"_y": [1, 0, 1, 0]}),
+        ({"files": [Path("/a/cat.png")]}, {"files": [Path("/a/dog.png")]}),
+        ({"files": np.array(["/a/cat.png"])}, {"files": np.array(["/a/dog.png"])}),
+        ({"files": np.array(["cat"], object)}, {"files": np.array(["dog"], object)}),
+        ({"seed": 1}, {"seed": 2}),
+        ({"rows": [{"x": 1.0}]}, {"rows": [{"x": 2.0}]}),
+        ({"inner": TensorDataset(torch.zeros(2))}, {"inner": TensorDataset(torch.ones(2))}),
+        ({"transform": OwnSamples(mean=0.5)}, {"transform": OwnSamples(mean=0.25)}),
+        ({"labels": [0] * 5000}, {"labels": [0] * 2501 + [1] + [0] * 2498}),
+    ],
+)
+def test_a_data_set_of_the_users_own_is_known_by_what_it_holds(one, other):
+    def digest(attributes: dict[str, Any]) -> str:
+        return user_loader_digest(DataLoader(OwnSamples(**attributes)))
+
+    assert digest(one) == digest(copy.deepcopy(one))
+    assert digest(one) != digest(other)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ({"files": [Path("/a/cat.png")]}, {"files": [Path("/b/cat.png")]}),
+        ({"files": np.array(["/a/cat.png"])}, {"files": np.array(["/there/cat.png"])}),
+        ({"root": "/a"}, {"root": "/b"}),
+        ({"epoch": 0}, {"epoch": 3}),
+        ({"_reads": 0, "cache": {}}, {"_reads": 9, "cache": {3: torch.zeros(1)}}),
+    ],
+)
+def test_where_a_data_set_lies_and_what_it_went_through_are_no_part_of_it(one, other):
+    digests = [user_loader_digest(DataLoader(OwnSamples(**values))) for values in (one, other)]
+    assert digests[0] == digests[1]
+
+
+def test_batches_that_are_dicts_and_a_collate_fn_are_seen():
+    def batch(value: float) -> list[dict[str, Tensor]]:
+        return [{"images": torch.full((2, 3, 4, 4), value), "labels": torch.zeros(2)}]
+
+    assert user_loader_digest(batch(1)) != user_loader_digest(batch(2))
+
+    def doubled(samples: list[Any]) -> Any:
+        return samples
+
+    data = TensorDataset(torch.zeros(2))
+    plain, collated = DataLoader(data), DataLoader(data, collate_fn=doubled)
+    assert user_loader_digest(plain) != user_loader_digest(collated)
 
 
 def test_a_loader_is_known_by_its_samples_labels_and_order_but_not_by_its_folder():

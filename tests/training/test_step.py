@@ -250,3 +250,53 @@ def test_a_clock_is_told_of_each_phase_of_each_part(batch):
         "forward", "network", "end of forward", "backward", "gradient", "end of backward",
     ]  # fmt: skip
     assert entered == [*part, *part, "logging", "end of logging"]
+
+
+def after_one_step(model, optimizer, batch, **parts):
+    step = TrainStep(model, optimizer, device_type="cpu", **parts)
+    step.accumulate(*batch)
+    step.update(0.1, step=0)
+    return step
+
+
+def test_a_step_that_takes_over_a_state_keeps_its_own_options(batch):
+    model = small_network()
+    state = after_one_step(model, sgd(model), batch).state_dict()
+    other = small_network()
+    optimizer = build_optimizer(other, name="sgd", lr=0.1, momentum=0.5, weight_decay=0.25)
+    TrainStep(other, optimizer, device_type="cpu").load_state_dict(state)
+    assert {group["momentum"] for group in optimizer.param_groups} == {0.5}
+    assert optimizer.param_groups[0]["weight_decay"] == 0.25
+    moments = [s["momentum_buffer"] for s in optimizer.state_dict()["state"].values()]
+    assert moments and all(moment.any() for moment in moments)
+
+
+def adamw(model):
+    return build_optimizer(model, name="adamw", lr=0.1)
+
+
+@pytest.mark.parametrize("kinds", [(sgd, adamw), (adamw, sgd)])
+def test_the_state_of_another_optimizer_is_refused(batch, kinds):
+    then, now = ((model := small_network(), build(model)) for build in kinds)
+    state = after_one_step(*then, batch).state_dict()
+    with pytest.raises(ValueError, match="another optimizer"):
+        TrainStep(*now, device_type="cpu").load_state_dict(state)
+
+
+def test_a_moment_of_another_shape_than_its_weight_is_refused(batch):
+    model = small_network()
+    state = copy.deepcopy(after_one_step(model, sgd(model), batch).state_dict())
+    state["optimizer"]["state"][0]["momentum_buffer"] = torch.zeros(1)
+    other = small_network()
+    with pytest.raises(ValueError, match=r"momentum_buffer of shape \(1,\)"):
+        TrainStep(other, sgd(other), device_type="cpu").load_state_dict(state)
+
+
+def test_an_average_that_the_state_lacks_begins_at_its_weights(batch):
+    model = small_network()
+    state = after_one_step(model, sgd(model), batch).state_dict()
+    other = small_network()
+    average = WeightAverage(other, decay=0.9)
+    TrainStep(other, sgd(other), device_type="cpu", average=average).load_state_dict(state)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(average.state_dict()[name], tensor), name

@@ -354,3 +354,12 @@ def test_another_error_in_a_step_is_not_taken_for_a_lack_of_memory(in_tmp_path):
 
     with pytest.raises(RuntimeError, match="a bug of the network"):
         train(Network(hook), *samples(), auto_micro_batch=True)
+
+
+def test_a_last_batch_of_one_image_that_batch_norm_refuses_is_one_line(in_tmp_path):
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 4, 8), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 2))
+    loader = DataLoader(TensorDataset(torch.randn(9, 3, 8, 8), torch.arange(9) % 2), batch_size=8)
+    config = TrainConfig(epochs=1, lr=0.01, tensorboard=False, threads=1)
+    with pytest.raises(UserError, match=r"one value a channel in step 2.*drop_last"):
+        EfficientResNet18Trainer(config, network=network).train(loader)

@@ -7,6 +7,7 @@ where `data_root` points, and what a user's own loaders and network are.
 import hashlib
 from collections.abc import Mapping
 from contextlib import suppress
+from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 from torch import nn
@@ -73,18 +74,45 @@ def _sampled_contents(dataset: Dataset) -> str:
 def network_digest(network: nn.Module) -> str:
     """SHA-256 of a network's structure, as hexadecimal text.
 
-    It covers the names, types and printed options of all modules, and the names, shapes and types
-    of all weights, but not their values, nor what a `forward` of the user's own does with them.
+    It covers the names, types and printed options of all modules, the plain attributes (numbers,
+    text, names of functions) of those whose class is the user's own, and the names, shapes and
+    types of all weights and whether they are trained, but not their values, nor the code of a
+    `forward`.
     """
     digest = hashlib.sha256()
     for name, module in network.named_modules():
         # Without its module, which is __main__ where a script is started.
         kind = type(module).__qualname__
-        digest.update(f"{name} {kind} {module.extra_repr()};".encode())
+        options = f"{module.extra_repr()} {_plain_attributes(module)}"
+        digest.update(f"{name} {kind} {options};".encode(errors="replace"))
     for name, tensor in network.state_dict(keep_vars=True).items():
         shape = tuple(getattr(tensor, "shape", ()))
-        digest.update(f"{name} {shape} {getattr(tensor, 'dtype', '')};".encode())
+        trained = getattr(tensor, "requires_grad", False)
+        digest.update(f"{name} {shape} {getattr(tensor, 'dtype', '')} {trained};".encode())
     return digest.hexdigest()
+
+
+def _plain_attributes(module: nn.Module) -> list[tuple[str, str]]:
+    """What a module of the user's own keeps beside weights and modules, as its `forward` may read.
+
+    Those of PyTorch's print what they were made with, and may keep other things in each version.
+    """
+    if type(module).__module__.partition(".")[0] == "torch":
+        return []
+    own = {key: value for key, value in vars(module).items() if key != "training"}
+    texts = {key: _plain_text(value) for key, value in own.items() if not key.startswith("_")}
+    return sorted((key, text) for key, text in texts.items() if text is not None)
+
+
+def _plain_text(value: object) -> str | None:
+    """Text that is the same in every process; None for what has none."""
+    if value is None or isinstance(value, bool | int | float | complex | str):
+        return repr(value)
+    if isinstance(value, list | tuple):
+        return str([_plain_text(item) for item in value])
+    if isinstance(value, FunctionType | BuiltinFunctionType):
+        return value.__qualname__
+    return None
 
 
 def identity_of(state: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,6 +17,8 @@ from training_framework.training.step import TrainStep
 
 __all__ = ["MicroBatching", "StepStart"]
 
+_ONE_VALUE = "Expected more than 1 value per channel"  # so torch's batch norm refuses a batch
+
 
 class MicroBatching:
     """Halves the images of a forward pass until a step fits into memory.
@@ -56,7 +58,8 @@ class MicroBatching:
             add_gradient: Adds a batch's gradient, given its position in the group and the batch.
 
         Raises:
-            UserError: Memory is full, and a retry is not asked for or one image is too much.
+            UserError: Memory is full, and a retry is not asked for or one image is too much; or a
+                batch of one image has one value a channel for a batch norm.
         """
         taken: list[Batch] = []
         done: list[WatchedBatch] = []
@@ -73,6 +76,15 @@ class MicroBatching:
                     shortage = memory_shortage(error)
                     if shortage is None:
                         raise
+                except ValueError as error:
+                    if _ONE_VALUE not in str(error):
+                        raise
+                    raise UserError(
+                        f"batch norm has one value a channel in step {self._progress.step + 1}, of "
+                        f"{len(left[0].labels)} image(s), and cannot train on it",
+                        "choose a batch_size that leaves no batch of one image, or a larger "
+                        "img_size; a DataLoader drops such a last batch with drop_last=True",
+                    ) from None
                 else:
                     del left[0]
                     continue

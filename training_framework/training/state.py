@@ -57,6 +57,9 @@ class TrainState:
     def load_state_dict(self, state: dict[str, Any], *, with_sums: bool = True) -> None:
         """Take over what `state_dict` gave. A part that either side lacks stays as it is.
 
+        The optimizer keeps its own options, such as its momentum, and a weight average that the
+        state lacks begins at the weights.
+
         Args:
             state: Of a step with an equal network and optimizer.
             with_sums: Take the sums too. Several processes add theirs up, so one of them takes
@@ -67,13 +70,32 @@ class TrainState:
                 optimizer, or not a state at all.
         """
         self.network.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        self._load_optimizer(state["optimizer"])
         if state["scaler"]:
             self.scaler.load_state_dict(state["scaler"])
-        if self.average is not None and state["average"] is not None:
-            self.average.load_state_dict(state["average"])
+        if self.average is not None:
+            averaged = state["average"]
+            self.average.load_state_dict(state["model"] if averaged is None else averaged)
         if self.sums is not None and state["sums"] is not None and with_sums:
             self.sums.load_state_dict(state["sums"])
+
+    def _load_optimizer(self, state: dict[str, Any]) -> None:
+        """Take over moments and counts of steps, but not the options of then."""
+        is_sgd = isinstance(self.optimizer, torch.optim.SGD)
+        if any((kept.keys() <= {"momentum_buffer"}) != is_sgd for kept in state["state"].values()):
+            raise ValueError("it is the state of another optimizer")
+        options = [
+            {key: value for key, value in group.items() if key != "params"}
+            for group in self.optimizer.param_groups
+        ]
+        self.optimizer.load_state_dict(state)
+        for group, own in zip(self.optimizer.param_groups, options, strict=True):
+            group.update(own)
+        for parameter in self._parameters:
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                # Fused kernels read as much of it as the weight is long.
+                if key != "step" and value is not None and value.shape != parameter.shape:
+                    raise ValueError(f"{key} of shape {tuple(value.shape)}")
 
     def checkpoint_bytes(self) -> int:
         """About how large a checkpoint becomes: weights, their average, the optimizer's state."""
