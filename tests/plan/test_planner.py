@@ -1,4 +1,5 @@
 import dataclasses
+import re
 
 import pytest
 
@@ -27,6 +28,7 @@ CPU = Hardware(
     memory_bytes=16 * 2**30,
     accelerators=(),
 )
+NATIVE_CPU = dataclasses.replace(CPU, instruction_sets=("avx512",), cpp_compiler="g++", glibc=True)
 OLD_GPU = Accelerator(
     kind="cuda", name="GeForce GTX 1080", memory_bytes=8 * 2**30, fault="has capability 6.1; cure"
 )
@@ -204,7 +206,7 @@ def test_compiling_waits_for_a_gpu_and_a_long_run():
     made = plan(with_gpus(NEW_GPU), epochs=200)
     assert made.compile
     assert made.compile_mode == "reduce-overhead"
-    assert plan(compile=True).compile_mode == "default"
+    assert plan(NATIVE_CPU, compile=True).compile_mode == "default"
 
 
 def test_a_step_is_recorded_where_that_is_asked_for_and_possible():
@@ -269,9 +271,6 @@ def test_fused_sgd_is_left_alone_where_gradient_scaling_skips_steps():
     assert plan(precision="16-mixed", fused_optimizer=True).fused_optimizer
 
 
-NATIVE_CPU = dataclasses.replace(CPU, instruction_sets=("avx512",), cpp_compiler="g++", glibc=True)
-
-
 def test_kernels_are_compiled_where_they_are_measured_to_pay():
     made = plan(NATIVE_CPU)
     assert made.winograd_convolutions and made.fused_norms and made.keep_memory
@@ -289,6 +288,25 @@ def test_kernels_are_compiled_where_they_are_measured_to_pay():
     assert "no C++ compiler is installed" in reason(without, "fused_norms")
 
 
-def test_kernels_that_are_asked_for_where_they_do_nothing_are_told_so():
-    made = plan(with_gpus(NEW_GPU), winograd_convolutions=True)
-    assert "without effect" in reason(made, "winograd_convolutions")
+@pytest.mark.parametrize(
+    ("key", "hardware", "settings"),
+    [
+        ("winograd_convolutions", with_gpus(NEW_GPU), {}),
+        ("winograd_convolutions", NATIVE_CPU, {"precision": "bf16-mixed"}),
+        ("fused_norms", CPU, {"precision": "16-mixed"}),
+        ("small_map_convolutions", with_gpus(NEW_GPU), {}),
+        ("keep_memory", CPU, {}),
+    ],
+)
+def test_what_is_asked_for_where_it_does_nothing_is_off(key, hardware, settings):
+    made = plan(hardware, **{key: True}, **settings)
+    assert made.switch_values()[key] is False
+    assert re.search("without effect|only glibc", reason(made, key))
+
+
+@pytest.mark.parametrize("key", ["winograd_convolutions", "fused_norms", "compile"])
+def test_what_needs_a_compiler_is_refused_without_one(key):
+    bare = dataclasses.replace(NATIVE_CPU, cpp_compiler=None)
+    assert plan(NATIVE_CPU, precision="32", **{key: True}).switch_values()[key] is True
+    with pytest.raises(UserError, match=rf"^{key}: no C\+\+ compiler .*, or set {key} to false$"):
+        plan(bare, precision="32", **{key: True})
