@@ -264,6 +264,16 @@ def test_a_users_loader_is_not_augmented():
     assert (made.flip, made.crop_padding, made.batches_per_epoch) == ("none", 0, 7)
 
 
+def test_a_users_loader_loads_as_it_likes():
+    facts = dataclasses.replace(FACTS, storage="loader", array_bytes=0)
+    left = plan(with_gpus(NEW_GPU), facts=facts, batches=7)
+    assert (left.resident_data, left.num_workers, left.pin_memory) == (False, 0, False)
+    wanted = {"resident_data": True, "num_workers": 3, "pin_memory": True}
+    asked = plan(with_gpus(NEW_GPU), facts=facts, batches=7, **wanted)
+    assert (asked.resident_data, asked.num_workers, asked.pin_memory) == (False, 0, False)
+    assert {reason(asked, key) for key in wanted} == {"your own loader decides how it loads"}
+
+
 def test_fused_sgd_is_left_alone_where_gradient_scaling_skips_steps():
     assert plan().fused_optimizer
     assert not plan(precision="16-mixed").fused_optimizer
