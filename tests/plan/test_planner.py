@@ -206,7 +206,10 @@ def test_compiling_waits_for_a_gpu_and_a_long_run():
     made = plan(with_gpus(NEW_GPU), epochs=200)
     assert made.compile
     assert made.compile_mode == "reduce-overhead"
-    assert plan(NATIVE_CPU, compile=True).compile_mode == "default"
+    asked = plan(NATIVE_CPU, compile=True)
+    assert asked.compile_mode == "default"
+    assert reason(asked, "compile") == "asked for; mode default"
+    assert reason(plan(compile=False), "compile") == "asked for"
 
 
 def test_a_step_is_recorded_where_that_is_asked_for_and_possible():

@@ -214,7 +214,8 @@ def _compile(situation: Situation) -> Decision:
             "install a C++ compiler (g++), or set compile to false",
         )
     if wanted != "auto":
-        return Decision(wanted, f"asked for; mode {situation.chosen['compile_mode']}")
+        mode = f"; mode {situation.chosen['compile_mode']}" if wanted else ""
+        return Decision(wanted, f"asked for{mode}")
     if not situation.on_cuda:
         return Decision(False, "takes long and gains little off a CUDA GPU")
     worth = steps >= COMPILE_FROM_STEPS
