@@ -267,6 +267,14 @@ def test_a_users_loader_is_not_augmented():
     assert (made.flip, made.crop_padding, made.batches_per_epoch) == ("none", 0, 7)
 
 
+def test_images_that_are_made_on_the_device_stay_there():
+    made_up = dataclasses.replace(FACTS, storage="generated", array_bytes=10**15)
+    for settings in ({}, {"resident_data": False, "num_workers": 2}):
+        made = plan(facts=made_up, **settings)
+        assert (made.resident_data, made.num_workers) == (True, 0)
+        assert "made on the device" in reason(made, "resident_data")
+
+
 def test_a_users_loader_loads_as_it_likes():
     facts = dataclasses.replace(FACTS, storage="loader", array_bytes=0)
     left = plan(with_gpus(NEW_GPU), facts=facts, batches=7)

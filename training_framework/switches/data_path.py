@@ -35,6 +35,8 @@ def _resident_data(situation: Situation) -> Decision:
             )
         return Decision(False, "image files are decoded by loader processes")
     size = f"{facts.array_bytes / 2**20:,.0f} MB of images"
+    if facts.storage == "generated":
+        return Decision(True, f"{size} are made on the device, and stay there")
     if wanted != "auto":
         return Decision(wanted, f"asked for; {size}")
     gpu_bytes = situation.accelerators[0].memory_bytes if situation.on_gpu else 0
