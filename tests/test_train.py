@@ -194,6 +194,16 @@ def test_the_users_own_loaders_are_trained_on(in_tmp_path):
     assert rows_of(result.run_directory)[-1]["val/acc5"] == "100"  # top-5 of three classes
 
 
+def test_the_plan_is_made_for_the_batches_of_the_users_own_loader(in_tmp_path):
+    data = TensorDataset(torch.randn(64, 3, 8, 8), torch.arange(64) % 2)
+    settings = {"model": "resnet10", "epochs": 1, "tensorboard": False, "threads": 1}
+    trainer = EfficientResNet18Trainer(**settings, batch_size=64, stop_after_steps=1)
+    trainer.train(DataLoader(data, batch_size=16))
+    plan = trainer.plan
+    assert (plan.global_batch_size, plan.device_batch_size, plan.images_per_step) == (16, 16, 16)
+    assert plan.lr == 0.1 * 16 / 64
+
+
 def test_a_users_own_network_is_trained_in_place(in_tmp_path):
     network = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 2))
     before = network[1].weight.detach().clone()

@@ -57,8 +57,10 @@ def test_version_is_that_of_the_package(capsys):
 
 
 @pytest.mark.parametrize(
-    "command", ["", "train", "plan", "evaluate", "predict", "data", "data subset"]
-)
+    "command",
+    ["", "train", "plan", "evaluate", "predict", "data", "data subset", "data pack", "data inspect",
+     "compare", "tune", "report", "profile", "verify-resume"],
+)  # fmt: skip
 def test_help_is_readable_at_80_columns(command, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit) as leaving:

@@ -1,4 +1,5 @@
 import dataclasses
+import re
 
 import pytest
 
@@ -27,6 +28,7 @@ CPU = Hardware(
     memory_bytes=16 * 2**30,
     accelerators=(),
 )
+NATIVE_CPU = dataclasses.replace(CPU, instruction_sets=("avx512",), cpp_compiler="g++", glibc=True)
 OLD_GPU = Accelerator(
     kind="cuda", name="GeForce GTX 1080", memory_bytes=8 * 2**30, fault="has capability 6.1; cure"
 )
@@ -204,7 +206,10 @@ def test_compiling_waits_for_a_gpu_and_a_long_run():
     made = plan(with_gpus(NEW_GPU), epochs=200)
     assert made.compile
     assert made.compile_mode == "reduce-overhead"
-    assert plan(compile=True).compile_mode == "default"
+    asked = plan(NATIVE_CPU, compile=True)
+    assert asked.compile_mode == "default"
+    assert reason(asked, "compile") == "asked for; mode default"
+    assert reason(plan(compile=False), "compile") == "asked for"
 
 
 def test_a_step_is_recorded_where_that_is_asked_for_and_possible():
@@ -262,14 +267,29 @@ def test_a_users_loader_is_not_augmented():
     assert (made.flip, made.crop_padding, made.batches_per_epoch) == ("none", 0, 7)
 
 
+def test_images_that_are_made_on_the_device_stay_there():
+    made_up = dataclasses.replace(FACTS, storage="generated", array_bytes=10**15)
+    for settings in ({}, {"resident_data": False, "num_workers": 2}):
+        made = plan(facts=made_up, **settings)
+        assert (made.resident_data, made.num_workers) == (True, 0)
+        assert "made on the device" in reason(made, "resident_data")
+
+
+def test_a_users_loader_loads_as_it_likes():
+    facts = dataclasses.replace(FACTS, storage="loader", array_bytes=0)
+    left = plan(with_gpus(NEW_GPU), facts=facts, batches=7)
+    assert (left.resident_data, left.num_workers, left.pin_memory) == (False, 0, False)
+    wanted = {"resident_data": True, "num_workers": 3, "pin_memory": True}
+    asked = plan(with_gpus(NEW_GPU), facts=facts, batches=7, **wanted)
+    assert (asked.resident_data, asked.num_workers, asked.pin_memory) == (False, 0, False)
+    assert {reason(asked, key) for key in wanted} == {"your own loader decides how it loads"}
+
+
 def test_fused_sgd_is_left_alone_where_gradient_scaling_skips_steps():
     assert plan().fused_optimizer
     assert not plan(precision="16-mixed").fused_optimizer
     assert plan(precision="16-mixed", optimizer="adamw").fused_optimizer
     assert plan(precision="16-mixed", fused_optimizer=True).fused_optimizer
-
-
-NATIVE_CPU = dataclasses.replace(CPU, instruction_sets=("avx512",), cpp_compiler="g++", glibc=True)
 
 
 def test_kernels_are_compiled_where_they_are_measured_to_pay():
@@ -289,6 +309,25 @@ def test_kernels_are_compiled_where_they_are_measured_to_pay():
     assert "no C++ compiler is installed" in reason(without, "fused_norms")
 
 
-def test_kernels_that_are_asked_for_where_they_do_nothing_are_told_so():
-    made = plan(with_gpus(NEW_GPU), winograd_convolutions=True)
-    assert "without effect" in reason(made, "winograd_convolutions")
+@pytest.mark.parametrize(
+    ("key", "hardware", "settings"),
+    [
+        ("winograd_convolutions", with_gpus(NEW_GPU), {}),
+        ("winograd_convolutions", NATIVE_CPU, {"precision": "bf16-mixed"}),
+        ("fused_norms", CPU, {"precision": "16-mixed"}),
+        ("small_map_convolutions", with_gpus(NEW_GPU), {}),
+        ("keep_memory", CPU, {}),
+    ],
+)
+def test_what_is_asked_for_where_it_does_nothing_is_off(key, hardware, settings):
+    made = plan(hardware, **{key: True}, **settings)
+    assert made.switch_values()[key] is False
+    assert re.search("without effect|only glibc", reason(made, key))
+
+
+@pytest.mark.parametrize("key", ["winograd_convolutions", "fused_norms", "compile"])
+def test_what_needs_a_compiler_is_refused_without_one(key):
+    bare = dataclasses.replace(NATIVE_CPU, cpp_compiler=None)
+    assert plan(NATIVE_CPU, precision="32", **{key: True}).switch_values()[key] is True
+    with pytest.raises(UserError, match=rf"^{key}: no C\+\+ compiler .*, or set {key} to false$"):
+        plan(bare, precision="32", **{key: True})

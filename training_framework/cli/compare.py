@@ -24,8 +24,10 @@ def add_compare(commands: Any) -> None:
     summary = "measure variants of a configuration side by side"
     parser = commands.add_parser("compare", help=summary, description=summary, allow_abbrev=False)
     parser.usage = (
-        f"{parser.prog} [EXPERIMENT | [--base FILE] --vary KEY=A,B | [--base FILE] --ablate] "
-        "[--SETTING VALUE ...]"
+        f"{parser.prog} EXPERIMENT [--SETTING VALUE ...]\n"
+        f"       {parser.prog} --vary KEY=A,B [--base FILE] [...]\n"
+        f"       {parser.prog} --ablate [--base FILE] [...]\n"
+        f"       {parser.prog} --list"
     )
     parser.set_defaults(run=_compare, parser=parser)
     parser.add_argument(

@@ -27,7 +27,7 @@ def add_profile(commands: Any) -> None:
     parser.add_argument("--steps", type=int, default=20, help="steps of each measurement (20)")
     parser.add_argument("--warmup", type=int, default=5, help="steps before the first one (5)")
     add_config_flags(parser)
-    parser.usage = f"{parser.prog} [--config FILE] [--steps N] [--warmup N] [--SETTING VALUE ...]"
+    parser.usage = f"{parser.prog} [--config FILE] [--steps N] [...]"
 
 
 def _profile(options: argparse.Namespace) -> None:

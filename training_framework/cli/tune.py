@@ -21,7 +21,7 @@ def add_tune(commands: Any) -> None:
     parser = commands.add_parser("tune", help=summary, description=summary, allow_abbrev=False)
     parser.set_defaults(run=_tune, parser=parser)
     add_config_flags(parser)
-    parser.usage = f"{parser.prog} [--config FILE] [--trials N] [--budget-seconds S] [...]"
+    parser.usage = f"{parser.prog} [--config FILE] [--trials N] [...]"
     group = parser.add_argument_group("tuning")
     group.add_argument("--trials", type=int, default=32, help="limit of short trials (32)")
     group.add_argument(

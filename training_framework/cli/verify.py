@@ -26,9 +26,7 @@ def add_verify_resume(commands: Any) -> None:
     )
     parser.set_defaults(run=_verify, parser=parser)
     add_config_flags(parser)
-    parser.usage = (
-        f"{parser.prog} [--config FILE] [--steps N] [--stops N] [--kill] [--SETTING VALUE ...]"
-    )
+    parser.usage = f"{parser.prog} [--config FILE] [--steps N] [...]"
     group = parser.add_argument_group("verification")
     group.add_argument("--steps", type=int, default=20, help="optimizer steps to compare (20)")
     group.add_argument("--stops", type=int, default=3, help="times to stop and resume (3)")

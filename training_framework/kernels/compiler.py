@@ -21,7 +21,7 @@ from training_framework.kernels.library_cache import (
     load_by_descriptor,
 )
 
-__all__ = ["NativeKernelsError", "find_compiler", "load_library"]
+__all__ = ["NativeKernelsError", "find_compiler", "load_library", "missing_compiler"]
 
 # No -ffast-math: NaN and infinity must go through, for the run to notice them.
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fPIC")
@@ -43,6 +43,12 @@ def find_compiler() -> str | None:
     """
     command = _compiler_command()
     return command[0] if command else None
+
+
+def missing_compiler() -> str:
+    """What to say where `find_compiler` finds none."""
+    named = f"CXX is {os.environ['CXX']!r}" if os.environ.get("CXX") else "g++ would do"
+    return f"no C++ compiler is installed ({named})"
 
 
 def _compiler_command() -> list[str] | None:
@@ -74,8 +80,7 @@ def load_library(source: Path) -> ctypes.CDLL:
     """
     command = _compiler_command()
     if command is None:
-        named = f"CXX is {os.environ['CXX']!r}" if os.environ.get("CXX") else "g++ would do"
-        raise NativeKernelsError(f"no C++ compiler is installed ({named})")
+        raise NativeKernelsError(missing_compiler())
     openmp = _loaded_openmp()
     name = f"{source.stem}-{_digest(source, command, openmp)}"
     build = functools.partial(_compile, source, command, openmp)

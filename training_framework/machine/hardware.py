@@ -13,7 +13,7 @@ import psutil
 import torch
 
 from training_framework.errors import UserError
-from training_framework.kernels.compiler import find_compiler
+from training_framework.kernels.compiler import find_compiler, missing_compiler
 from training_framework.machine.load import MachineWatch
 from training_framework.machine.memory import can_keep_freed_memory, memory_in_use
 from training_framework.machine.peak_flops import measure_bf16_speed
@@ -72,7 +72,7 @@ class Hardware:
             measured; None where that was not asked, or the CPU has no instructions for it.
         cpp_compiler: Name of the C++ compiler, which kernels for this CPU need; None without one
             that works.
-        cpp_compiler_fault: Why there is none, in a few words.
+        cpp_compiler_fault: Why there is none, in a few words; read only where there is none.
         glibc: Whether memory is allocated by glibc, which can be told to keep it.
         thread_limit: The most threads that OpenMP may start (OMP_THREAD_LIMIT); None: no limit.
         other_cpu_share: Share of the cores that other processes took while the machine was looked
@@ -86,7 +86,7 @@ class Hardware:
     accelerators: tuple[Accelerator, ...]
     bf16_speed: float | None = None
     cpp_compiler: str | None = None
-    cpp_compiler_fault: str = "no C++ compiler is installed for its kernels"
+    cpp_compiler_fault: str = "no C++ compiler is installed"
     glibc: bool = False
     thread_limit: int | None = None
     other_cpu_share: float = 0.0
@@ -148,6 +148,7 @@ def detect_hardware() -> Hardware:
         accelerators=_accelerators(),
         bf16_speed=bf16_speed,
         cpp_compiler=None if compiler is None else Path(compiler).name,
+        cpp_compiler_fault=missing_compiler() if compiler is None else "",
         glibc=can_keep_freed_memory(),
         thread_limit=thread_limit,
         other_cpu_share=_other_cpu_share(watch),

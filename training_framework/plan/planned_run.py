@@ -86,10 +86,11 @@ def plan_run(
     else:
         source, batches = UserLoaders(train_loader, val_loader), train_loader.batch_count
         facts = user_loader_facts(train_loader, val_loader, config.num_classes)
+    decisive = _with_batches_of(train_loader, config, processes)
 
     def planned(machine: Hardware) -> TrainPlan:
         return make_plan(
-            config,
+            decisive,
             machine,
             facts,
             world_size=processes.world_size,
@@ -112,6 +113,18 @@ def plan_run(
         source=source,
         processes=processes,
     )
+
+
+def _with_batches_of(
+    loader: LookedAtLoader | None, config: TrainConfig, processes: Processes
+) -> TrainConfig:
+    """The configuration with the batch size of the user's own loader, where there is one.
+
+    Each process has a loader of its own, and trains on what that yields.
+    """
+    if loader is None:
+        return config
+    return config.model_copy(update={"batch_size": loader.batch_size * processes.world_size})
 
 
 def _kernels_fault(plan: TrainPlan) -> str:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from training_framework.errors import UserError
 from training_framework.machine.hardware import Accelerator, Hardware
 from training_framework.machine.randomness import use_deterministic_algorithms
 from training_framework.optimizers import has_fused_optimizer
@@ -206,8 +207,15 @@ COMPILE_MODE = Switch(
 
 def _compile(situation: Situation) -> Decision:
     wanted, steps = situation.config.compile, situation.total_steps
+    hardware = situation.hardware
+    if wanted is True and not situation.on_gpu and not hardware.cpp_compiler:
+        raise UserError(
+            f"compile: {hardware.cpp_compiler_fault}",
+            "install a C++ compiler (g++), or set compile to false",
+        )
     if wanted != "auto":
-        return Decision(wanted, f"asked for; mode {situation.chosen['compile_mode']}")
+        mode = f"; mode {situation.chosen['compile_mode']}" if wanted else ""
+        return Decision(wanted, f"asked for{mode}")
     if not situation.on_cuda:
         return Decision(False, "takes long and gains little off a CUDA GPU")
     worth = steps >= COMPILE_FROM_STEPS

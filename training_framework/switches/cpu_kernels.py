@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import nn
 
+from training_framework.errors import UserError
 from training_framework.kernels.small_maps import keep_small_maps_from_compiler
 from training_framework.kernels.winograd_convolution import SMALLEST_MAP
 from training_framework.machine.memory import keep_freed_memory
@@ -44,6 +45,8 @@ def _on_cpu(
 
 def _small_map_convolutions(situation: Situation) -> Decision:
     wanted = situation.config.small_map_convolutions
+    if wanted is True and situation.on_gpu:
+        return Decision(False, "without effect but on a CPU")
     if wanted != "auto":
         return Decision(wanted, "asked for")
     last_map = situation.facts.image_size // (32 if situation.stem == "imagenet" else 8)
@@ -78,14 +81,22 @@ SMALL_MAP_CONVOLUTIONS = Switch(
 
 
 def _native_kernels(situation: Situation, key: str, gain: str) -> Decision:
-    """Whether kernels that are compiled here take over a part of the work."""
+    """Whether kernels that are compiled here take over a part of the work.
+
+    Raises:
+        UserError: They are asked for, and there is no compiler.
+    """
     wanted, hardware = getattr(situation.config, key), situation.hardware
     in_fp32 = not situation.on_gpu and situation.chosen["precision"] == "32"
+    if wanted is True and in_fp32 and not hardware.cpp_compiler:
+        raise UserError(
+            f"{key}: {hardware.cpp_compiler_fault}",
+            f"install a C++ compiler (g++), or set {key} to false",
+        )
     if wanted != "auto":
         useless = wanted and not in_fp32
-        return Decision(
-            wanted, "asked for; without effect but on a CPU in fp32" if useless else "asked for"
-        )
+        why = "without effect but on a CPU in fp32" if useless else "asked for"
+        return Decision(wanted and in_fp32, why)
     if situation.own_network or not in_fp32 or not situation.chosen["channels_last"]:
         return Decision(False)
     if situation.config.compile is True:
@@ -166,6 +177,8 @@ FUSED_NORMS = Switch(
 
 def _keep_memory(situation: Situation) -> Decision:
     wanted = situation.config.keep_memory
+    if wanted is True and not situation.hardware.glibc:
+        return Decision(False, "only glibc's malloc can keep memory")
     if wanted != "auto":
         return Decision(wanted, "asked for")
     if situation.on_gpu or not situation.hardware.glibc:

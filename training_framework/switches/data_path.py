@@ -20,12 +20,13 @@ __all__ = ["DATA_PATH"]
 RESIDENT_SHARE_OF_MEMORY = 0.25
 MAX_LOADER_WORKERS = 16
 MAX_TRIED_WORKERS = 8
+LOADED_BY_THE_USER = "your own loader decides how it loads"
 
 
 def _resident_data(situation: Situation) -> Decision:
     wanted, facts = situation.config.resident_data, situation.facts
     if facts.storage == "loader":
-        return Decision(False)
+        return Decision(False, LOADED_BY_THE_USER if wanted is True else "")
     if facts.storage == "files":
         if wanted is True:
             raise UserError(
@@ -34,6 +35,8 @@ def _resident_data(situation: Situation) -> Decision:
             )
         return Decision(False, "image files are decoded by loader processes")
     size = f"{facts.array_bytes / 2**20:,.0f} MB of images"
+    if facts.storage == "generated":
+        return Decision(True, f"{size} are made on the device, and stay there")
     if wanted != "auto":
         return Decision(wanted, f"asked for; {size}")
     gpu_bytes = situation.accelerators[0].memory_bytes if situation.on_gpu else 0
@@ -70,7 +73,7 @@ RESIDENT_DATA = Switch(
 def _num_workers(situation: Situation) -> Decision:
     wanted = situation.config.num_workers
     if situation.facts.storage == "loader":
-        return Decision(0)
+        return Decision(0, "" if wanted in ("auto", 0) else LOADED_BY_THE_USER)
     if situation.chosen["resident_data"]:
         useless = wanted not in ("auto", 0)
         return Decision(0, "the data is resident: nothing is left to load" if useless else "")
@@ -129,6 +132,8 @@ PREFETCH_FACTOR = Switch(
 
 def _pin_memory(situation: Situation) -> Decision:
     wanted = situation.config.pin_memory
+    if situation.facts.storage == "loader":
+        return Decision(False, LOADED_BY_THE_USER if wanted is True else "")
     if wanted == "auto":
         return Decision(situation.on_cuda and not situation.chosen["resident_data"])
     if wanted and not situation.on_cuda:

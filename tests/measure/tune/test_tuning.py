@@ -241,6 +241,12 @@ def test_hopeless_and_kept_settings_take_no_sample(tmp_path):
     assert not any("compile" in trial.overrides for trial in result.trials)
 
 
+def test_search_without_time_for_a_second_trial_says_so(tmp_path):
+    result = tuned(tmp_path, smaller_is_faster, max_trials=1)
+    assert not result.winner
+    assert result.verdict.startswith("Nothing but the plan's own choices was tried")
+
+
 def test_files_in_the_way_are_never_overwritten(tmp_path):
     (tmp_path / "tuned.json").write_text("mine")
     with pytest.raises(UserError, match=r"tuned\.json exists already"):

@@ -132,6 +132,10 @@ def tune(
         time_share=lambda: (clock() - started) / budget,
     )
     result.verdict = "The plan's own choices came out first: nothing to change."
+    if not any(trial.overrides for trial in result.trials):
+        result.verdict = (
+            "Nothing but the plan's own choices was tried: raise --trials or --budget-seconds."
+        )
     if any(winner):
         result.winner = candidate_settings(dimensions, winner)
         seconds = CONFIRMATION_SECONDS
