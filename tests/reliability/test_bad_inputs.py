@@ -186,7 +186,7 @@ CONFIGURATIONS = [
     Bad(
         "a key like no other",
         "plan --config mine.yaml",
-        r"mine\.yaml: unknown key 'zzz'; `efficient-resnet train --help` lists all",
+        r"mine\.yaml: unknown key 'zzz'; `efficient-resnet train --help` lists them all",
         files(mine="zzz: 3\n"),
     ),
     Bad(
@@ -287,13 +287,13 @@ CONFIGURATIONS = [
     Bad(
         "a circle of extends",
         "train --config a.yaml",
-        r"a\.yaml: extends goes round in a circle \(a.yaml -> b.yaml -> a.yaml\); break .*",
+        r"a\.yaml: extends forms a cycle \(a.yaml -> b.yaml -> a.yaml\); break .*",
         files(a="extends: b.yaml\n", b="extends: a.yaml\n"),
     ),
     Bad(
         "a file that extends itself",
         "train --config a.yaml",
-        r"a\.yaml: extends goes round in a circle \(a.yaml -> a.yaml\); break .*",
+        r"a\.yaml: extends forms a cycle \(a.yaml -> a.yaml\); break .*",
         files(a="extends: a.yaml\n"),
     ),
     Bad(
@@ -321,31 +321,31 @@ CONFIGURATIONS = [
     Bad(
         "broken YAML",
         "train --config mine.yaml",
-        r"mine\.yaml: is no valid YAML in line 2: .*; mend that line",
+        r"mine\.yaml: is not valid YAML in line 2: .*; fix that line",
         files(mine="lr: [1\n"),
     ),
     Bad(
         "a key given twice",
         "train --config mine.yaml",
-        r"mine\.yaml: is no valid YAML: line 2: the key 'lr' is given twice; .*",
+        r"mine\.yaml: is not valid YAML: line 2: the key 'lr' is given twice; .*",
         files(mine="lr: 1.0\nlr: 2.0\n"),
     ),
     Bad(
         "a list for a configuration",
         "train --config mine.yaml",
-        r"mine\.yaml: holds no `key: value` lines; write one setting a line",
+        r"mine\.yaml: contains no `key: value` lines; write one setting per line",
         files(mine="- lr\n"),
     ),
     Bad(
         "bytes for a configuration",
         "train --config mine.yaml",
-        r"mine\.yaml: is no UTF-8 text .*; name a YAML file",
+        r"mine\.yaml: is not UTF-8 text .*; name a YAML file",
         file("mine.yaml", b"\xff\xfe\x00"),
     ),
     Bad(
         "YAML that would run code",
         "train --config mine.yaml",
-        r"mine\.yaml: is no valid YAML in line 1: .*; .*",
+        r"mine\.yaml: is not valid YAML in line 1: .*; .*",
         files(mine="lr: !!python/object/apply:os.system ['touch canary']\n"),
     ),
     Bad(
@@ -359,12 +359,12 @@ DATA = [
     Bad(
         "a missing data folder",
         "train --data-root gone",
-        r"data_root gone is not a folder; it must hold train/ and val/.*",
+        r"data_root gone is not a folder; name a folder with train/ and val/.*",
     ),
     Bad(
         "a data folder that holds something else",
         "train --data-root other",
-        r"data_root other holds no known data set; it must hold train/ and val/.*",
+        r"data_root other contains no known data set; name a folder with train/ and val/.*",
         file("other/readme.txt"),
     ),
     Bad(
@@ -481,7 +481,7 @@ DATA = [
     Bad(
         "more bad pictures than may be passed over",
         f"train {PICTURES} --batch-size 8 --on-bad-image skip",
-        r"4 images of the train split cannot be decoded, and 3 of 8 are skipped at most: .*",
+        r"4 images of the train split cannot be decoded, but at most 3 of 8 may be skipped: .*",
         pictures(*(file(f"pictures/train/ant/{number}.jpg") for number in range(4))),
         begins=True,
     ),
@@ -701,7 +701,8 @@ CHECKPOINTS = [
     Bad(
         "evaluating on other classes",
         f"evaluate {CHECKPOINT} --data digits",
-        r"run/checkpoints/last\.ckpt: the network's classes are not those of digits .*; name .*",
+        r"run/checkpoints/last\.ckpt: the classes of the network differ from those of digits "
+        r".*; name .*",
     ),
     Bad(
         "evaluating text",
@@ -743,7 +744,7 @@ CHECKPOINTS = [
     Bad(
         "predicting an empty folder",
         f"predict {CHECKPOINT} empty",
-        r"empty: holds no image files; name another folder",
+        r"empty: contains no image files; name another folder",
         lambda: Path("empty").mkdir(),
     ),
     Bad(
@@ -765,17 +766,17 @@ COMMANDS = [
     Bad(
         "no command",
         "",
-        r"efficient-resnet: .*required: COMMAND; `efficient-resnet --help` explains",
+        r"efficient-resnet: .*required: COMMAND; see `efficient-resnet --help`",
     ),
     Bad(
         "an unknown command",
         "trian --epochs 3",
-        r"efficient-resnet: no command is called 'trian'; did you mean train\?",
+        r"efficient-resnet: there is no command 'trian'; did you mean train\?",
     ),
     Bad(
         "a command like no other",
         "xyzzy",
-        r"efficient-resnet: no command is called 'xyzzy'; choose from train, plan, evaluate, .*",
+        r"efficient-resnet: there is no command 'xyzzy'; choose from train, plan, evaluate, .*",
     ),
     Bad(
         "a misspelt flag",
@@ -790,7 +791,7 @@ COMMANDS = [
     Bad(
         "a flag like no other",
         "train --frobnicate",
-        r"efficient-resnet train: unknown flag --frobnicate; .* --help` lists all",
+        r"efficient-resnet train: unknown flag --frobnicate; .* --help` lists them all",
     ),
     Bad(
         "a flag without its value",
@@ -921,7 +922,7 @@ COMMANDS = [
     Bad(
         "a report over its own result",
         "report r.json --output r.json",
-        r"--output r\.json: is one of the results themselves; name an \.html file",
+        r"--output r\.json: is one of the result files; name an \.html file",
         file("r.json", run_result()),
     ),
     Bad(

@@ -403,7 +403,7 @@ YAML = [
         Attack(
             f"YAML with {tag}",
             "plan --config hostile.yaml",
-            r"hostile\.yaml: is no valid YAML in line 1: could not determine a constructor .*",
+            r"hostile\.yaml: is not valid YAML in line 1: could not determine a constructor .*",
             text("hostile.yaml", f"lr: !!python/{tag}"),
         )
         for tag in (
@@ -424,14 +424,14 @@ YAML = [
     Attack(
         "a billion laughs",
         "plan --config hostile.yaml",
-        r"hostile\.yaml: is no valid YAML in line 1: its aliases stand for more than .*",
+        r"hostile\.yaml: is not valid YAML in line 1: its aliases expand to more than .*",
         text("hostile.yaml", "l0: &l0 [lol, lol]\n" + LAUGHS + "lr: *l14\n"),
         memory=True,
     ),
     Attack(
         "a billion laughs in merged keys",
         "plan --config hostile.yaml",
-        r"hostile\.yaml: is no valid YAML in line 1: its aliases stand for more than .*",
+        r"hostile\.yaml: is not valid YAML in line 1: its aliases expand to more than .*",
         text(
             "hostile.yaml",
             "m0: &m0 {a: 1}\n"
@@ -443,13 +443,13 @@ YAML = [
     Attack(
         "an alias within itself",
         "plan --config hostile.yaml",
-        r"hostile\.yaml: is no valid YAML.*: an alias stands for itself; .*",
+        r"hostile\.yaml: is not valid YAML.*: an alias contains itself; .*",
         text("hostile.yaml", "lr: &a [*a]\n"),
     ),
     Attack(
         "a number of a hundred thousand digits",
         "plan --config hostile.yaml",
-        r"hostile\.yaml: (is no valid YAML.*|epochs: .{0,300}); .*",
+        r"hostile\.yaml: (is not valid YAML.*|epochs: .{0,300}); .*",
         text("hostile.yaml", f"epochs: 0x{'f' * 100_000}\n"),
     ),
     Attack(
@@ -461,7 +461,7 @@ YAML = [
     Attack(
         "brackets in brackets",
         "plan --config hostile.yaml",
-        r"hostile\.yaml: is no valid YAML.*",
+        r"hostile\.yaml: is not valid YAML.*",
         text("hostile.yaml", "[" * 20_000),
     ),
     Attack(
