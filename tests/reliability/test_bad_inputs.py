@@ -375,7 +375,7 @@ DATA = [
     Bad(
         "a folder without val",
         f"train {PICTURES}",
-        r"pictures/val: no such folder; pictures must hold train/<class>/\* and val/<class>/\*",
+        r"pictures/val: no such folder; name a folder with train/<class>/\* and val/<class>/\*",
         pictures(lambda: shutil.rmtree("pictures/val")),
     ),
     Bad(
@@ -393,7 +393,7 @@ DATA = [
     Bad(
         "a class to validate that is not trained",
         f"train {PICTURES}",
-        r"pictures/val/cow: a class that pictures/train lacks; .*",
+        r"pictures/val/cow: this class is missing in pictures/train; .*",
         pictures(file("pictures/val/cow/1.jpg")),
     ),
     Bad(
@@ -405,7 +405,7 @@ DATA = [
     Bad(
         "notes among the pictures",
         f"train {PICTURES}",
-        r"pictures/train/ant/notes\.txt: not an image by its suffix; move it away.*",
+        r"pictures/train/ant/notes\.txt: does not have the suffix of an image; move it away.*",
         pictures(file("pictures/train/ant/notes.txt")),
     ),
     Bad(
@@ -494,7 +494,7 @@ DATA = [
     Bad(
         "a link that goes round in a circle",
         f"plan {PICTURES}",
-        r"pictures/train/ant/again: the class holds this folder twice, through a link; "
+        r"pictures/train/ant/again: the class contains this folder twice, through a link; "
         "remove the link",
         pictures(lambda: Path("pictures/train/ant/again").symlink_to(".")),
     ),
@@ -607,7 +607,7 @@ CHECKPOINTS = [
     Bad(
         "weights with a NaN",
         f"train {TINY} --weights nan.pth",
-        r"nan\.pth: conv1\.weight holds NaN or infinity; take an earlier checkpoint",
+        r"nan\.pth: conv1\.weight contains NaN or infinity; use an earlier checkpoint",
         torch_file(
             "nan.pth",
             lambda: {
@@ -672,13 +672,13 @@ CHECKPOINTS = [
     Bad(
         "weights of another model",
         f"train {TINY} --weights other.pth",
-        r"other\.pth: .* is .* in the model.*; the file holds a resnet18 with the cifar stem: .*",
+        r"other\.pth: .* is .* in the model.*; the file is for resnet18 with the cifar stem: .*",
         torch_file("other.pth", lambda: resnet_state("resnet18")),
     ),
     Bad(
         "missing weights",
         f"train {TINY} --weights gone.pth",
-        r"gone\.pth: there is no such file; give the path of a weight file",
+        r"gone\.pth: no such file; give the path of a weight file",
     ),
     Bad(
         "weights of an unknown kind",
@@ -689,7 +689,7 @@ CHECKPOINTS = [
     Bad(
         "weights that would run code",
         f"train {TINY} --weights hostile.pth",
-        r"hostile\.pth: holds more than tensors \(.*system\) and was not loaded, .*; save .*",
+        r"hostile\.pth: contains more than tensors \(.*system\) and was not loaded, .*; save .*",
         torch_file("hostile.pth", lambda: {"fc.weight": Command()}),
     ),
     Bad(
@@ -713,7 +713,7 @@ CHECKPOINTS = [
     Bad(
         "evaluating what is not there",
         "evaluate gone.safetensors",
-        r"gone\.safetensors: there is no such file; .*",
+        r"gone\.safetensors: no such file; .*",
     ),
     Bad(
         "weights that do not say whose they are",
@@ -812,13 +812,13 @@ COMMANDS = [
     Bad(
         "a subset of more classes than there are",
         "data subset pictures dest --classes 9 --train-per-class 2 --val-per-class 1",
-        r"pictures/train: has 2 classes, not 9; ask for 2 at most",
+        r"pictures/train: has 2 classes, not 9; ask for at most 2",
         pictures(),
     ),
     Bad(
         "a subset of more pictures than there are",
         "data subset pictures dest --classes 2 --train-per-class 2 --val-per-class 7",
-        r"pictures/val/\w+: has 2 images, not 7; ask for 2 at most",
+        r"pictures/val/\w+: has 2 images, not 7; ask for at most 2",
         pictures(),
     ),
     Bad(
@@ -830,7 +830,7 @@ COMMANDS = [
     Bad(
         "a subset of nothing",
         f"data subset gone dest {SUBSET}",
-        r"gone/train: no such folder; gone must hold .*",
+        r"gone/train: no such folder; name a folder with train/.*",
     ),
     Bad(
         "a subset of no class",
@@ -841,7 +841,7 @@ COMMANDS = [
     Bad(
         "a subset below a file",
         f"data subset pictures mine.txt/dest {SUBSET}",
-        r"mine\.txt: .*; make room, or name another folder",
+        r"mine\.txt: .*; free some space, or name another folder",
         pictures(file("mine.txt")),
     ),
     Bad(
@@ -957,7 +957,8 @@ ALONE = [
     Bad(
         "an absent set without a network",
         "train --data cifar10",
-        r"cifar10 is not in data and https://.* gave none \(ProxyError\); put cifar-10-python\.tar"
+        r"cifar10 is not in data and cannot be downloaded from https://.* \(ProxyError\); "
+        r"put cifar-10-python\.tar"
         r"\.gz \(MD5 .*\) or its folder cifar-10-batches-py into data",
     ),
 ]

@@ -1,4 +1,4 @@
-"""What can cheaply be known of a user's own loader, so that a resumption notices another one."""
+"""A cheap digest of a user's own loader, so that a resumed run notices another one."""
 
 import hashlib
 from collections.abc import Iterable
@@ -13,7 +13,7 @@ __all__ = ["user_loader_digest"]
 MAX_ROWS = 1024
 MAX_BYTES = 1 << 24
 MAX_DEPTH = 6
-# Where loaders, samplers and data sets of PyTorch and torchvision keep what they are made of.
+# Attributes in which loaders, samplers and data sets of PyTorch and torchvision keep their parts.
 _PARTS = (
     "loader", "dataset", "datasets", "sampler", "batch_sampler", "batch_size", "drop_last",
     "shuffle", "replacement", "num_samples", "indices", "tensors", "data", "targets", "labels",
@@ -22,12 +22,12 @@ _PARTS = (
 
 
 def user_loader_digest(loader: Iterable[Any]) -> str:
-    """SHA-256 of what a loader says of itself, as hexadecimal text. Loads no sample.
+    """SHA-256 of a loader's attributes, as hexadecimal text. Loads no sample.
 
-    It covers types, lengths, batch size, samplers (and so whether it shuffles) and, where the data
-    set holds them as PyTorch's and torchvision's do, its tensors, arrays, labels and file names:
-    whole up to 16 MiB, else 1,024 rows spread evenly. What a data set of the user's own makes up
-    in its `__getitem__` is not seen.
+    It covers types, lengths, batch size, samplers (and so whether it shuffles). If the data set
+    keeps tensors, arrays, labels or file names as PyTorch's and torchvision's do, it covers these
+    too: whole up to 16 MiB, otherwise 1,024 evenly spread rows. It does not cover the samples that
+    a user's own data set makes in its `__getitem__`.
     """
     digest = hashlib.sha256()
     _add(digest, loader, MAX_DEPTH, set())
@@ -40,7 +40,7 @@ def _add(digest: Any, value: Any, depth: int, seen: set[int]) -> None:
     elif isinstance(value, np.ndarray):
         _add_rows(digest, value)
     elif isinstance(value, str):
-        # Without its folder: data may be moved.
+        # Without the folder: data may be moved.
         digest.update(b"s" + value.replace("\\", "/").rpartition("/")[2].encode(errors="replace"))
     elif value is None or isinstance(value, bool | int | float):
         digest.update(f"p{value!r};".encode())
@@ -59,13 +59,13 @@ def _add_object(digest: Any, value: Any, depth: int, seen: set[int]) -> None:
         length = len(value)
     except (TypeError, NotImplementedError):
         length = -1
-    # Without its module, which is __main__ where a script is started.
+    # Without the module, which is __main__ in a started script.
     digest.update(f"o{type(value).__qualname__} {length};".encode())
     for name in _PARTS:
         try:
             part = getattr(value, name, None)
         except (RuntimeError, TypeError, ValueError, LookupError, NotImplementedError):
-            continue  # a property of the user's own
+            continue  # a property of a user's class
         if part is not None and not callable(part):
             digest.update(name.encode())
             _add(digest, part, depth - 1, seen)
@@ -91,7 +91,7 @@ def _add_rows(digest: Any, array: np.ndarray[Any, Any]) -> None:
 
 
 def _spread(count: int) -> list[int]:
-    """Positions of up to MAX_ROWS of them, the first and the last among them."""
+    """Evenly spread positions, at most MAX_ROWS, including the first and the last."""
     if count <= MAX_ROWS:
         return list(range(count))
     return [round(index * (count - 1) / (MAX_ROWS - 1)) for index in range(MAX_ROWS)]

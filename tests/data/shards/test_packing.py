@@ -212,5 +212,7 @@ def test_what_the_folder_says_of_itself_is_under_a_digest(source: Path, tmp_path
     content = json.loads(path.read_text())
     content["class_names"].reverse()
     path.write_text(json.dumps(content))
-    with pytest.raises(UserError, match=r"dataset\.json: is not as it was written \(SHA-256\)"):
+    with pytest.raises(
+        UserError, match=r"dataset\.json: has changed since it was written \(SHA-256\)"
+    ):
         open_shards(root=tmp_path / "shards")
