@@ -27,7 +27,7 @@ def test_packing_inspecting_and_training(
     assert main(["data", "inspect", "shards", "--verify"]) == 0
     shown = capsys.readouterr().out
     assert "2 tar shards, packed from pets" in shown
-    assert "10 images: 8 to train, 2 to validate" in shown
+    assert "10 images: 8 for training, 2 for validation" in shown
     assert "checksums: all 10 are right" in shown
     assert "      4       1  cat" in shown
     settings = "--model resnet10 --img-size 16 --batch-size 4 --epochs 1 --threads 1"

@@ -85,7 +85,7 @@ def test_labels_are_a_copy() -> None:
         ((FLOATS, ["cat", "dog", "cat", "dog"]), "contains Tensor and list"),
         ((FLOATS.to_sparse(), LABELS), "images are not a plain tensor"),
         ((FLOATS.to("meta"), LABELS), "images are not a plain tensor"),
-        ((PIXELS, LABELS), "images are torch.int64; yield floats .* or uint8"),
+        ((PIXELS, LABELS), "images are torch.int64; yield normalized floats, or uint8"),
         ((np.array(["a", "b"]), LABELS), "contains an array of <U1"),
         ((FLOATS.permute(0, 2, 3, 1), LABELS), r"shape \(4, 5, 6, 3\); yield \(N, 3, H, W\)"),
         (([FLOATS[0], FLOATS[1]], LABELS), "contains list and Tensor"),

@@ -565,7 +565,7 @@ CHECKPOINTS = [
     Bad(
         "bare weights for a checkpoint",
         "train --resume bare.pth",
-        r"bare\.pth: was written by torch\.save, not by this framework; .* give it as --weights",
+        r"bare\.pth: was written by torch\.save, not by this framework; .* pass it as --weights",
         torch_file("bare.pth", lambda: {"fc.weight": torch.zeros(2, 2)}),
     ),
     Bad(
@@ -577,13 +577,13 @@ CHECKPOINTS = [
     Bad(
         "a checkpoint of a later format",
         "train --resume later.ckpt",
-        r"later\.ckpt: has format version '3', .*reads 2; read it with the version that wrote it",
+        r"later\.ckpt: has format version '3', .*reads version 2; read it with the version of the framework that wrote it",
         lambda: later_checkpoint("later.ckpt"),
     ),
     Bad(
         "a checkpoint that lacks a part",
         "train --resume part.ckpt",
-        r"part\.ckpt: is incomplete: it lacks 'progress'; .*",
+        r"part\.ckpt: is incomplete: 'progress' is missing; .*",
         checkpoint_without("part.ckpt", "progress"),
     ),
     Bad(

@@ -146,9 +146,9 @@ def _report(error: UserError) -> int:
     """Print the error in one line; if several processes meet it, only the first one prints it."""
     first = True
     if "RANK" in os.environ:
-        from training_framework.machine.distributed import is_first_to_say
+        from training_framework.machine.distributed import is_first_to_report
 
-        first = is_first_to_say(str(error))
+        first = is_first_to_report(str(error))
     if first:
         say(f"error: {error}")
     return USAGE_ERROR

@@ -166,7 +166,9 @@ def test_a_file_too_large_or_none_is_not_read(tmp_path: Path) -> None:
     _make_set(CIFAR10, folder)
     with (folder / "data_batch_2").open("r+b") as file:
         file.truncate(1 << 40)
-    with pytest.raises(UserError, match=r"data_batch_2: 1,099,511,627,776 bytes are more than"):
+    with pytest.raises(
+        UserError, match=r"data_batch_2: 1,099,511,627,776 bytes are too many for such a file"
+    ):
         open_cifar(CIFAR10, root=tmp_path)
     (folder / "data_batch_2").unlink()
     os.mkfifo(folder / "data_batch_2")
