@@ -577,7 +577,8 @@ CHECKPOINTS = [
     Bad(
         "a checkpoint of a later format",
         "train --resume later.ckpt",
-        r"later\.ckpt: has format version '3', .*reads version 2; read it with the version of the framework that wrote it",
+        r"later\.ckpt: has format version '3', .*reads version 2; "
+        "read it with the version of the framework that wrote it",
         lambda: later_checkpoint("later.ckpt"),
     ),
     Bad(

@@ -35,8 +35,8 @@ def load_config(
     Args:
         path: YAML file, or the name of a shipped one; None for the defaults alone.
         overrides: Settings that replace the file's, by any of their names.
-        base: Settings that the file's replace: those of the checkpoint to resume from. When a
-            run resumes, its `weights` and `stop_after_steps` are dropped: both are in the past.
+        base: Settings that file and overrides replace: those of the checkpoint to resume from.
+            When a run resumes, its `weights` and `stop_after_steps` are dropped: both are past.
         source: What error messages call the overrides.
 
     Raises:

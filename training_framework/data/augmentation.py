@@ -126,7 +126,7 @@ def cutout(images: Tensor, size: int, centers_y: Tensor, centers_x: Tensor) -> T
         images: (N, C, H, W) float, normalized.
         size: Side of the square in pixels.
         centers_y: (N,) int64 rows; the square starts `size // 2` before them.
-        centers_x: (N,) int64 columns, likewise.
+        centers_x: (N,) int64 columns; the square starts `size // 2` before them.
     """
     tops, lefts = centers_y - size // 2, centers_x - size // 2
     return _erase(images, tops, lefts, tops + size, lefts + size)
@@ -226,7 +226,7 @@ def normalize_rows(
     Args:
         images: (N, C, H, W) uint8.
         scale: (W * C,) float32, the factors of the channels repeated W times.
-        shift: (W * C,) float32, likewise.
+        shift: (W * C,) float32, repeated in the same way.
         dtype: Of the result.
     """
     pixels = _as_nhwc(images)
@@ -261,7 +261,7 @@ def cutmix(images: Tensor, lam: float, *, center_y: float, center_x: float) -> t
 
     Args:
         images: (N, C, H, W).
-        lam: Share of each image that shall remain.
+        lam: Desired share of each image that remains.
         center_y: Centre of the rectangle, as a share of the height.
         center_x: Centre of the rectangle, as a share of the width.
 

@@ -13,7 +13,7 @@ class DatasetFacts:
     Attributes:
         name: Its name in logs: `digits`, `cifar10`, the name of a folder.
         train_images: Images in the training split.
-        val_images: Images in the validation split; 0 where there is none.
+        val_images: Images in the validation split; 0 if there is none.
         class_names: The names of the classes, in label order.
         image_size: Side in pixels of the square images that the loader yields.
         storage: `arrays` (uint8 arrays in memory), `files` (decoded one by one), `generated`

@@ -85,7 +85,7 @@ class ConsoleLogger:
             print(text, file=self._stream, flush=True)
 
     def close(self) -> None:
-        """Leave the bar as it stands and end its line."""
+        """Leave the bar as it is and end its line."""
         if self._bar is not None:
             self._bar.close()
 

@@ -45,7 +45,7 @@ def random_states(device: torch.device) -> dict[str, Any]:
 def restore_random_states(states: dict[str, Any], device: torch.device) -> None:
     """Set the generators to states from `random_states`.
 
-    If the states are from a run without a CUDA device, that of the present one does not change.
+    States from a run without a CUDA device leave the generator of a CUDA device unchanged.
 
     Raises:
         ValueError, TypeError, KeyError, RuntimeError: The states are invalid.

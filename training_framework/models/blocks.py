@@ -77,7 +77,7 @@ class ResidualBlock(nn.Module):
         raise NotImplementedError
 
     def residual(self, x: Tensor) -> Tensor:
-        """The branch beside the shortcut, up to the input of its last norm."""
+        """The branch parallel to the shortcut, up to the input of its last norm."""
         raise NotImplementedError
 
     def _add_shortcut(self, x: Tensor) -> Tensor:
