@@ -67,7 +67,7 @@ def test_bad_pictures_are_listed_counted_and_the_same_with_workers_and_after_a_r
 ) -> None:
     alone = train("alone", "--num-workers 0")
     printed = capsys.readouterr()
-    assert "data   4 bad images skipped: bad_images.txt lists them" in printed.out
+    assert "data   4 bad images skipped, listed in bad_images.txt" in printed.out
     assert "note: skipped pictures/val/bee/2.jpg: cannot be decoded" in printed.err
     assert listed(alone) == ALL
     assert json.loads((alone / "run.json").read_text())["results"]["bad_images"] == 4
@@ -96,7 +96,7 @@ def test_bad_pictures_do_not_count_in_evaluate_and_predict(
     assert main(shlex.split(f"{evaluate} --on-bad-image skip")) == 0
     printed = capsys.readouterr()
     assert printed.out.startswith("pictures: 9 images ")
-    assert "note: 1 of 10 images are bad and not counted" in printed.err
+    assert "note: 1 of 10 images are bad and were skipped" in printed.err
 
     predict = f"predict {checkpoint} pictures/val --threads 1"
     assert main(shlex.split(predict)) == 2

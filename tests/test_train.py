@@ -234,7 +234,7 @@ def test_a_run_without_a_validation_loader_has_no_accuracy(in_tmp_path):
 @pytest.mark.parametrize(
     ("loader", "message"),
     [
-        ([(torch.zeros(2, 3, 8, 8),)], "does not say how many classes|is a tuple"),
+        ([(torch.zeros(2, 3, 8, 8),)], "does not tell its number of classes|is a tuple"),
         (iter([]), "no length"),
         (
             DataLoader(TensorDataset(torch.zeros(4, 3, 8, 8), torch.arange(4) + 7)),

@@ -1,10 +1,10 @@
-"""The one kind of error that is the user's to mend."""
+"""`UserError`: the one kind of error that the user can fix."""
 
 import reprlib
 
 __all__ = ["UserError", "one_line", "shown"]
 
-_MOST_CHARACTERS = 10_000  # two paths of the greatest length and what is said of them
+_MAX_CHARACTERS = 10_000  # two paths of the greatest length, and the message about them
 
 _short_repr = reprlib.Repr()
 _short_repr.maxstring = _short_repr.maxother = _short_repr.maxlong = 200
@@ -13,9 +13,9 @@ _short_repr.maxlevel = 3
 
 
 class UserError(ValueError):
-    """Bad input: one line that names the thing (file, key, sample) and says the cure.
+    """Bad input: one line that names the culprit (file, key, sample) and how to fix it.
 
-    The command line prints it without a traceback and exits with 2; in Python it is a ValueError.
+    The command line prints it without a traceback and exits with 2; Python sees a ValueError.
 
     Args:
         fault: What is wrong, naming the file, the key and the value.
@@ -32,16 +32,16 @@ class UserError(ValueError):
 
 
 def one_line(text: str) -> str:
-    """Text on one line that a terminal can show: what it would obey or hide is escaped.
+    """The text on one line, with every character escaped that a terminal would obey or hide.
 
-    A file's name may hold newlines, terminal commands and bytes that are no text.
+    A file's name may contain newlines, terminal commands and bytes that are not text.
 
     >>> one_line("a\\n b\\x1b[2J")
     'a b\\\\x1b[2J'
     """
     line = " ".join(text.split())
-    if len(line) > _MOST_CHARACTERS:
-        half = _MOST_CHARACTERS // 2
+    if len(line) > _MAX_CHARACTERS:
+        half = _MAX_CHARACTERS // 2
         line = f"{line[:half]} ... {line[-half:]}"
     if line.isprintable():
         return line
@@ -52,8 +52,8 @@ def one_line(text: str) -> str:
 
 
 def shown(value: object) -> str:
-    """A value from a user's file as Python writes it, shortened: it may be as large as it likes."""
+    """A value from a user's file as Python writes it, shortened however large it is."""
     try:
         return _short_repr.repr(value)
-    except ValueError:  # Python writes no number of more than 4300 digits
-        return f"a {type(value).__name__} of too many digits"
+    except ValueError:  # Python refuses to write a number of more than 4300 digits
+        return f"a {type(value).__name__} with too many digits"

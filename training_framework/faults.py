@@ -1,9 +1,9 @@
-"""Fault injection: fail at a named point, to prove that a run survives failing there.
+"""Fault injection: fail at a named point, to prove that a run survives a failure there.
 
-`TRAINING_FRAMEWORK_FAULT=POINT:N[:ACTION]` acts at the N-th pass (counted from 1) of POINT in each
-process that reads it. ACTION is a signal that the process sends itself (`kill`, the default,
+`TRAINING_FRAMEWORK_FAULT=POINT:N[:ACTION]` acts when a process passes POINT for the N-th time
+(counted from 1). ACTION is a signal that the process sends itself (`kill`, the default,
 `term`, `int`, `hup`), or the name of an errno (`ENOSPC`, `EIO`, ...), which is raised as an
-OSError. The variable is read once, at the import; unset, a pass calls an empty function.
+OSError. The variable is read once, at import; when it is unset, a point does nothing.
 """
 
 import errno
@@ -28,13 +28,13 @@ POINTS = frozenset(
         "resume.after_load",
     }
 )  # fmt: skip
-"""Every name that a `fault_point` of the program passes."""
+"""The names of all fault points of the program."""
 
 _SIGNALS = {name: signal.Signals[f"SIG{name.upper()}"] for name in ("kill", "term", "int", "hup")}
 
 
 def fault_injector(setting: str) -> Callable[[str], None]:
-    """A `fault_point` that acts as `setting` says; empty: one that does nothing.
+    """A `fault_point` that acts as `setting` asks; an empty setting gives one that does nothing.
 
     Raises:
         UserError: The setting is not POINT:N[:ACTION] with a known point and action.
@@ -47,7 +47,7 @@ def fault_injector(setting: str) -> Callable[[str], None]:
     for fault, cure, wrong in (
         (f"unknown point {point!r}", f"the points are: {', '.join(sorted(POINTS))}",
          point not in POINTS),
-        (f"{passes!r} is no count of passes", f"write {point}:N with N from 1, as in {point}:1",
+        (f"{passes!r} is not a number of passes", f"write {point}:N with N from 1, as in {point}:1",
          not (passes.isascii() and passes.isdecimal() and int(passes))),
         (f"unknown action {action!r}",
          f"use {', '.join(_SIGNALS)} or the name of an errno, such as ENOSPC",
@@ -70,7 +70,7 @@ def fault_injector(setting: str) -> Callable[[str], None]:
 
 
 def check_fault_variable() -> None:
-    """Refuse a setting that names nothing, since a test by it would pass without a fault.
+    """Refuse a malformed setting: a test that relies on it would pass without any fault.
 
     Raises:
         UserError: TRAINING_FRAMEWORK_FAULT is malformed.
@@ -79,10 +79,10 @@ def check_fault_variable() -> None:
 
 
 def _no_fault(passed: str) -> None:
-    """Nothing: no fault is asked for."""
+    """Do nothing: the variable is unset."""
 
 
 fault_point: Callable[[str], None] = _no_fault
-"""Pass a point, given by its name: nothing happens unless the variable names it."""
-with suppress(UserError):  # for `check_fault_variable` to raise, where it is caught and shown
+"""Pass the named point. Nothing happens unless the variable names it."""
+with suppress(UserError):  # `check_fault_variable` raises it again, where it is caught and shown
     fault_point = fault_injector(os.environ.get(VARIABLE, ""))

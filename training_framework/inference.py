@@ -1,4 +1,4 @@
-"""Use what was trained: evaluate it on a data set, let it name pictures."""
+"""Use a trained network: evaluate it on a data set, or classify images."""
 
 import itertools
 import sys
@@ -33,22 +33,22 @@ from training_framework.training.loaders import split_loader
 
 __all__ = ["evaluate_file", "predict_files"]
 
-PICTURES_AT_ONCE = 64
+IMAGES_PER_BATCH = 64
 _DATA_KEYS = (
     "data", "data_root", "num_classes", "seed", "synthetic_train_images", "synthetic_val_images",
 )  # fmt: skip
 
 
 def evaluate_file(path: Path, overrides: Mapping[str, Any]) -> tuple[Evaluation, DatasetFacts]:
-    """Evaluate a checkpoint or weight file on a data set, every sample once.
+    """Evaluate a checkpoint or weight file on every image of a data set, once.
 
     Args:
         path: A .ckpt or weights.safetensors of this framework.
-        overrides: Settings (data, data_root, batch_size, ...) that win over those of the
-            checkpoint's run; its image size and classes are the network's own.
+        overrides: Settings (data, data_root, batch_size, ...) that replace those of the
+            checkpoint's run. Image size and classes are always the network's own.
 
     Raises:
-        UserError: A file or setting is wrong, or the data has other classes than the network.
+        UserError: A file or setting is wrong, or the classes of the data and the network differ.
     """
     network, card = load_network(path)
     planned = plan_run(_evaluation_config(path, card, overrides), own_network=card.model)
@@ -57,10 +57,10 @@ def evaluate_file(path: Path, overrides: Mapping[str, Any]) -> tuple[Evaluation,
     if facts.class_names != card.class_names:
         ours, theirs = _first_difference(card.class_names, facts.class_names)
         raise UserError(
-            f"{path}: the network's classes are not those of {facts.name} "
+            f"{path}: the classes of the network differ from those of {facts.name} "
             f"({len(card.class_names)} against {len(facts.class_names)}; "
             f"{ours!r} against {theirs!r})",
-            "name the data that it was trained for",
+            "name the data set that the network was trained on",
         )
     processes = planned.processes
     device = plan.torch_device(processes.local_rank)
@@ -90,7 +90,7 @@ def evaluate_file(path: Path, overrides: Mapping[str, Any]) -> tuple[Evaluation,
 
 
 def _evaluation_config(path: Path, card: NetworkCard, overrides: Mapping[str, Any]) -> TrainConfig:
-    """What to evaluate on: the data of the network's own run unless said otherwise."""
+    """The settings to evaluate with; data defaults to that of the network's own run."""
     base: dict[str, Any] = {}
     given = {canonical(name, value)[0] for name, value in overrides.items()}
     if path.suffix != ".safetensors":
@@ -99,7 +99,7 @@ def _evaluation_config(path: Path, card: NetworkCard, overrides: Mapping[str, An
         base = {key: value for key, value in trained.items() if key in keys}
     base["img_size"] = card.image_size
     config = load_config(overrides=overrides, base=base, source="command line")
-    if config.data == "synthetic":  # it has the classes that it is asked for
+    if config.data == "synthetic":  # its number of classes is a setting
         config = config.model_copy(update={"num_classes": len(card.class_names)})
     return config
 
@@ -110,28 +110,28 @@ def _first_difference(ours: Sequence[str], theirs: Sequence[str]) -> tuple[str, 
 
 
 def predict_files(
-    path: Path, pictures: Sequence[Path], *, top: int, overrides: Mapping[str, Any]
+    path: Path, image_paths: Sequence[Path], *, top: int, overrides: Mapping[str, Any]
 ) -> Iterator[tuple[Path, list[tuple[str, float]]]]:
-    """Name what pictures show.
+    """Classify images.
 
     Args:
         path: A .ckpt or weights.safetensors of this framework.
-        pictures: Image files, and folders whose image files (at any depth) are meant.
-        top: How many classes to give for each.
+        image_paths: Image files, and folders of them, searched at any depth.
+        top: How many classes to give for each image.
         overrides: accelerator, precision, threads and on_bad_image.
 
     Yields:
-        Each picture's path with its most probable classes and their probabilities.
+        The path of each image, with its most probable classes and their probabilities.
 
     Raises:
-        UserError: A file is missing or cannot be read; it is damaged or no picture, unless
-            on_bad_image is skip, which says so on stderr.
+        UserError: A file is missing or cannot be read, or it is damaged or not an image. With
+            on_bad_image skip, damaged files are skipped with a note on stderr.
     """
-    files = _picture_files(pictures)
+    files = _image_files(image_paths)
     network, card = load_network(path)
     config = load_config(overrides=overrides, source="command line")
     facts = DatasetFacts(
-        name="pictures",
+        name="images",
         train_images=len(files),
         val_images=len(files),
         class_names=card.class_names,
@@ -146,8 +146,8 @@ def predict_files(
     torch.set_num_threads(plan.threads)
     network.to(device)
     transform = EvalTransform(mean=card.mean, std=card.std, device=device)
-    for start in range(0, len(files), PICTURES_AT_ONCE):
-        part = files[start : start + PICTURES_AT_ONCE]
+    for start in range(0, len(files), IMAGES_PER_BATCH):
+        part = files[start : start + IMAGES_PER_BATCH]
         views = _prepared(part, card, skip_bad=plan.on_bad_image == "skip")
         if not views:
             continue
@@ -170,18 +170,18 @@ def predict_files(
             )
 
 
-def _picture_files(pictures: Sequence[Path]) -> list[Path]:
+def _image_files(image_paths: Sequence[Path]) -> list[Path]:
     files: list[Path] = []
-    for picture in pictures:
-        if picture.is_dir():
-            found = sorted(p for p in picture.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+    for path in image_paths:
+        if path.is_dir():
+            found = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
             if not found:
-                raise UserError(f"{picture}: holds no image files", "name another folder")
+                raise UserError(f"{path}: contains no image files", "name another folder")
             files += found
-        elif picture.is_file():
-            files.append(picture)
+        elif path.is_file():
+            files.append(path)
         else:
-            raise UserError(f"{picture}: no such file or folder", "check the path")
+            raise UserError(f"{path}: no such file or folder", "check the path")
     return files
 
 
@@ -192,7 +192,7 @@ def _to_stderr(line: str) -> None:
 def _prepared(
     files: Sequence[Path], card: NetworkCard, *, skip_bad: bool
 ) -> list[tuple[Path, Pixels]]:
-    """The network's view of each picture."""
+    """Each image as the network's input: scaled and cropped."""
     prepared = []
     for file in files:
         try:

@@ -1,4 +1,4 @@
-"""Train: `main()` for a configuration, `EfficientResNet18Trainer` for your own loaders too."""
+"""Training from Python: `main()`, and `EfficientResNet18Trainer` for your own loaders."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -31,7 +31,9 @@ def configure(
     *,
     source: str = "overrides",
 ) -> TrainConfig:
-    """A configuration from a file and overrides; above a checkpoint's own where `resume` names one.
+    """A configuration from a file and overrides.
+
+    Where `resume` names a checkpoint, its configuration gives the settings that neither sets.
 
     Raises:
         UserError: A file, key or value is wrong.
@@ -49,10 +51,13 @@ def configure(
 
 
 def plan_for(config: TrainConfig) -> tuple[TrainPlan, Hardware, DatasetFacts]:
-    """What `config` would run here: the plan, and the facts it rests on. Trains nothing.
+    """Plan what `config` would run here, without training.
+
+    Returns:
+        The plan, and the hardware and data set that it is based on.
 
     Raises:
-        UserError: Something that is asked for is wrong or cannot be done here.
+        UserError: A setting is wrong or cannot be used on this machine.
     """
     planned = plan_run(config)
     return planned.plan, planned.hardware, planned.facts
@@ -61,15 +66,15 @@ def plan_for(config: TrainConfig) -> tuple[TrainPlan, Hardware, DatasetFacts]:
 def main(
     config: TrainConfig | type[Config] | str | Path | None = None, **overrides: Any
 ) -> TrainResult:
-    """Train as configured, and return what was reached.
+    """Train as configured, and return the result.
 
     Args:
-        config: A TrainConfig, `Config` or a subclass, a YAML file or the name of a shipped one;
-            without it, ResNet-18 on the embedded digits.
-        **overrides: Settings that win over the configuration's: `main(epochs=3)`.
+        config: A TrainConfig, `Config` or a subclass, a YAML file or the name of a shipped one.
+            None trains ResNet-18 on the embedded digits.
+        **overrides: Settings that replace those of the configuration: `main(epochs=3)`.
 
     Raises:
-        UserError: Something that is asked for is wrong or cannot be done here.
+        UserError: A setting is wrong or cannot be used on this machine.
     """
     return EfficientResNet18Trainer(config, **overrides).train()
 
@@ -78,17 +83,17 @@ class EfficientResNet18Trainer:
     """Trains a network on the configured data or on your own DataLoaders.
 
     Args:
-        config: As for `main`. Its `model` is trained: ResNet-18 unless it says otherwise.
+        config: As for `main`. Its `model` is trained; the default is ResNet-18.
         network: Your own network instead of the configured `model`, from (N, 3, H, W) float
             images to (N, classes) scores, with fp32 weights on any device. It is trained in place.
-        **overrides: Settings that win over the configuration's.
+        **overrides: Settings that replace those of the configuration.
 
     Attributes:
         config: The validated, frozen configuration.
-        model: The trained network, of torch's own operators, so that torch.export, torch.jit.trace
-            and torch.onnx take it; with `ema_decay` the weight average. Before `train` it is your
-            own network, or None.
-        plan: What was decided for the run; None before `train`.
+        model: The trained network (with `ema_decay`, the weight average). It contains only torch's
+            own operators, so torch.export, torch.jit.trace and torch.onnx accept it. Before
+            `train` it is your own network, or None.
+        plan: The plan of the run; None before `train`.
     """
 
     def __init__(
@@ -104,7 +109,7 @@ class EfficientResNet18Trainer:
             if self.config.weights is not None:
                 raise UserError(
                     f"weights is {self.config.weights}, but network is your own",
-                    "load them with network.load_state_dict, and leave weights out",
+                    "load them with network.load_state_dict and remove weights",
                 )
         self._network = network
         self.model = network
@@ -117,23 +122,23 @@ class EfficientResNet18Trainer:
     ) -> TrainResult:
         """Train to the end.
 
-        Called again, it trains a configured model anew from the seed, and a `network` of your own
-        further, each time with a new learning-rate schedule and run directory.
+        Each call starts a new learning-rate schedule and run directory. A further call trains a
+        configured model anew from the seed, and continues to train a `network` of your own.
 
         Args:
             train_loader: Any iterable with a length, such as a torch DataLoader, instead of the
                 configured data. It yields (images, labels, ...) or a dict with one of the keys
                 images, image, imgs, img, pixel_values, inputs, input and x, and one of labels,
                 label, targets, target and y: tensors or NumPy arrays, images (N, 3, H, W) of any
-                float type, or uint8, which are divided by 255, and integer labels (N,) or (N, 1).
-                Before training one batch is looked at, which is trained on too.
-            val_loader: Likewise, for evaluation; without it nothing is evaluated.
+                float type or uint8 (divided by 255), and integer labels (N,) or (N, 1). One batch
+                is checked before training starts, and is then trained on like the others.
+            val_loader: The same, for evaluation. None: the network is not evaluated.
 
         Raises:
-            UserError: Something that is asked for is wrong or cannot be done here.
+            UserError: A setting is wrong or cannot be used on this machine.
         """
         if train_loader is None and val_loader is not None:
-            raise UserError("a val_loader is given without a train_loader", "give both")
+            raise UserError("val_loader is given without train_loader", "give both")
         looked = self._looked_at(train_loader, "training")
         looked_val = self._looked_at(val_loader, "validation")
         run = TrainingRun(
@@ -162,13 +167,13 @@ class EfficientResNet18Trainer:
 
     @torch.inference_mode()
     def predict(self, images: Tensor) -> Tensor:
-        """Class probabilities, (N, classes) on the CPU, of prepared images (N, 3, H, W) float.
+        """Class probabilities (N, classes), on the CPU, of prepared float images (N, 3, H, W).
 
         Raises:
             UserError: Nothing has been trained yet.
         """
         if self.model is None:
-            raise UserError("there is no trained network yet", "call train() first")
+            raise UserError("predict() needs a trained network", "call train() first")
         self.model.eval()
         device = next(self.model.parameters()).device
         return self.model(images.to(device)).float().softmax(dim=1).cpu()
@@ -187,5 +192,5 @@ def _as_train_config(
         return configure(config, overrides)
     raise UserError(
         f"config is a {type(config).__name__}",
-        "give a TrainConfig, Config, a YAML file's name, or nothing",
+        "pass a TrainConfig, Config, the name of a YAML file, or nothing",
     )

@@ -190,14 +190,14 @@ def test_a_large_file_of_another_kind_is_refused_before_it_is_read(tmp_path):
 
 
 def test_what_the_file_has_no_name_for_is_refused_when_it_is_written(tmp_path):
-    with pytest.raises(UserError, match=r"model/w: a checkpoint cannot hold torch\.complex64"):
+    with pytest.raises(UserError, match=r"model/w: a checkpoint cannot contain torch\.complex64"):
         save_checkpoint(tmp_path / "a.ckpt", {"model": {"w": torch.zeros(1, dtype=torch.cfloat)}})
     assert not list(tmp_path.iterdir())
 
 
 def test_a_file_too_large_for_its_header_is_refused_when_it_is_written(tmp_path, monkeypatch):
-    monkeypatch.setattr("training_framework.checkpoint.file.LARGEST_HEADER_BYTES", 300)
-    with pytest.raises(UserError, match="the names of the 2 tensors"):
+    monkeypatch.setattr("training_framework.checkpoint.file.MAX_HEADER_BYTES", 300)
+    with pytest.raises(UserError, match="the header of a checkpoint with 2 tensors"):
         save_checkpoint(tmp_path / "a.ckpt", SMALL)
 
 

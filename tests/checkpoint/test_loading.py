@@ -17,8 +17,8 @@ def write(path: Path, step: int) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ([1], "does not hold the state of a run"),
-        ({"model": {}}, "lacks 'average'"),
+        ([1], "does not contain the state of a run"),
+        ({"model": {}}, "is incomplete: 'average' is missing"),
         ({**dict.fromkeys(PARTS), "optimizer": 3}, "its 'optimizer' is not a state"),
     ],
 )
@@ -39,7 +39,7 @@ def test_the_one_before_is_taken_where_the_last_is_damaged_or_gone(tmp_path):
     state, path, (line,) = load_newest(last)
     assert (state["progress"]["step"], path) == (1, previous_of(last))
     assert line.startswith(f"warning: {last}: cannot be read as a checkpoint (")
-    assert line.endswith("; last-1.ckpt, the one before it, is used")
+    assert line.endswith("; using last-1.ckpt, the one before it")
     last.unlink()
     assert load_newest(last)[0]["progress"]["step"] == 1
 

@@ -27,7 +27,7 @@ def test_packing_inspecting_and_training(
     assert main(["data", "inspect", "shards", "--verify"]) == 0
     shown = capsys.readouterr().out
     assert "2 tar shards, packed from pets" in shown
-    assert "10 images: 8 to train, 2 to validate" in shown
+    assert "10 images: 8 for training, 2 for validation" in shown
     assert "checksums: all 10 are right" in shown
     assert "      4       1  cat" in shown
     settings = "--model resnet10 --img-size 16 --batch-size 4 --epochs 1 --threads 1"
@@ -48,10 +48,10 @@ def test_images_left_out_are_listed(
     assert "cat/3.png" in capsys.readouterr().err
     assert main([*command, "--on-bad-image", "skip"]) == 0
     shown = capsys.readouterr()
-    assert "1 bad ones left out" in shown.out
+    assert "1 bad ones skipped" in shown.out
     assert "cat/3.png" in shown.err
     assert main(["data", "inspect", "shards"]) == 0
-    assert "left out as bad: train/cat/3.png" in capsys.readouterr().out
+    assert "skipped as bad: train/cat/3.png" in capsys.readouterr().out
 
 
 def test_a_path_and_a_root_at_once_are_refused(capsys: pytest.CaptureFixture[str]) -> None:

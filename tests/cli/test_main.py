@@ -82,7 +82,7 @@ def test_help_shows_every_setting_with_its_default_and_no_alias(capsys, monkeypa
         assert re.search(rf"{flag} (VALUE|\[VALUE\]) ", text), key
         assert str(field.description) in text
     assert "passes over the training set (15)" in text
-    assert "for runs; this one goes to <output_dir>/<name>/version_N (logs)" in text
+    assert "for runs; a run is written to <output_dir>/<name>/version_N (logs)" in text
     assert "(slower) (false)" in text
     for alias in ALIASES:
         assert f"--{alias.replace('_', '-')} " not in text
@@ -269,7 +269,7 @@ def test_a_signal_ends_a_run_in_order_and_it_can_go_on(in_tmp_path, capsys, numb
     out, err = process.communicate(timeout=120)
     assert process.returncode == status
     assert "Traceback" not in err
-    stopped = re.search(rf"stopped by {number.name} after ([\d,]+) steps; go on with", out)
+    stopped = re.search(rf"stopped by {number.name} after ([\d,]+) steps; resume with", out)
     assert stopped is not None
     steps = int(stopped[1].replace(",", ""))
     last = Path("logs/a/version_0/checkpoints/last.ckpt")
@@ -294,13 +294,13 @@ def test_an_interrupt_before_the_training_is_one_line(in_tmp_path, capsys, monke
     [
         (
             OSError(errno.ENOSPC, "No space left on device"),
-            "a file of the run: cannot be written to (No space left on device); make room there; "
-            "a run goes on from its last.ckpt with --resume",
+            "a file of the run: cannot be written to (No space left on device); free some space, "
+            "then continue with --resume and the run's last.ckpt",
         ),
         (
             OSError(errno.EROFS, "Read-only file system", "logs/a/metrics.csv"),
-            "logs/a/metrics.csv: cannot be written to (Read-only file system); make room there; "
-            "a run goes on from its last.ckpt with --resume",
+            "logs/a/metrics.csv: cannot be written to (Read-only file system); free some space, "
+            "then continue with --resume and the run's last.ckpt",
         ),
         (
             torch.OutOfMemoryError(
@@ -308,8 +308,8 @@ def test_an_interrupt_before_the_training_is_one_line(in_tmp_path, capsys, monke
                 "3.00 GiB of which 1.00 GiB is free. Including non-PyTorch memory, this process has"
             ),
             "memory is full: CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total "
-            "capacity of 3.00 GiB of which 1.00 GiB is free; lower batch_size or img_size, set "
-            "activation_checkpointing, or set resident_data to false",
+            "capacity of 3.00 GiB of which 1.00 GiB is free; lower batch_size or img_size, turn "
+            "on activation_checkpointing, or turn off resident_data",
         ),
     ],
 )

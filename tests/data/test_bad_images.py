@@ -35,7 +35,7 @@ def test_many_are_listed_but_not_all_said(tmp_path: Path) -> None:
     bad = BadImages(train=5000, val=0)
     bad.list_in(tmp_path / "bad.txt", said.append)
     bad.add("train", {f"{number}.jpg": "is empty" for number in range(50)})
-    assert len(said) == 11 and said[-1] == "note: more bad images are listed, not shown"
+    assert len(said) == 11 and said[-1] == "note: further bad images are listed but not shown"
     assert len((tmp_path / "bad.txt").read_text().splitlines()) == 50
     with pytest.raises(UserError, match=r"51 images .*, \.\.\.; repair .*bad\.txt lists them"):
         bad.add("train", {"last.jpg": "is empty"})

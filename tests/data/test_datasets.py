@@ -60,7 +60,9 @@ def test_what_a_folder_holds_is_detected(tmp_path: Path, paths: list[str], expec
 
 
 def test_unknown_and_missing_folders_are_errors_that_name_them(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=rf"{tmp_path} holds no known data set; .*train/ and val/"):
+    with pytest.raises(
+        UserError, match=rf"{tmp_path} contains no known data set; .*train/ and val/"
+    ):
         detect_dataset(tmp_path)
     with pytest.raises(UserError, match="gone is not a folder"):
         detect_dataset(tmp_path / "gone")

@@ -38,10 +38,10 @@ def test_epoch_reaches_the_distributed_sampler() -> None:
     [
         (
             {"image": torch.zeros(2, 3, 4, 4)},
-            "is a dict with the keys .*image.*name them images and labels",
+            "is a dict with the keys .*image.*name the keys images and labels",
         ),
         ((torch.zeros(2, 3, 4, 4),), "is a tuple"),
-        (([1, 2], torch.zeros(2)), "holds list and Tensor"),
+        (([1, 2], torch.zeros(2)), "contains list and Tensor"),
         ((torch.zeros(2, 3, 4, 4).int(), torch.zeros(2).long()), "images are torch.int32"),
         ((torch.zeros(2, 1, 4, 4), torch.zeros(2).long()), r"shape \(2, 1, 4, 4\)"),
         ((torch.zeros(2, 4, 4), torch.zeros(2).long()), r"shape \(2, 4, 4\)"),

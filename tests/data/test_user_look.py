@@ -232,7 +232,7 @@ def test_what_cannot_be_looked_at_is_one_line(loader: Any, message: str) -> None
 
 
 def test_an_empty_validation_loader_is_refused() -> None:
-    with pytest.raises(UserError, match=r"validation list is empty.*or no val_loader"):
+    with pytest.raises(UserError, match=r"validation list is empty.*or pass no val_loader"):
         look([], role="validation")
 
 
@@ -247,6 +247,6 @@ def test_facts_count_classes_where_the_data_tells() -> None:
 
 def test_facts_ask_for_the_classes_where_it_does_not() -> None:
     looked = look(BATCHES)
-    with pytest.raises(UserError, match="does not say how many classes"):
+    with pytest.raises(UserError, match="does not tell its number of classes"):
         user_loader_facts(looked, None, None)
     assert user_loader_facts(looked, None, 7).num_classes == 7

@@ -269,7 +269,7 @@ def test_workers_that_die_again_and_again_are_one_line_and_the_loader_goes_on(
     try:
         with monkeypatch.context() as patched:
             patched.setattr(FileBatches, "__getitem__", die)
-            with pytest.raises(UserError, match=r"processes died 3 times in an epoch: .*pid"):
+            with pytest.raises(UserError, match=r"processes died 3 times in one epoch: .*pid"):
                 list(loader.epoch(0))
         everything = _joined(list(loader.epoch(0)))
     finally:
@@ -286,7 +286,7 @@ def test_a_full_shared_memory_is_an_error_and_no_endless_wait(
     monkeypatch.setattr(torch.Tensor, "share_memory_", full)
     loader = _loader(split, num_workers=1)
     try:
-        with pytest.raises(UserError, match=r"No space left.*make /dev/shm larger"):
+        with pytest.raises(UserError, match=r"No space left.*enlarge /dev/shm"):
             list(loader.epoch(0))
     finally:
         loader.close()

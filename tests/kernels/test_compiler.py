@@ -98,7 +98,7 @@ def test_without_a_compiler_that_is_said(source, monkeypatch):
         library.load_library(source)
 
 
-PRIVATELY = "native kernels are compiled anew for each process, since "
+PRIVATELY = "every process compiles its native kernels anew, since "
 
 
 @needs_compiler

@@ -204,7 +204,7 @@ def test_a_network_keeps_its_names_and_its_gradients():
 
 
 def test_a_network_without_such_convolutions_is_warned_of():
-    with pytest.warns(UserWarning, match="no convolution is one for it at 8 px"):
+    with pytest.warns(UserWarning, match="no suitable convolution at 8 px"):
         assert use_winograd_convolutions(nn.Sequential(nn.Conv2d(3, 8, 3)), 8) == 0
 
 

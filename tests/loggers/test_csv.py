@@ -93,7 +93,7 @@ def test_steps_must_increase(path, step):
 
 def test_a_new_run_never_writes_over_a_file(path):
     path.write_text("precious")
-    with pytest.raises(UserError, match=r"metrics\.csv exists already"):
+    with pytest.raises(UserError, match=r"metrics\.csv already exists"):
         CsvLogger(path)
     assert path.read_text() == "precious"
 
@@ -144,7 +144,7 @@ def test_a_resumed_run_without_a_file_makes_one(path):
 
 def test_a_file_of_another_kind_is_left_alone(path):
     path.write_text("step,loss\n1,2\n")
-    with pytest.raises(UserError, match="does not name this version's columns"):
+    with pytest.raises(UserError, match="does not list the columns of this version"):
         CsvLogger(path, resume_step=1)
     assert path.read_text() == "step,loss\n1,2\n"
 

@@ -141,7 +141,7 @@ def test_a_file_that_holds_code_is_refused_and_nothing_runs(tmp_path, zipped):
     path, target = tmp_path / "evil.pth", tmp_path / "pwned"
     content = {"state_dict": resnet10(0).state_dict(), "hook": Payload(str(target))}
     torch.save(content, path, _use_new_zipfile_serialization=zipped)
-    with pytest.raises(UserError, match=r"evil\.pth: holds more than tensors .*mkdir"):
+    with pytest.raises(UserError, match=r"evil\.pth: contains more than tensors .*mkdir"):
         load_weights(resnet10(1), path)
     assert not target.exists()
 
@@ -231,10 +231,10 @@ def test_a_failed_write_keeps_the_old_file_and_leaves_no_other(tmp_path, monkeyp
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda weight: weight * float("nan"), "holds NaN or infinity"),
+        (lambda weight: weight * float("nan"), "contains NaN or infinity"),
         (lambda weight: weight.to_sparse(), "is not a plain tensor"),
         (lambda weight: weight.to("meta"), "is not a plain tensor"),
-        (lambda weight: torch.zeros(()).expand(10**6, 10**6), "larger than what is stored"),
+        (lambda weight: torch.zeros(()).expand(10**6, 10**6), "larger than its stored data"),
     ],
 )
 def test_tensors_that_are_no_weights_are_named(tmp_path, change, words):
@@ -249,5 +249,7 @@ def test_a_file_that_would_take_all_memory_is_not_loaded(tmp_path):
     path = tmp_path / "weights.pth"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("archive/data.pkl", bytes(1 << 20))
-    with pytest.raises(UserError, match=r"weights\.pth: was not loaded, since that could take all"):
+    with pytest.raises(
+        UserError, match=r"weights\.pth: was not loaded, since it could use up the memory"
+    ):
         load_weights(resnet10(1), path)

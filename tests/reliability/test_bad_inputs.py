@@ -186,7 +186,7 @@ CONFIGURATIONS = [
     Bad(
         "a key like no other",
         "plan --config mine.yaml",
-        r"mine\.yaml: unknown key 'zzz'; `efficient-resnet train --help` lists all",
+        r"mine\.yaml: unknown key 'zzz'; `efficient-resnet train --help` lists them all",
         files(mine="zzz: 3\n"),
     ),
     Bad(
@@ -287,13 +287,13 @@ CONFIGURATIONS = [
     Bad(
         "a circle of extends",
         "train --config a.yaml",
-        r"a\.yaml: extends goes round in a circle \(a.yaml -> b.yaml -> a.yaml\); break .*",
+        r"a\.yaml: extends forms a cycle \(a.yaml -> b.yaml -> a.yaml\); break .*",
         files(a="extends: b.yaml\n", b="extends: a.yaml\n"),
     ),
     Bad(
         "a file that extends itself",
         "train --config a.yaml",
-        r"a\.yaml: extends goes round in a circle \(a.yaml -> a.yaml\); break .*",
+        r"a\.yaml: extends forms a cycle \(a.yaml -> a.yaml\); break .*",
         files(a="extends: a.yaml\n"),
     ),
     Bad(
@@ -321,31 +321,31 @@ CONFIGURATIONS = [
     Bad(
         "broken YAML",
         "train --config mine.yaml",
-        r"mine\.yaml: is no valid YAML in line 2: .*; mend that line",
+        r"mine\.yaml: is not valid YAML in line 2: .*; fix that line",
         files(mine="lr: [1\n"),
     ),
     Bad(
         "a key given twice",
         "train --config mine.yaml",
-        r"mine\.yaml: is no valid YAML: line 2: the key 'lr' is given twice; .*",
+        r"mine\.yaml: is not valid YAML: line 2: the key 'lr' is given twice; .*",
         files(mine="lr: 1.0\nlr: 2.0\n"),
     ),
     Bad(
         "a list for a configuration",
         "train --config mine.yaml",
-        r"mine\.yaml: holds no `key: value` lines; write one setting a line",
+        r"mine\.yaml: contains no `key: value` lines; write one setting per line",
         files(mine="- lr\n"),
     ),
     Bad(
         "bytes for a configuration",
         "train --config mine.yaml",
-        r"mine\.yaml: is no UTF-8 text .*; name a YAML file",
+        r"mine\.yaml: is not UTF-8 text .*; name a YAML file",
         file("mine.yaml", b"\xff\xfe\x00"),
     ),
     Bad(
         "YAML that would run code",
         "train --config mine.yaml",
-        r"mine\.yaml: is no valid YAML in line 1: .*; .*",
+        r"mine\.yaml: is not valid YAML in line 1: .*; .*",
         files(mine="lr: !!python/object/apply:os.system ['touch canary']\n"),
     ),
     Bad(
@@ -359,12 +359,12 @@ DATA = [
     Bad(
         "a missing data folder",
         "train --data-root gone",
-        r"data_root gone is not a folder; it must hold train/ and val/.*",
+        r"data_root gone is not a folder; name a folder with train/ and val/.*",
     ),
     Bad(
         "a data folder that holds something else",
         "train --data-root other",
-        r"data_root other holds no known data set; it must hold train/ and val/.*",
+        r"data_root other contains no known data set; name a folder with train/ and val/.*",
         file("other/readme.txt"),
     ),
     Bad(
@@ -375,7 +375,7 @@ DATA = [
     Bad(
         "a folder without val",
         f"train {PICTURES}",
-        r"pictures/val: no such folder; pictures must hold train/<class>/\* and val/<class>/\*",
+        r"pictures/val: no such folder; name a folder with train/<class>/\* and val/<class>/\*",
         pictures(lambda: shutil.rmtree("pictures/val")),
     ),
     Bad(
@@ -393,7 +393,7 @@ DATA = [
     Bad(
         "a class to validate that is not trained",
         f"train {PICTURES}",
-        r"pictures/val/cow: a class that pictures/train lacks; .*",
+        r"pictures/val/cow: this class is missing in pictures/train; .*",
         pictures(file("pictures/val/cow/1.jpg")),
     ),
     Bad(
@@ -405,7 +405,7 @@ DATA = [
     Bad(
         "notes among the pictures",
         f"train {PICTURES}",
-        r"pictures/train/ant/notes\.txt: not an image by its suffix; move it away.*",
+        r"pictures/train/ant/notes\.txt: does not have the suffix of an image; move it away.*",
         pictures(file("pictures/train/ant/notes.txt")),
     ),
     Bad(
@@ -481,7 +481,7 @@ DATA = [
     Bad(
         "more bad pictures than may be passed over",
         f"train {PICTURES} --batch-size 8 --on-bad-image skip",
-        r"4 images of the train split cannot be decoded, and 3 of 8 are skipped at most: .*",
+        r"4 images of the train split cannot be decoded, but at most 3 of 8 may be skipped: .*",
         pictures(*(file(f"pictures/train/ant/{number}.jpg") for number in range(4))),
         begins=True,
     ),
@@ -494,7 +494,7 @@ DATA = [
     Bad(
         "a link that goes round in a circle",
         f"plan {PICTURES}",
-        r"pictures/train/ant/again: the class holds this folder twice, through a link; "
+        r"pictures/train/ant/again: the class contains this folder twice, through a link; "
         "remove the link",
         pictures(lambda: Path("pictures/train/ant/again").symlink_to(".")),
     ),
@@ -565,7 +565,7 @@ CHECKPOINTS = [
     Bad(
         "bare weights for a checkpoint",
         "train --resume bare.pth",
-        r"bare\.pth: was written by torch\.save, not by this framework; .* give it as --weights",
+        r"bare\.pth: was written by torch\.save, not by this framework; .* pass it as --weights",
         torch_file("bare.pth", lambda: {"fc.weight": torch.zeros(2, 2)}),
     ),
     Bad(
@@ -577,13 +577,14 @@ CHECKPOINTS = [
     Bad(
         "a checkpoint of a later format",
         "train --resume later.ckpt",
-        r"later\.ckpt: has format version '3', .*reads 2; read it with the version that wrote it",
+        r"later\.ckpt: has format version '3', .*reads version 2; "
+        "read it with the version of the framework that wrote it",
         lambda: later_checkpoint("later.ckpt"),
     ),
     Bad(
         "a checkpoint that lacks a part",
         "train --resume part.ckpt",
-        r"part\.ckpt: is incomplete: it lacks 'progress'; .*",
+        r"part\.ckpt: is incomplete: 'progress' is missing; .*",
         checkpoint_without("part.ckpt", "progress"),
     ),
     Bad(
@@ -607,7 +608,7 @@ CHECKPOINTS = [
     Bad(
         "weights with a NaN",
         f"train {TINY} --weights nan.pth",
-        r"nan\.pth: conv1\.weight holds NaN or infinity; take an earlier checkpoint",
+        r"nan\.pth: conv1\.weight contains NaN or infinity; use an earlier checkpoint",
         torch_file(
             "nan.pth",
             lambda: {
@@ -672,13 +673,13 @@ CHECKPOINTS = [
     Bad(
         "weights of another model",
         f"train {TINY} --weights other.pth",
-        r"other\.pth: .* is .* in the model.*; the file holds a resnet18 with the cifar stem: .*",
+        r"other\.pth: .* is .* in the model.*; the file is for resnet18 with the cifar stem: .*",
         torch_file("other.pth", lambda: resnet_state("resnet18")),
     ),
     Bad(
         "missing weights",
         f"train {TINY} --weights gone.pth",
-        r"gone\.pth: there is no such file; give the path of a weight file",
+        r"gone\.pth: no such file; give the path of a weight file",
     ),
     Bad(
         "weights of an unknown kind",
@@ -689,7 +690,7 @@ CHECKPOINTS = [
     Bad(
         "weights that would run code",
         f"train {TINY} --weights hostile.pth",
-        r"hostile\.pth: holds more than tensors \(.*system\) and was not loaded, .*; save .*",
+        r"hostile\.pth: contains more than tensors \(.*system\) and was not loaded, .*; save .*",
         torch_file("hostile.pth", lambda: {"fc.weight": Command()}),
     ),
     Bad(
@@ -701,7 +702,8 @@ CHECKPOINTS = [
     Bad(
         "evaluating on other classes",
         f"evaluate {CHECKPOINT} --data digits",
-        r"run/checkpoints/last\.ckpt: the network's classes are not those of digits .*; name .*",
+        r"run/checkpoints/last\.ckpt: the classes of the network differ from those of digits "
+        r".*; name .*",
     ),
     Bad(
         "evaluating text",
@@ -712,7 +714,7 @@ CHECKPOINTS = [
     Bad(
         "evaluating what is not there",
         "evaluate gone.safetensors",
-        r"gone\.safetensors: there is no such file; .*",
+        r"gone\.safetensors: no such file; .*",
     ),
     Bad(
         "weights that do not say whose they are",
@@ -743,7 +745,7 @@ CHECKPOINTS = [
     Bad(
         "predicting an empty folder",
         f"predict {CHECKPOINT} empty",
-        r"empty: holds no image files; name another folder",
+        r"empty: contains no image files; name another folder",
         lambda: Path("empty").mkdir(),
     ),
     Bad(
@@ -765,17 +767,17 @@ COMMANDS = [
     Bad(
         "no command",
         "",
-        r"efficient-resnet: .*required: COMMAND; `efficient-resnet --help` explains",
+        r"efficient-resnet: .*required: COMMAND; see `efficient-resnet --help`",
     ),
     Bad(
         "an unknown command",
         "trian --epochs 3",
-        r"efficient-resnet: no command is called 'trian'; did you mean train\?",
+        r"efficient-resnet: there is no command 'trian'; did you mean train\?",
     ),
     Bad(
         "a command like no other",
         "xyzzy",
-        r"efficient-resnet: no command is called 'xyzzy'; choose from train, plan, evaluate, .*",
+        r"efficient-resnet: there is no command 'xyzzy'; choose from train, plan, evaluate, .*",
     ),
     Bad(
         "a misspelt flag",
@@ -790,7 +792,7 @@ COMMANDS = [
     Bad(
         "a flag like no other",
         "train --frobnicate",
-        r"efficient-resnet train: unknown flag --frobnicate; .* --help` lists all",
+        r"efficient-resnet train: unknown flag --frobnicate; .* --help` lists them all",
     ),
     Bad(
         "a flag without its value",
@@ -811,13 +813,13 @@ COMMANDS = [
     Bad(
         "a subset of more classes than there are",
         "data subset pictures dest --classes 9 --train-per-class 2 --val-per-class 1",
-        r"pictures/train: has 2 classes, not 9; ask for 2 at most",
+        r"pictures/train: has 2 classes, not 9; ask for at most 2",
         pictures(),
     ),
     Bad(
         "a subset of more pictures than there are",
         "data subset pictures dest --classes 2 --train-per-class 2 --val-per-class 7",
-        r"pictures/val/\w+: has 2 images, not 7; ask for 2 at most",
+        r"pictures/val/\w+: has 2 images, not 7; ask for at most 2",
         pictures(),
     ),
     Bad(
@@ -829,7 +831,7 @@ COMMANDS = [
     Bad(
         "a subset of nothing",
         f"data subset gone dest {SUBSET}",
-        r"gone/train: no such folder; gone must hold .*",
+        r"gone/train: no such folder; name a folder with train/.*",
     ),
     Bad(
         "a subset of no class",
@@ -840,7 +842,7 @@ COMMANDS = [
     Bad(
         "a subset below a file",
         f"data subset pictures mine.txt/dest {SUBSET}",
-        r"mine\.txt: .*; make room, or name another folder",
+        r"mine\.txt: .*; free some space, or name another folder",
         pictures(file("mine.txt")),
     ),
     Bad(
@@ -921,7 +923,7 @@ COMMANDS = [
     Bad(
         "a report over its own result",
         "report r.json --output r.json",
-        r"--output r\.json: is one of the results themselves; name an \.html file",
+        r"--output r\.json: is one of the result files; name an \.html file",
         file("r.json", run_result()),
     ),
     Bad(
@@ -956,7 +958,8 @@ ALONE = [
     Bad(
         "an absent set without a network",
         "train --data cifar10",
-        r"cifar10 is not in data and https://.* gave none \(ProxyError\); put cifar-10-python\.tar"
+        r"cifar10 is not in data and cannot be downloaded from https://.* \(ProxyError\); "
+        r"put cifar-10-python\.tar"
         r"\.gz \(MD5 .*\) or its folder cifar-10-batches-py into data",
     ),
 ]

@@ -258,7 +258,7 @@ PICKLES += [
     Attack(
         "a CIFAR file that encodes a text over and over",
         FROM_CIFAR,
-        NOT_CIFAR.format(".*more memory than its size explains"),
+        NOT_CIFAR.format(".*more memory than its size justifies"),
         cifar(
             b"\x80\x02c_codecs\nencode\nq\x00X\x40\x0d\x03\x00" + HOSTILE_TEXT + b"q\x01"
             b"X\x06\x00\x00\x00latin1q\x02](" + b"h\x00h\x01h\x02\x86R" * 100_000 + b"e."
@@ -268,7 +268,7 @@ PICKLES += [
     Attack(
         "a CIFAR file with a memo of billions",
         FROM_CIFAR,
-        r".*data_batch_1: does not hold 'data' and 'labels'; take the file from .*",
+        r".*data_batch_1: does not contain 'data' and 'labels'; take the file from .*",
         cifar(b"\x80\x02Nr\xff\xff\xff\x7f."),
         memory=True,
     ),
@@ -284,7 +284,7 @@ PICKLES += [
     Attack(
         "a CIFAR file of a terabyte",
         FROM_CIFAR,
-        r".*data_batch_1: 1,099,511,627,776 bytes are more than such a file has; .*",
+        r".*data_batch_1: 1,099,511,627,776 bytes are too many for such a file; .*",
         lambda: (cifar(b"")(), sparse(f"{CIFAR10.folder}/data_batch_1")()),
         memory=True,
     ),
@@ -294,7 +294,7 @@ WEIGHTS = [
         Attack(
             f"{suffix} that runs code, {'zipped' if zipped else 'old'}",
             f"{FROM_WEIGHTS} hostile{suffix}",
-            rf"hostile\{suffix}: holds more than tensors \(\w+\.system\) and was not loaded, .*",
+            rf"hostile\{suffix}: contains more than tensors \(\w+\.system\) and was not loaded, .*",
             saved(
                 f"hostile{suffix}",
                 {"state_dict": {"fc.weight": Call(os.system, CANARY)}},
@@ -307,26 +307,26 @@ WEIGHTS = [
     Attack(
         "weights in a whole pickled network",
         f"{FROM_WEIGHTS} network.pth",
-        r"network\.pth: holds more than tensors \(torch\.nn\..*\) and was not loaded, .*",
+        r"network\.pth: contains more than tensors \(torch\.nn\..*\) and was not loaded, .*",
         saved("network.pth", torch.nn.Linear(2, 2)),
     ),
     Attack(
         "weights with a state set by a function",
         f"{FROM_WEIGHTS} state.pth",
-        r"state\.pth: (holds more than tensors|not a readable weight file) .*",
+        r"state\.pth: (contains more than tensors|not a readable weight file) .*",
         saved("state.pth", State(), pickle_protocol=4),
     ),
     Attack(
         "weights that are compressed a thousandfold",
         f"{FROM_WEIGHTS} bomb.pth",
-        r"bomb\.pth: was not loaded, since that could take all memory \(.* compressed.*\); .*",
+        r"bomb\.pth: was not loaded, since it could use up the memory \(.* compressed.*\); .*",
         lambda: deflated("bomb.pth", 1 << 28),
         memory=True,
     ),
     Attack(
         "weights that encode a text over and over",
         f"{FROM_WEIGHTS} bomb.pth",
-        r"bomb\.pth: was not loaded, since that could take all memory \(.*over and over\); .*",
+        r"bomb\.pth: was not loaded, since it could use up the memory \(.*over and over\); .*",
         text(
             "bomb.pth",
             b"\x80\x02c_codecs\nencode\nq\x00X\x40\x0d\x03\x00" + HOSTILE_TEXT + b"q\x01"
@@ -337,7 +337,7 @@ WEIGHTS = [
     Attack(
         "weights that stretch one number",
         f"{FROM_WEIGHTS} wide.pth",
-        r"wide\.pth: 'fc\.weight' is larger than what is stored of it; .*",
+        r"wide\.pth: 'fc\.weight' is larger than its stored data; .*",
         lambda: torch.save({"fc.weight": torch.zeros(()).expand(1 << 20, 1 << 20)}, "wide.pth"),
         memory=True,
     ),
@@ -403,7 +403,7 @@ YAML = [
         Attack(
             f"YAML with {tag}",
             "plan --config hostile.yaml",
-            r"hostile\.yaml: is no valid YAML in line 1: could not determine a constructor .*",
+            r"hostile\.yaml: is not valid YAML in line 1: could not determine a constructor .*",
             text("hostile.yaml", f"lr: !!python/{tag}"),
         )
         for tag in (
@@ -424,14 +424,14 @@ YAML = [
     Attack(
         "a billion laughs",
         "plan --config hostile.yaml",
-        r"hostile\.yaml: is no valid YAML in line 1: its aliases stand for more than .*",
+        r"hostile\.yaml: is not valid YAML in line 1: its aliases expand to more than .*",
         text("hostile.yaml", "l0: &l0 [lol, lol]\n" + LAUGHS + "lr: *l14\n"),
         memory=True,
     ),
     Attack(
         "a billion laughs in merged keys",
         "plan --config hostile.yaml",
-        r"hostile\.yaml: is no valid YAML in line 1: its aliases stand for more than .*",
+        r"hostile\.yaml: is not valid YAML in line 1: its aliases expand to more than .*",
         text(
             "hostile.yaml",
             "m0: &m0 {a: 1}\n"
@@ -443,13 +443,13 @@ YAML = [
     Attack(
         "an alias within itself",
         "plan --config hostile.yaml",
-        r"hostile\.yaml: is no valid YAML.*: an alias stands for itself; .*",
+        r"hostile\.yaml: is not valid YAML.*: an alias contains itself; .*",
         text("hostile.yaml", "lr: &a [*a]\n"),
     ),
     Attack(
         "a number of a hundred thousand digits",
         "plan --config hostile.yaml",
-        r"hostile\.yaml: (is no valid YAML.*|epochs: .{0,300}); .*",
+        r"hostile\.yaml: (is not valid YAML.*|epochs: .{0,300}); .*",
         text("hostile.yaml", f"epochs: 0x{'f' * 100_000}\n"),
     ),
     Attack(
@@ -461,7 +461,7 @@ YAML = [
     Attack(
         "brackets in brackets",
         "plan --config hostile.yaml",
-        r"hostile\.yaml: is no valid YAML.*",
+        r"hostile\.yaml: is not valid YAML.*",
         text("hostile.yaml", "[" * 20_000),
     ),
     Attack(
@@ -573,14 +573,15 @@ FOLDERS = [
     Attack(
         "a folder that holds itself",
         f"plan {PICTURES}",
-        r"pictures/train/ant/again: the class holds this folder twice, through a link; "
+        r"pictures/train/ant/again: the class contains this folder twice, through a link; "
         "remove the link",
         pictures(link("pictures/train/ant/again", ".")),
     ),
     Attack(
         "a file name that commands the terminal",
         f"plan {PICTURES}",
-        r"pictures/train/ant/\\x1b\]0;evil\\x07 \\x1b\[2J\.txt: not an image by its suffix; .*",
+        r"pictures/train/ant/\\x1b\]0;evil\\x07 \\x1b\[2J\.txt: "
+        "does not have the suffix of an image; .*",
         pictures(text("pictures/train/ant/\x1b]0;evil\x07\n\x1b[2J.txt", "")),
     ),
     Attack(

@@ -88,7 +88,7 @@ def test_a_change_that_finds_nothing_warns_where_somebody_asked_for_it():
     without_blocks = nn.Sequential(nn.Linear(2, 2))
     with pytest.warns(match="no residual blocks"):
         change(without_blocks, activation_checkpointing=True)
-    with pytest.warns(match="no convolution sees a small map"):
+    with pytest.warns(match="no convolution has a small map"):
         change(nn.Conv2d(3, 3, 3), ("small_map_convolutions",), small_map_convolutions=True)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -144,7 +144,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_used(in_tmp_path
     result = train(name="a")
     said = capsys.readouterr().err
     assert f"warning: {last}: cannot be read as a checkpoint (loader/" in said
-    assert "last-1.ckpt, the one before it, is used" in said
+    assert "using last-1.ckpt, the one before it" in said
     assert "at step 3 of 6" in said
     assert last.with_name("last.ckpt.damaged").read_bytes() == damaged
     assert steps_in(result.run_directory) == [1, 2, 3, 4, 5, 6]

@@ -1,4 +1,4 @@
-"""Checkpoints: the whole state of a run in one file, written whole or not at all."""
+"""Checkpoints: the whole state of a run in one file, written completely or not at all."""
 
 from training_framework.checkpoint.file import read_description
 from training_framework.checkpoint.keeper import CheckpointKeeper

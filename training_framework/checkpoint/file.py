@@ -1,13 +1,13 @@
-"""The checkpoint's file: a state of tensors and plain values, in one file that notices damage.
+"""The file of a checkpoint: a state of tensors and plain values, with checks for damage.
 
-The file is a safetensors file. Nested names become the tensors' names (`model/conv1.weight`), and
-everything else is JSON in the header, with the places of the tensors in it. A CRC-32
-of each tensor stands in the header too, and a SHA-256 of the header in its first field, so a file
-that was cut, mixed up or changed in any bit is refused. Nothing in it is a pickle: reading a
-hostile one builds tensors, numbers and text, and cannot run code.
+It is a safetensors file. Nested names become the names of tensors (`model/conv1.weight`), and all
+other values are JSON in the header, including the places of the tensors. The header also has a
+CRC-32 of each tensor and, in its first field, its own SHA-256. So a file that was truncated, mixed
+up or changed in any bit is refused. The file contains no pickle: reading a hostile one builds
+tensors, numbers and text, and cannot run code.
 
-CRC-32 for the tensors, since it is several times as fast as SHA-256 where no hardware helps, and
-neither is proof against somebody who writes a new sum beside the new content.
+The tensors have a CRC-32, since it is several times as fast as a SHA-256 without hardware support,
+and neither protects against someone who writes a new checksum for the new content.
 """
 
 import hashlib
@@ -38,7 +38,7 @@ __all__ = [
 ]
 
 FORMAT_VERSION = 2
-LARGEST_HEADER_BYTES = 2**25
+MAX_HEADER_BYTES = 2**25
 _START = b'{"__metadata__":{"sha256":"'
 _DIGEST = slice(8 + len(_START), 8 + len(_START) + 64)
 _NO_DIGEST = "0" * 64
@@ -51,7 +51,7 @@ _SAME_SIZE_INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.i
 
 
 def _as_stored(tensor: Tensor) -> Tensor:
-    """The tensor, contiguous: of one with the channels last, the permutation that is."""
+    """The tensor made contiguous; a channels_last one only permuted."""
     return tensor.permute(0, 2, 3, 1) if is_channels_last(tensor) else tensor.contiguous()
 
 
@@ -61,30 +61,30 @@ def _bytes_of(stored: Tensor) -> memoryview:
 
 
 def write_tensors(file: RawIOBase, state: FlatState) -> list[str]:
-    """Write the tensors behind the place of the header, and return a checksum of each.
+    """Write the tensors after the space for the header, and return a checksum of each.
 
     Args:
-        file: Opened without a buffer: a process that forks while another thread writes would leave
-            the buffer to its child too, which writes it once more when it drops it.
-        state: Taken apart; tensors on any device.
+        file: Opened without a buffer. Otherwise a process that forks while another thread writes
+            copies the buffer to its child, which writes it once more.
+        state: The flat state; its tensors may be on any device.
 
     Raises:
-        UserError: A tensor has a dtype that the file has no name for, or the header is larger than
-            a reader accepts.
+        UserError: The file format has no name for the dtype of a tensor, or the header is larger
+            than readers accept.
         OSError: The file cannot be written.
     """
     for name, tensor in state.tensors.items():
         if tensor.dtype not in _DTYPE_NAMES:
             raise UserError(
-                f"{name}: a checkpoint cannot hold {tensor.dtype}",
+                f"{name}: a checkpoint cannot contain {tensor.dtype}",
                 f"use one of {', '.join(str(dtype) for dtype in _DTYPE_NAMES)}",
             )
     room = len(_header(state, ["0" * 8] * len(state.tensors)))
-    if room > LARGEST_HEADER_BYTES:
+    if room > MAX_HEADER_BYTES:
         raise UserError(
-            f"the names of the {len(state.tensors)} tensors of a checkpoint and what stands beside "
-            f"them take {room / 2**20:.0f} MiB",
-            f"train a network of fewer tensors: {LARGEST_HEADER_BYTES >> 20} MiB is the limit",
+            f"the header of a checkpoint with {len(state.tensors)} tensors takes "
+            f"{room / 2**20:.0f} MiB",
+            f"train a network with fewer tensors: the limit is {MAX_HEADER_BYTES >> 20} MiB",
         )
     file.seek(room)
     checksums = []
@@ -133,11 +133,11 @@ def _header(state: FlatState, checksums: list[str]) -> bytes:
 
 
 def read_state(path: Path) -> Any:
-    """Read a file, check all of it, and put the state together, on the CPU.
+    """Read and check a whole file, and build its state on the CPU.
 
     Raises:
-        UserError: There is no such file, it cannot be read, is damaged, of another kind or of
-            another format version.
+        UserError: The file does not exist, cannot be read, is damaged, or is of another kind or
+            format version.
     """
     with _opened(path) as file:
         entries = _checked_entries(file)
@@ -148,17 +148,17 @@ def read_state(path: Path) -> Any:
 
 
 def read_description(path: Path) -> Any:
-    """Read and check a file's header alone: the state, with names in the tensors' places.
+    """Read and check only the header of a file: the state with names instead of tensors.
 
     Raises:
-        UserError: As for `read_state`, as far as the header tells.
+        UserError: As for `read_state`, as far as the header shows.
     """
     with _opened(path) as file:
         return json.loads(_checked_entries(file)["__metadata__"]["state"])
 
 
 def begins_like_checkpoint(path: Path) -> bool:
-    """Whether a file says that it is a checkpoint of this framework, damaged or not."""
+    """Whether a file starts like a checkpoint of this framework, damaged or not."""
     with path.open("rb") as file:
         return file.read(8 + len(_START))[8:] == _START
 
@@ -177,9 +177,9 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
         raise
     except OSError as error:
         raise UserError(
-            f"{path}: cannot be read ({error.strerror or error})", "check the disk that it is on"
+            f"{path}: cannot be read ({error.strerror or error})", "check its disk"
         ) from None
-    except Exception as error:  # a header that somebody made up breaks whatever reads it
+    except Exception as error:  # a forged header can make any reader fail
         reason = str(error) if isinstance(error, _Damage) else type(error).__name__
         raise UserError(
             f"{path}: cannot be read as a checkpoint ({reason})",
@@ -188,7 +188,7 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
 
 
 class _Damage(Exception):
-    """What a file's bytes contradict."""
+    """The bytes of a file contradict each other; the text says where."""
 
 
 def _checked_entries(file: BinaryIO) -> dict[str, Any]:
@@ -201,9 +201,9 @@ def _checked_entries(file: BinaryIO) -> dict[str, Any]:
     version = entries["__metadata__"]["format_version"]
     if version != str(FORMAT_VERSION):
         raise UserError(
-            f"{file.name}: has format version {shown(version)}, and this version of the framework "
-            f"reads {FORMAT_VERSION}",
-            "read it with the version that wrote it",
+            f"{file.name}: has format version {shown(version)}, but this version of the framework "
+            f"reads version {FORMAT_VERSION}",
+            "read it with the version of the framework that wrote it",
         )
     return entries
 
@@ -213,14 +213,14 @@ def _read_header(file: BinaryIO) -> bytes:
     if start.startswith((b"PK\x03\x04", b"\x80\x02")):
         raise UserError(
             f"{file.name}: was written by torch.save, not by this framework",
-            "to start from its weights, give it as --weights",
+            "to start from its weights, pass it as --weights",
         )
     if start[8:] != _START:
-        raise _Damage("it does not begin like one" if any(start) else "it is empty")
+        raise _Damage("it does not start like one" if any(start) else "it is empty")
     length = int.from_bytes(start[:8], "little")
     size = os.fstat(file.fileno()).st_size
-    if not len(start) < 8 + length <= min(size, LARGEST_HEADER_BYTES):
-        raise _Damage("its header is cut short")
+    if not len(start) < 8 + length <= min(size, MAX_HEADER_BYTES):
+        raise _Damage("its header is truncated")
     return start + file.read(8 + length - len(start))
 
 
@@ -228,7 +228,7 @@ def _checked_tensors(content: bytes, names: list[str], checksums: list[str]) -> 
     try:
         tensors = safetensors.torch.load(content)
     except safetensors.SafetensorError:
-        raise _Damage("its size is not what its header says") from None
+        raise _Damage("its size does not match its header") from None
     for name, checksum in zip(names, checksums, strict=True):
         if f"{zlib.crc32(_bytes_of(tensors[name])):08x}" != checksum:
             raise _Damage(f"{name} does not match its checksum")

@@ -1,4 +1,4 @@
-"""A nested state of tensors and plain values, taken apart into tensors by name and JSON values."""
+"""Split a nested state of tensors and plain values into named tensors and JSON values."""
 
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -12,12 +12,12 @@ __all__ = ["FlatState", "is_channels_last"]
 
 @dataclass(frozen=True)
 class FlatState:
-    """A state, taken apart.
+    """A flat state.
 
     Attributes:
-        description: JSON values, with `{"$tensor": name}` where a tensor stands.
-        tensors: The tensors by name, such as `model/conv1.weight`; those with the largest elements
-            first, so that one behind the other each lies at a multiple of its element's size.
+        description: JSON values, with `{"$tensor": name}` in the place of each tensor.
+        tensors: The tensors by name, such as `model/conv1.weight`, in descending order of element
+            size, so that each one starts at a multiple of its element size in the file.
     """
 
     description: Any
@@ -25,7 +25,7 @@ class FlatState:
 
     @classmethod
     def of(cls, state: Any) -> "FlatState":
-        """Take a state apart; the tensors are the state's own.
+        """Flatten a state; the tensors are not copied.
 
         Args:
             state: Tensors, numbers, text, None, and dicts, lists and tuples of them.
@@ -37,13 +37,13 @@ class FlatState:
 
     @property
     def tensor_bytes(self) -> int:
-        """Size of all tensors."""
+        """Total size of the tensors."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
     def copied(self) -> "FlatState":
-        """The state with tensors of its own in the host's memory, as they are now.
+        """The state with copies of the present tensors in host memory.
 
-        Copies from a GPU go to page-locked memory, all at once, and are waited for.
+        Tensors on a GPU are copied to page-locked memory, all at once; this waits for the copies.
         """
         copies = {name: _host_copy(tensor) for name, tensor in self.tensors.items()}
         for device in {tensor.device for tensor in self.tensors.values()}:
@@ -52,16 +52,16 @@ class FlatState:
         return FlatState(self.description, copies)
 
     def put_together(self) -> Any:
-        """The state again, with copies of the tensors.
+        """The nested state, with copies of the tensors.
 
         Raises:
-            Exception: The description is not one that `of` makes: what depends on what it says.
+            Exception: The description is not one of `of`; the type depends on its fault.
         """
         return _put_together(self.description, self.tensors)
 
 
 def is_channels_last(tensor: Tensor) -> bool:
-    """Whether a tensor (N, C, H, W) has the strides of one that lies in memory as (N, H, W, C)."""
+    """Whether a tensor (N, C, H, W) has the strides of (N, H, W, C) in memory."""
     if tensor.ndim != 4:
         return False
     _, channels, height, width = tensor.shape
@@ -83,7 +83,7 @@ def _described(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
         while name in tensors:
             name += "'"
         tensors[name] = value
-        # Fused optimizers take it for granted that their state lies in memory as the weights do.
+        # Fused optimizers rely on their state having the memory layout of the weights.
         return {"$channels_last" if is_channels_last(value) else "$tensor": name}
     if isinstance(value, dict):
         inside = f"{name}/" if name else ""
@@ -119,6 +119,6 @@ def _put_together_marked(mark: str, node: dict[str, Any], tensors: dict[str, Ten
         items = OrderedDict(_put_together(content, tensors))
         items._metadata = OrderedDict(node["versions"])  # type: ignore[attr-defined]
         return items
-    # A copy lies at the start of a cache line, which a file's bytes in memory do not.
+    # A copy starts at a cache line, unlike the bytes of a file in memory.
     copied = tensors[content].clone()
     return copied.permute(0, 3, 1, 2) if mark == "$channels_last" else copied

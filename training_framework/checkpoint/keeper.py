@@ -29,22 +29,22 @@ __all__ = ["CheckpointKeeper"]
 class CheckpointKeeper:
     """Keeps `last.ckpt`, the one before it as `last-1.ckpt`, and the best few in a folder.
 
-    The best are named by epoch and accuracy, `resnet50-epoch=00-val_acc1=20.0000.ckpt`; of equal
-    ones the earlier stays.
+    The best are named by epoch and accuracy: `resnet50-epoch=00-val_acc1=20.0000.ckpt`. Of equally
+    good ones, the earlier stays.
 
-    A save copies the state in memory and returns; a thread writes the copy, while at most one
-    further save may wait for it. So a second copy of the weights, their average and the optimizer's
-    state exists for as long as that takes; where the machine has less memory than that available,
-    the state itself is written, and the training waits. What goes wrong in the thread is raised by
-    the next `save`, `wait` or `close`. As a context manager it closes at the end.
+    A save copies the state in memory and returns, and a thread writes the copy; another save waits
+    for it. Meanwhile there is a second copy of the weights, their average and the optimizer state.
+    If the machine has too little memory for that, the state itself is written, and training waits.
+    An error in the thread is raised by the next `save`, `wait` or `close`. As a context manager it
+    closes at the end.
 
     Args:
-        directory: Existing folder.
-        prefix: Start of the best ones' names: the model's.
-        keep: How many of the best to keep; 0 keeps none.
-        every_n_steps: Steps between two saves, as `is_due` says; None: no such interval.
-        every_seconds: Seconds from one save to the next, likewise.
-        more_state: Called by `save` for what the checkpoint shall hold beside the given state.
+        directory: An existing folder.
+        prefix: Start of the names of the best ones: the name of the model.
+        keep: Number of best checkpoints to keep.
+        every_n_steps: Steps between two saves, for `is_due`; None: no such interval.
+        every_seconds: Seconds between two saves, for `is_due`; None: no such interval.
+        more_state: Called by `save` for further state to add to the checkpoint.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class CheckpointKeeper:
         self._saved_at = time.monotonic()
         self._writer: threading.Thread | None = None
         self._error: BaseException | None = None
-        for left in directory.glob(".*.ckpt.tmp"):  # by a run that was killed as it wrote
+        for left in directory.glob(".*.ckpt.tmp"):  # of a run that was killed during a save
             left.unlink(missing_ok=True)
 
     @property
@@ -75,9 +75,9 @@ class CheckpointKeeper:
         return self.directory / "last.ckpt"
 
     def is_due(self, step: int) -> bool:
-        """Whether an interval between two saves has passed, after `step` steps.
+        """Whether a save is due after `step` steps.
 
-        While a save is being written, the time alone never makes another one due.
+        During a save, the time alone never makes another one due.
         """
         if self._every_n_steps is not None and step % self._every_n_steps == 0:
             return True
@@ -88,14 +88,14 @@ class CheckpointKeeper:
         )
 
     def save(self, state: dict[str, Any], *, epoch: int, val_acc1: float | None) -> None:
-        """Write `last.ckpt`, and keep it under its own name too if it is one of the best.
+        """Write `last.ckpt`, and keep it under a further name if it is one of the best.
 
         Args:
-            state: As for `save_checkpoint`, with the steps made as `state["progress"]["step"]`. It
-                may be changed as soon as this returns.
+            state: As for `save_checkpoint`, with the number of steps as
+                `state["progress"]["step"]`. It may change as soon as this returns.
             epoch: Epoch of the last step, from 0.
-            val_acc1: Accuracy in percent of an evaluation at this very step; None where there was
-                none: then only `last.ckpt` is written.
+            val_acc1: Accuracy in percent of an evaluation at this step. None: there was no
+                evaluation, so only `last.ckpt` is written.
 
         Raises:
             UserError: This save or the one before it could not be written.
@@ -131,7 +131,7 @@ class CheckpointKeeper:
             raise error
 
     def close(self) -> None:
-        """As `wait`."""
+        """The same as `wait`."""
         self.wait()
 
     def __enter__(self) -> Self:
@@ -155,8 +155,8 @@ class CheckpointKeeper:
             temporary = write_beside(self.last, state)
             with removed_on_failure(temporary):
                 fault_point("checkpoint.before_replace")
-                # Before it is the last one: a run killed in between makes this step once more, and
-                # with it the same best checkpoint.
+                # Before it becomes the last one: a run that is killed in between repeats this step,
+                # and with it the same best checkpoint.
                 if val_acc1 is not None:
                     self._keep_if_best(temporary, step, epoch, val_acc1)
                 self._keep_previous()
@@ -167,7 +167,7 @@ class CheckpointKeeper:
             raise unwritable(self.last, error) from None
 
     def _keep_previous(self) -> None:
-        """Let `last.ckpt` be `last-1.ckpt` too, so that there is a `last.ckpt` at every moment."""
+        """Link `last.ckpt` to `last-1.ckpt` too, so that a `last.ckpt` always exists."""
         if not self.last.exists():
             return
         previous = previous_of(self.last)
@@ -175,11 +175,11 @@ class CheckpointKeeper:
         link.unlink(missing_ok=True)
         try:
             os.link(self.last, link)
-        except OSError:  # a file system without hard links: for a moment last-1.ckpt stands alone
+        except OSError:  # a file system without hard links: for a moment there is only last-1.ckpt
             self.last.replace(previous)
             return
         link.replace(previous)
-        link.unlink(missing_ok=True)  # a rename between two names of one file does nothing
+        link.unlink(missing_ok=True)  # a rename between two names of the same file does nothing
 
     def _keep_if_best(self, written: Path, step: int, epoch: int, val_acc1: float) -> None:
         kept = self._best_first()
@@ -206,10 +206,10 @@ class CheckpointKeeper:
         return [(accuracy, path) for _, accuracy, path in sorted(found)]
 
     def _free_name(self, step: int, epoch: int, val_acc1: float) -> Path | None:
-        """A name for one of the best; None where this very step has one already.
+        """A name for one of the best checkpoints; None if this step already has one.
 
-        A run that was killed can make a step twice, and two evaluations of one epoch can find the
-        same accuracy.
+        A killed run can repeat a step, and two evaluations within an epoch can give the same
+        accuracy.
         """
         stem = f"{self._prefix}-epoch={epoch:02d}-val_acc1={val_acc1:.4f}"
         path = self.directory / f"{stem}.ckpt"
@@ -231,7 +231,7 @@ def _step_of(path: Path) -> int | None:
 
 
 def _give_second_name(written: Path, path: Path) -> None:
-    """Give a file a second name, which stays when the first one is given to another."""
+    """Give a file a second name, which remains when another file takes the first one."""
     try:
         os.link(written, path)
         return

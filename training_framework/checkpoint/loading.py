@@ -15,14 +15,16 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     """Read a checkpoint of this framework, on the CPU. No code in it is ever run.
 
     Raises:
-        UserError: The file is missing, damaged, of another kind or of another format.
+        UserError: The file is missing, damaged, or of another kind or format.
     """
     state = read_state(path)
     if not isinstance(state, dict):
-        raise UserError(f"{path}: does not hold the state of a run", "use another checkpoint")
+        raise UserError(f"{path}: does not contain the state of a run", "use another checkpoint")
     missing = [name for name in _REQUIRED if name not in state]
     if missing:
-        raise UserError(f"{path}: is incomplete: it lacks {missing[0]!r}", "use another checkpoint")
+        raise UserError(
+            f"{path}: is incomplete: {missing[0]!r} is missing", "use another checkpoint"
+        )
     wrong = [name for name in _REQUIRED if not isinstance(state[name], (dict, type(None)))]
     if wrong:
         raise UserError(f"{path}: its {wrong[0]!r} is not a state", "use another checkpoint")
@@ -30,13 +32,13 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def load_newest(last: Path) -> tuple[dict[str, Any], Path, list[str]]:
-    """Read a run's last checkpoint, or the one before it where that is missing or damaged.
+    """Read a run's last checkpoint, or the previous one if the last is missing or damaged.
 
     Args:
         last: The run's `last.ckpt`.
 
     Returns:
-        The state, the file that it is from, and lines to show the user: none, or what is damaged.
+        The state, its file, and warnings to show the user.
 
     Raises:
         UserError: Neither can be read.
@@ -53,10 +55,10 @@ def load_newest(last: Path) -> tuple[dict[str, Any], Path, list[str]]:
     except UserError as error:
         raise UserError(
             f"{fault}, and {error.fault}",
-            "resume from another checkpoint of that folder with --resume, or start over with "
+            "resume from another checkpoint in that folder with --resume, or start again with "
             "--resume never",
         ) from None
-    return state, previous, [f"warning: {fault}; {previous.name}, the one before it, is used"]
+    return state, previous, [f"warning: {fault}; using {previous.name}, the one before it"]
 
 
 def previous_of(last: Path) -> Path:

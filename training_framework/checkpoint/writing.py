@@ -1,4 +1,4 @@
-"""Write a checkpoint so that at every moment the old file is there or the new one, whole."""
+"""Write a checkpoint so that at every moment either the old or the new file is complete."""
 
 import errno
 import os
@@ -22,17 +22,17 @@ __all__ = [
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Write `state` to `path`, replacing what is there in one move.
+    """Write `state` to `path`, replacing an existing file atomically.
 
-    Written to a temporary file beside it, flushed to the disk, renamed, and the folder flushed: a
-    crash at any moment leaves the old file or the new one, whole.
+    The state is written to a temporary file, flushed to disk and renamed, and then the folder is
+    flushed. So a crash at any moment leaves either the old or the new file, complete.
 
     Args:
         path: The file, in an existing folder.
         state: Tensors, numbers, text, None, and lists, tuples and dicts of them.
 
     Raises:
-        UserError: There is no space, or the folder cannot be written to.
+        UserError: The disk is full, or the folder is not writable.
     """
     try:
         temporary = write_beside(path, FlatState.of(state))
@@ -44,7 +44,7 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
 
 
 def write_beside(path: Path, state: FlatState) -> Path:
-    """Write a temporary file that is on the disk, whole, when this returns; if not, it is gone."""
+    """Write a temporary file, flushed to disk when this returns; removed if writing fails."""
     temporary = path.with_name(f".{path.name}.tmp")
     fault_point("checkpoint.before_write")
     with removed_on_failure(temporary), temporary.open("wb", buffering=0) as file:
@@ -58,7 +58,7 @@ def write_beside(path: Path, state: FlatState) -> Path:
 
 @contextmanager
 def removed_on_failure(temporary: Path) -> Iterator[None]:
-    """Remove a temporary file where what it is for fails."""
+    """Remove a temporary file if the body fails."""
     try:
         yield
     except BaseException:
@@ -68,8 +68,8 @@ def removed_on_failure(temporary: Path) -> Iterator[None]:
 
 
 def unwritable(path: Path, error: OSError) -> UserError:
-    """The user's error behind one of the system, about a checkpoint."""
-    cure = "free some space or give another --output-dir; the checkpoint before it is kept"
+    """The UserError for an OSError in writing a checkpoint."""
+    cure = "free some space or give another --output-dir; the previous checkpoint is kept"
     if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ESTALE):
         cure = "restore its folder and resume from the checkpoint in it, or start a new run"
     return UserError(
@@ -79,8 +79,8 @@ def unwritable(path: Path, error: OSError) -> UserError:
 
 
 def flush_directory(directory: Path) -> None:
-    """Bring a folder's names to the disk."""
-    # Without this, a power cut may undo the rename although the file's content is on the disk.
+    """Flush the entries of a folder to disk."""
+    # Without this, a power cut may undo the rename even though the content is on disk.
     fault_point("checkpoint.before_directory_fsync")
     descriptor = os.open(directory, os.O_RDONLY)
     try:

@@ -1,4 +1,4 @@
-"""The `compare` command: its flags, and what it prints."""
+"""The `compare` command: its flags and its output."""
 
 import argparse
 import shlex
@@ -11,7 +11,7 @@ from training_framework.errors import UserError
 
 __all__ = ["add_compare"]
 
-# Settings that an experiment decides for itself.
+# Settings that the experiment chooses itself.
 SETTINGS_OF_A_RUN = ("run",)
 EXIT_MARKED = 1
 SIGNAL_EXIT_CODES = {"SIGINT": 130, "SIGTERM": 143}
@@ -39,27 +39,30 @@ def add_compare(commands: Any) -> None:
         metavar="KEY=A,B,...",
         action="append",
         default=[],
-        help="compare these values of a setting; given twice: all combinations",
+        help="compare these values of a setting; given several times: all combinations",
     )
     parser.add_argument(
-        "--ablate", action="store_true", help="each switch off in turn, and each on alone"
+        "--ablate", action="store_true", help="turn each switch off in turn, then each one on alone"
     )
     parser.add_argument("--list", action="store_true", help="list the shipped experiments")
     parser.add_argument("--output", type=Path, metavar="FILE", help="result file (JSON)")
     parser.add_argument(
-        "--resume", type=Path, metavar="FILE", help="resume the comparison of a result file"
+        "--resume",
+        type=Path,
+        metavar="FILE",
+        help="result file of a comparison to resume",
     )
     parser.add_argument(
-        "--strict", action="store_true", help="exit with 1 if the validity gate marks anything"
+        "--strict", action="store_true", help="exit with 1 if a validity check marks anything"
     )
-    parser.add_argument("--rounds", type=int, help="samples of each variant")
-    parser.add_argument("--steps", type=int, help="timed steps of a sample")
+    parser.add_argument("--rounds", type=int, help="number of samples per variant")
+    parser.add_argument("--steps", type=int, help="timed steps per sample")
     parser.add_argument("--seconds", type=float, help="length of a sample, instead of --steps")
     parser.add_argument("--dropped-steps", type=int, metavar="STEPS",
                         help="steps before the first sample")  # fmt: skip
     parser.add_argument("--patience", type=float, metavar="X",
-                        help="time to wait for a quiet machine, as a multiple of the samples' "
-                        "own time (2; 0: never wait)")  # fmt: skip
+                        help="how long to wait for a quiet machine, as a multiple of the time "
+                        "that the samples take (2; 0: never wait)")  # fmt: skip
     keys = [key for section, members in sections().items() for key in members
             if section not in SETTINGS_OF_A_RUN]  # fmt: skip
     add_config_flags(parser, keys)
@@ -103,7 +106,7 @@ def _print_shipped() -> None:
 
 
 def _experiment(options: argparse.Namespace, settings: dict[str, Any]) -> Any:
-    """The experiment that the flags ask for: from a file, or made from a configuration."""
+    """The experiment that the flags describe: read from a file, or built from a configuration."""
     from training_framework.config.inheritance import canonical_settings, read_config_file
     from training_framework.measure.compare.experiment import load_experiment
     from training_framework.measure.compare.variations import ablation, variation
@@ -113,14 +116,14 @@ def _experiment(options: argparse.Namespace, settings: dict[str, Any]) -> Any:
     if sum(wishes) != 1:
         raise UserError(
             "compare: " + ("nothing to compare" if not any(wishes) else "too much to compare"),
-            "give one of: an experiment, --vary KEY=A,B, --ablate; --list names what is shipped",
+            "give an experiment, --vary KEY=A,B or --ablate; --list shows the shipped experiments",
         )
     changes = _changes(options)
     if options.experiment:
         if options.base is not None:
             raise UserError(
                 "compare: --base cannot be used with an experiment, which has its own base",
-                "drop --base; single settings are flags, such as --data-root DIR",
+                "remove --base; override single settings by flags, such as --data-root DIR",
             )
         return load_experiment(options.experiment, settings, **changes)
     base = read_config_file(options.base) if options.base is not None else {}
@@ -141,7 +144,7 @@ def _changes(options: argparse.Namespace) -> dict[str, Any]:
         "patience": options.patience,
     }
     if options.seconds is not None and options.steps is not None:
-        raise UserError("compare: --steps and --seconds are both given", "drop one of them")
+        raise UserError("compare: --steps and --seconds are both given", "remove one of them")
     changes = {key: value for key, value in given.items() if value is not None}
     if options.seconds is not None:
         changes["steps"] = None
@@ -156,7 +159,7 @@ def _axis(text: str) -> tuple[str, list[Any]]:
 
     key, equals, values = text.partition("=")
     if not equals or not key:
-        raise UserError(f"--vary {text}: no KEY=A,B,...", "write --vary batch_size=16,32")
+        raise UserError(f"--vary {text}: not KEY=A,B,...", "write --vary batch_size=16,32")
     try:
         return key.strip().replace("-", "_"), [parse_yaml(value) for value in values.split(",")]
     except (yaml.YAMLError, ValueError):
@@ -174,7 +177,8 @@ def _output_path(output: Path | None, experiment: Any) -> Path:
         return unused_path(Path("benchmarks/results") / name)
     if output.exists():
         raise UserError(
-            f"--output {output}: exists already", "name another file, or resume it with --resume"
+            f"--output {output}: already exists",
+            "name another file, or use --resume",
         )
     return output
 
@@ -195,8 +199,8 @@ def _refuse_beside_resume(options: argparse.Namespace, settings: dict[str, Any])
     given = [name for name, value in others.items() if value]
     if given:
         raise UserError(
-            f"compare: {given[0]} cannot be used with --resume, which follows the file",
-            f"drop {given[0]}",
+            f"compare: {given[0]} cannot be used with --resume, which uses the file's settings",
+            f"remove {given[0]}",
         )
 
 

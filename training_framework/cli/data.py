@@ -1,4 +1,4 @@
-"""The commands `data pack` and `data inspect`: their flags, and what they print."""
+"""The commands `data pack` and `data inspect`: their flags and their output."""
 
 import argparse
 import sys
@@ -12,7 +12,7 @@ _MAX_SKIPPED_SHOWN = 20
 
 def add_pack(actions: Any) -> None:
     """Add the command to a parser's subcommands, as `add_subparsers` gives them."""
-    summary = "pack an image folder into tar shards, which are read faster and copied easily"
+    summary = "pack an image folder into tar shards, which are faster to read and easier to copy"
     parser = actions.add_parser("pack", help=summary, description=summary, allow_abbrev=False)
     parser.set_defaults(run=_pack, parser=parser)
     parser.add_argument("source", type=Path, metavar="SRC", help="folder with train/ and val/")
@@ -21,25 +21,26 @@ def add_pack(actions: Any) -> None:
         "--shorter-side",
         type=int,
         metavar="PIXELS",
-        help="scale larger images down to this shorter side; others keep their bytes",
+        help="scale larger images down to this shorter side; smaller ones keep their bytes",
     )
     parser.add_argument(
         "--on-bad-image",
         choices=("stop", "skip"),
         default="stop",
-        help="an image that cannot be decoded: stop, or skip and list it, at most 1%% of a split",
+        help="images that cannot be decoded: stop at one, or skip and list them (at most 1%% "
+        "of a split)",
     )
-    parser.add_argument("--workers", type=int, help="threads (as many as there are cores)")
+    parser.add_argument("--workers", type=int, help="number of threads (one per core)")
 
 
 def add_inspect(actions: Any) -> None:
     """Add the command to a parser's subcommands, as `add_subparsers` gives them."""
-    summary = "show what is in a folder of tar shards"
+    summary = "show the contents of a folder of tar shards"
     parser = actions.add_parser("inspect", help=summary, description=summary, allow_abbrev=False)
     parser.set_defaults(run=_inspect, parser=parser)
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="folder of shards")
     parser.add_argument(
-        "--verify", action="store_true", help="read everything and compare all checksums"
+        "--verify", action="store_true", help="read all images and check their checksums"
     )
 
 
@@ -61,7 +62,7 @@ def _pack(options: argparse.Namespace) -> None:
         f"{len(index) - index.train_images:,} validation images of {len(info.class_names):,} "
         f"classes in {len(index.shards):,} shards, "
         f"{sum(size for _, size in index.shards) / 1e6:,.1f} MB"
-        + (f", {len(info.skipped)} bad ones left out" if info.skipped else "")
+        + (f", {len(info.skipped)} bad ones skipped" if info.skipped else "")
     )
 
 
@@ -86,19 +87,19 @@ def _inspect(options: argparse.Namespace) -> None:
     print(*notes, sep="\n", end="\n" if notes else "")
     print(one_line(f"{options.folder}: {len(index.shards):,} tar shards{source}"))
     print(
-        f"  {count:,} images: {index.train_images:,} to train, "
-        f"{count - index.train_images:,} to validate"
+        f"  {count:,} images: {index.train_images:,} for training, "
+        f"{count - index.train_images:,} for validation"
     )
     if info.shorter_side is not None:
         print(f"  shorter side at most {info.shorter_side} px")
     print(
         f"  {sum(size for _, size in index.shards) / 1e6:,.1f} MB; images of "
-        f"{int(np.median(lengths)):,} bytes at the median, {lengths.max():,} at most"
+        f"{int(np.median(lengths)):,} bytes (median), at most {lengths.max():,}"
     )
     if options.verify:
-        print(f"  checksums: all {count:,} are right")
+        print(f"  checksums: all {count:,} match")
     for name in info.skipped[:_MAX_SKIPPED_SHOWN]:
-        print(one_line(f"  left out as bad: {name}"))
+        print(one_line(f"  skipped as bad: {name}"))
     if len(info.skipped) > _MAX_SKIPPED_SHOWN:
         print(f"  and {len(info.skipped) - _MAX_SKIPPED_SHOWN:,} more")
     print(f"  {len(info.class_names):,} classes, training and validation images:")

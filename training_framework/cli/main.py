@@ -1,7 +1,7 @@
 """The command line: `efficient-resnet <command>`.
 
-Flags of a configuration are made from TrainConfig's own keys, and their values go the way that
-values of YAML files go, so both have one set of names, checks and error messages.
+The flags of a configuration are made from TrainConfig's keys, and their values are read as those of
+YAML files are, so both share names, checks and error messages.
 """
 
 import argparse
@@ -38,21 +38,21 @@ SIGNAL_EXIT_CODES = {"SIGHUP": 129, "SIGINT": 130, "SIGTERM": 143}
 
 
 class _Parser(argparse.ArgumentParser):
-    """Reports a wrong command line in one line, with the nearest command or flag."""
+    """Reports a wrong command line in one line, which suggests the nearest command or flag."""
 
     def error(self, message: str) -> NoReturn:
         wrong = re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message)
         if wrong:
             commands = re.findall(r"[\w-]+", wrong[2])
             raise UserError(
-                f"{self.prog}: no command is called {wrong[1]!r}",
+                f"{self.prog}: there is no command {wrong[1]!r}",
                 _nearest_of(wrong[1], commands, f"choose from {', '.join(commands)}"),
             )
-        raise UserError(f"{self.prog}: {message}", f"`{self.prog} --help` explains")
+        raise UserError(f"{self.prog}: {message}", f"see `{self.prog} --help`")
 
     def refuse(self, unknown: str) -> NoReturn:
-        """Report an argument that no flag or position of this command takes."""
-        listing = f"`{self.prog} --help` lists all"
+        """Report an argument that this command does not accept."""
+        listing = f"`{self.prog} --help` lists them all"
         if unknown.startswith("-"):
             flag, _, _ = unknown.partition("=")
             known = [name for name in self._option_string_actions if name.startswith("--")]
@@ -72,10 +72,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command.
 
     Args:
-        arguments: As on the command line, without the program's name; None takes it from there.
+        arguments: As on the command line, without the program's name; None: those of this process.
 
     Returns:
-        The exit status: 0, 2 for bad input, 70 for a fault of the program itself, or 128 and the
+        The exit status: 0, 2 for bad input, 70 for a fault of the program itself, or 128 plus the
         number of the signal that ended a run.
     """
     prepare_streams()
@@ -95,30 +95,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if debug:
             traceback.print_exc()
         text = one_line(f"{type(error).__name__}: {error}")
-        say(f"error: {text}; a fault of the program: {_kept_traceback()}")
+        say(f"error: {text}; this is a fault of the program: {_kept_traceback()}")
         return PROGRAM_FAULT
 
 
 def _check_working_directory() -> None:
-    """Refuse one that is gone, without which the numerical libraries end the process."""
+    """Refuse a deleted working directory: in one, the numerical libraries end the process."""
     try:
         Path.cwd()
     except OSError as error:
         raise UserError(
-            f"the working directory cannot be used ({error.strerror})", "cd to one that exists"
+            f"the working directory cannot be used ({error.strerror})", "change to one that exists"
         ) from None
 
 
 def _kept_traceback() -> str:
-    """Keep the traceback under way in a file, since a long run cannot be repeated to see it."""
+    """Write the current traceback to a file: a long run cannot be repeated just to see it."""
     try:
         with tempfile.NamedTemporaryFile(
             "w", prefix="efficient-resnet-", suffix=".txt", delete=False, encoding="utf-8"
         ) as file:
             file.write(traceback.format_exc())
     except OSError:
-        return f"please report what {DEBUG_FLAG} shows"
-    return f"please report what {file.name} holds ({DEBUG_FLAG} shows it here)"
+        return f"please report the traceback that {DEBUG_FLAG} shows"
+    return f"please report the traceback in {file.name} ({DEBUG_FLAG} shows it here)"
 
 
 def _run(arguments: list[str]) -> int:
@@ -127,12 +127,12 @@ def _run(arguments: list[str]) -> int:
         if unknown:
             options.parser.refuse(unknown[0])
         status = int(options.run(options) or 0)
-        sys.stdout.flush()  # here, where a reader that has left is no surprise
+        sys.stdout.flush()  # here, where a closed pipe is handled
         return status
     except KeyboardInterrupt:
         say("interrupted")
         return SIGNAL_EXIT_CODES["SIGINT"]
-    except BrokenPipeError:  # the reader of our output has left, as `| head` does
+    except BrokenPipeError:  # the reader of our output has quit, as `| head` does
         discard_output()
         return 1
     except (OSError, RuntimeError, MemoryError) as error:
@@ -143,19 +143,19 @@ def _run(arguments: list[str]) -> int:
 
 
 def _report(error: UserError) -> int:
-    """Say it in one line; of several processes that meet the same, the first one does."""
+    """Print the error in one line; if several processes meet it, only the first one prints it."""
     first = True
     if "RANK" in os.environ:
-        from training_framework.machine.distributed import is_first_to_say
+        from training_framework.machine.distributed import is_first_to_report
 
-        first = is_first_to_say(str(error))
+        first = is_first_to_report(str(error))
     if first:
         say(f"error: {error}")
     return USAGE_ERROR
 
 
 def _shortage(error: Exception) -> UserError | None:
-    """The user's error behind a disk or a memory that is full; None for any other."""
+    """The UserError for a full disk, full memory or too many open files; None for others."""
     if isinstance(error, OSError):
         if error.errno in (errno.EMFILE, errno.ENFILE):
             return UserError(
@@ -166,14 +166,14 @@ def _shortage(error: Exception) -> UserError | None:
             return None
         return UserError(
             f"{error.filename or 'a file of the run'}: cannot be written to ({error.strerror})",
-            "make room there; a run goes on from its last.ckpt with --resume",
+            "free some space, then continue with --resume and the run's last.ckpt",
         )
     shortage = memory_shortage(error)
     if shortage is None:
         return None
     return UserError(
         f"memory is full: {shortage}",
-        "lower batch_size or img_size, set activation_checkpointing, or set resident_data to false",
+        "lower batch_size or img_size, turn on activation_checkpointing, or turn off resident_data",
     )
 
 
@@ -184,7 +184,7 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument(
-        DEBUG_FLAG, action="store_true", help="show a traceback with an error; for every command"
+        DEBUG_FLAG, action="store_true", help="show the traceback of an error (with any command)"
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(
@@ -217,7 +217,7 @@ def _add_train(commands: Any) -> None:
 
 
 def _add_plan(commands: Any) -> None:
-    parser = _command(commands, "plan", _plan, "show what would run here and why; train nothing")
+    parser = _command(commands, "plan", _plan, "show what would run here and why, without training")
     add_config_flags(parser)
 
 
@@ -232,10 +232,10 @@ def _add_evaluate(commands: Any) -> None:
 
 
 def _add_predict(commands: Any) -> None:
-    parser = _command(commands, "predict", _predict, "name what pictures show")
+    parser = _command(commands, "predict", _predict, "classify images")
     parser.add_argument("checkpoint", type=Path, help=".ckpt or weights.safetensors of a run")
-    parser.add_argument("pictures", type=Path, nargs="+", help="image files, or folders of them")
-    parser.add_argument("--top", type=int, default=3, help="classes to show for each (3)")
+    parser.add_argument("images", type=Path, nargs="+", help="image files, or folders of them")
+    parser.add_argument("--top", type=int, default=3, help="number of classes to show for each (3)")
     add_config_flags(parser, ("accelerator", "precision", "threads", "on_bad_image"))
 
 
@@ -248,8 +248,8 @@ def _add_data(commands: Any) -> None:
     subset.add_argument("source", type=Path, metavar="SRC", help="folder with train/ and val/")
     subset.add_argument("destination", type=Path, metavar="DEST", help="new folder")
     subset.add_argument("--classes", type=int, required=True, help="number of classes")
-    subset.add_argument("--train-per-class", type=int, required=True, help="training images each")
-    subset.add_argument("--val-per-class", type=int, required=True, help="validation images each")
+    subset.add_argument("--train-per-class", type=int, required=True, help="images per class")
+    subset.add_argument("--val-per-class", type=int, required=True, help="images per class")
     subset.add_argument("--seed", type=int, default=0, help="seed of the choice (0)")
     add_pack(actions)
     add_inspect(actions)
@@ -274,7 +274,7 @@ def _train(options: argparse.Namespace) -> int:
         except OSError:
             if result.stopped_by != "SIGHUP":
                 raise
-            # The terminal is gone, as the signal said; what could not be said must not fail again.
+            # The terminal is gone, hence the signal; the unwritten output must not fail again.
             discard_output()
     return SIGNAL_EXIT_CODES.get(result.stopped_by, 0)
 
@@ -297,10 +297,10 @@ def _evaluate(options: argparse.Namespace) -> None:
     metrics = evaluation.metrics
     if not Processes.from_environment().is_first:
         return
-    passed_over = facts.val_images - metrics.count
-    if passed_over:
+    skipped = facts.val_images - metrics.count
+    if skipped:
         print(
-            f"note: {passed_over:,} of {facts.val_images:,} images are bad and not counted",
+            f"note: {skipped:,} of {facts.val_images:,} images are bad and were skipped",
             file=sys.stderr,
         )
     print(
@@ -315,10 +315,10 @@ def _predict(options: argparse.Namespace) -> None:
     if options.top < 1:
         raise UserError(f"--top is {options.top}", "give 1 or more")
     for path, ranking in predict_files(
-        options.checkpoint, options.pictures, top=options.top, overrides=given_settings(options)
+        options.checkpoint, options.images, top=options.top, overrides=given_settings(options)
     ):
         classes = "  ".join(f"{name} {100 * share:.1f}%" for name, share in ranking)
-        # A name that is no UTF-8 cannot be printed as it is.
+        # A name that is not UTF-8 cannot be printed as it is.
         shown = os.fsencode(path).decode(errors="replace")
         print(f"{shown}: {classes}")
 

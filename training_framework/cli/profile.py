@@ -1,4 +1,4 @@
-"""The `profile` command: its flags, and what it prints."""
+"""The `profile` command: its flags and its output."""
 
 import argparse
 import os
@@ -16,22 +16,22 @@ DEFAULT_OUTPUT_DIR = Path("profiles")
 
 def add_profile(commands: Any) -> None:
     """Add the command to a parser's subcommands, as `add_subparsers` gives them."""
-    summary = "show where the time of a run goes, and what to do about it"
+    summary = "show where a run spends its time, and what to do about it"
     parser = commands.add_parser(
         "profile",
         help=summary,
-        description=f"{summary}; the files go to --output-dir, profiles unless given",
+        description=f"{summary}; writes its files to --output-dir ({DEFAULT_OUTPUT_DIR})",
         allow_abbrev=False,
     )
     parser.set_defaults(run=_profile, parser=parser)
-    parser.add_argument("--steps", type=int, default=20, help="steps of each measurement (20)")
-    parser.add_argument("--warmup", type=int, default=5, help="steps before the first one (5)")
+    parser.add_argument("--steps", type=int, default=20, help="steps per measurement (20)")
+    parser.add_argument("--warmup", type=int, default=5, help="steps before measuring (5)")
     add_config_flags(parser)
     parser.usage = f"{parser.prog} [--config FILE] [--steps N] [...]"
 
 
 def _profile(options: argparse.Namespace) -> None:
-    # Before torch is loaded: its profiler writes its own start and stop to the screen otherwise.
+    # Set before torch is imported; otherwise its profiler announces every start and stop.
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     from training_framework.measure.profile.profile import profile_run
     from training_framework.measure.profile.text import profile_lines
@@ -43,7 +43,7 @@ def _profile(options: argparse.Namespace) -> None:
         config,
         steps=options.steps,
         warmup=options.warmup,
-        # A file's output_dir is where its runs go.
+        # The output_dir of a configuration file is for runs, not for profiles.
         output_dir=config.output_dir if "output_dir" in settings else DEFAULT_OUTPUT_DIR,
         command=shlex.join(["efficient-resnet", *sys.argv[1:]]),
         say=lambda text: print(f"{text} ...", file=sys.stderr),

@@ -1,4 +1,4 @@
-"""The `report` command: its flags, and what it writes."""
+"""The `report` command: its flags and its output."""
 
 import argparse
 from pathlib import Path
@@ -21,13 +21,13 @@ def add_report(commands: Any) -> None:
         metavar="RESULT.json",
         type=Path,
         nargs="+",
-        help="what compare, tune, profile or benchmarks/record_run.py wrote",
+        help="result files of compare, tune, profile or benchmarks/record_run.py",
     )
     parser.add_argument(
-        "--output", type=Path, metavar="FILE", help=f"the page ({DEFAULT_OUTPUT}); is replaced"
+        "--output", type=Path, metavar="FILE", help=f"the page ({DEFAULT_OUTPUT}); overwritten"
     )
     parser.add_argument(
-        "--markdown", action="store_true", help="print Markdown; a page only with --output"
+        "--markdown", action="store_true", help="print Markdown; write a page only with --output"
     )
 
 
@@ -40,10 +40,10 @@ def _report(options: argparse.Namespace) -> None:
         page = html_report(sources)
         markdown = markdown_report(sources) if options.markdown else ""
     except (ArithmeticError, LookupError, RecursionError, TypeError, ValueError) as error:
-        # Each value is of its right type, but together they may still be nonsense.
+        # Each value has the right type, but together they may still be nonsense.
         raise UserError(
-            f"{', '.join(map(str, options.results))}: holds numbers that cannot be shown ({error})",
-            "name files as they were written",
+            f"{', '.join(map(str, options.results))}: cannot show these numbers ({error})",
+            "name unmodified result files",
         ) from error
     print(markdown, end="")
     if options.output is not None or not options.markdown:
@@ -57,9 +57,7 @@ def _write(output: Path, text: str, results: list[Path]) -> None:
     from training_framework.runs.directory import write_text_atomically
 
     if output.resolve() in [path.resolve() for path in results]:
-        raise UserError(
-            f"--output {output}: is one of the results themselves", "name an .html file"
-        )
+        raise UserError(f"--output {output}: is one of the result files", "name an .html file")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         write_text_atomically(output, text)

@@ -14,10 +14,10 @@ WIDTH = 80
 
 
 def plan_lines(plan: TrainPlan, hardware: Hardware, facts: DatasetFacts) -> list[str]:
-    """What would run, and why."""
+    """The plan of a run: every choice with its reason."""
     memory = f"{hardware.memory_bytes / 2**30:.0f} GB"
     busy = busy_machine_note(plan, hardware)
-    sets = ", ".join(hardware.instruction_sets) or "no vector extensions known"
+    sets = ", ".join(hardware.instruction_sets) or "no known vector extensions"
     lines = [
         *_wrapped(f"machine   {hardware.cpu_name}, {hardware.cores} core(s), {memory}, {sets}"),
         *(
@@ -52,10 +52,10 @@ def _wrapped(text: str, indent: int = 10) -> list[str]:
 
 
 def result_lines(result: TrainResult) -> list[str]:
-    """The numbers of a run, for its end."""
+    """The numbers to print at the end of a run."""
     lines = [""]
     if result.stopped_by:
-        lines.append(f"stopped by {result.stopped_by} after {result.steps:,} steps; go on with")
+        lines.append(f"stopped by {result.stopped_by} after {result.steps:,} steps; resume with")
         lines.append(
             f"  efficient-resnet train --resume {result.run_directory}/checkpoints/last.ckpt"
         )
@@ -73,7 +73,7 @@ def result_lines(result: TrainResult) -> list[str]:
             f"{total / len(result.epoch_seconds):.1f} s each with evaluation"
         )
     if result.bad_images:
-        lines.append(f"data   {result.bad_images:,} bad images skipped: bad_images.txt lists them")
+        lines.append(f"data   {result.bad_images:,} bad images skipped, listed in bad_images.txt")
     lines.append(f"speed  {result.images_per_second:,.0f} training images/s")
     lines.append(f"files  {result.run_directory}")
     return lines

@@ -1,4 +1,4 @@
-"""The `tune` command: its flags, and what it prints."""
+"""The `tune` command: its flags and its output."""
 
 import argparse
 import math
@@ -23,30 +23,30 @@ def add_tune(commands: Any) -> None:
     add_config_flags(parser)
     parser.usage = f"{parser.prog} [--config FILE] [--trials N] [...]"
     group = parser.add_argument_group("tuning")
-    group.add_argument("--trials", type=int, default=32, help="limit of short trials (32)")
+    group.add_argument("--trials", type=int, default=32, help="largest number of short trials (32)")
     group.add_argument(
         "--budget-seconds",
         type=float,
         metavar="S",
-        help="approximate limit of the time; two fifths of it confirm the winner",
+        help="approximate time limit; two fifths of it go to confirming the winner",
     )
     group.add_argument(
         "--memory-limit-gb",
         type=float,
         metavar="GB",
-        help="reject settings that take more memory, in GB of 2^30 bytes",
+        help="reject settings that need more memory, in GB of 2^30 bytes",
     )
     group.add_argument(
         "--allow-batch-change",
         action="store_true",
-        help="also change the images of an optimizer step, which changes the training",
+        help="also vary the images per optimizer step, which changes the training",
     )
     group.add_argument("--keep", action="append", default=[], metavar="KEY",
-                       help="leave a setting as it is, such as precision")  # fmt: skip
-    group.add_argument("--rounds", type=int, default=6, help="paired turns of the confirmation (6)")
+                       help="keep a setting as it is, such as precision")  # fmt: skip
+    group.add_argument("--rounds", type=int, default=6, help="paired rounds to confirm it (6)")
     group.add_argument("--output", type=Path, default=DEFAULT_OUTPUT, metavar="FILE",
-                       help=f"YAML to train from ({DEFAULT_OUTPUT}); its evidence lies beside it "
-                       "as .json")  # fmt: skip
+                       help=f"YAML file to train with ({DEFAULT_OUTPUT}); its evidence is written "
+                       "next to it as .json")  # fmt: skip
 
 
 def _tune(options: argparse.Namespace) -> None:

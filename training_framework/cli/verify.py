@@ -1,4 +1,4 @@
-"""The `verify-resume` command: its flags, and what it prints."""
+"""The `verify-resume` command: its flags and its output."""
 
 import argparse
 import sys
@@ -16,12 +16,12 @@ FAILED = 1
 
 def add_verify_resume(commands: Any) -> None:
     """Add the command to a parser's subcommands, as `add_subparsers` gives them."""
-    summary = "show that a stopped and resumed run ends as one that was not stopped"
+    summary = "check that a stopped and resumed run ends like an uninterrupted one"
     parser = commands.add_parser(
         "verify-resume",
         help=summary,
-        description=f"{summary}, bit for bit, with your settings and data; on a GPU this takes "
-        "--deterministic. Exits with 1 where anything differs",
+        description=f"{summary}, bit for bit, with your settings and data; a GPU needs "
+        "--deterministic. Exits with 1 if anything differs",
         allow_abbrev=False,
     )
     parser.set_defaults(run=_verify, parser=parser)
@@ -29,9 +29,9 @@ def add_verify_resume(commands: Any) -> None:
     parser.usage = f"{parser.prog} [--config FILE] [--steps N] [...]"
     group = parser.add_argument_group("verification")
     group.add_argument("--steps", type=int, default=20, help="optimizer steps to compare (20)")
-    group.add_argument("--stops", type=int, default=3, help="times to stop and resume (3)")
+    group.add_argument("--stops", type=int, default=3, help="number of stops (3)")
     group.add_argument("--stop-seed", type=int, default=0, metavar="SEED",
-                       help="draws the steps after which to stop (0)")  # fmt: skip
+                       help="seed that draws the steps at which to stop (0)")  # fmt: skip
     group.add_argument("--kill", action="store_true",
                        help="kill within a step, instead of stopping after it")  # fmt: skip
 
@@ -53,7 +53,7 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def verification_lines(verification: "Verification") -> list[str]:
-    """PASS and what was compared, or FAIL and what differs."""
+    """PASS and the compared parts, or FAIL and the differences."""
     comparison = verification.comparison
     how = "killed in" if verification.killed else "stopped after"
     runs = (
@@ -67,4 +67,4 @@ def verification_lines(verification: "Verification") -> list[str]:
     lines = [f"FAIL: {runs}, differ:", *(f"  {line}" for line in comparison.differences)]
     if verification.needs_determinism:
         lines.append("a GPU repeats a run bit for bit only with --deterministic")
-    return [*lines, "compared were:", *compared, f"both runs are kept in {verification.kept}"]
+    return [*lines, "compared:", *compared, f"both runs are kept in {verification.kept}"]

@@ -1,6 +1,6 @@
 """The networks that `model` can name, as plain data: a variant is one line.
 
-It stands here, without torch, so that a configuration is checked and `--help` printed at once;
+They are kept apart from torch, so that checking a configuration and `--help` are quick;
 `models.resnet` builds them.
 """
 
@@ -10,7 +10,7 @@ __all__ = ["MODELS", "Architecture"]
 
 
 class Architecture(NamedTuple):
-    """What tells one ResNet from another.
+    """The parameters by which ResNets differ.
 
     Attributes:
         block: `basic` has two 3x3 convolutions, `bottleneck` has 1x1, 3x3 and 1x1.

@@ -1,4 +1,4 @@
-"""`Config`: the notebook face of TrainConfig, with upper-case names."""
+"""`Config`: TrainConfig for notebooks, with upper-case names."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ _NAMES = {name.upper(): name for name in (*TrainConfig.model_fields, *ALIASES)}
 
 
 class _ConfigType(type):
-    """Checks every name and value when it is assigned, so that a typo cannot pass in silence."""
+    """Checks every name and value on assignment, so that no typo goes unnoticed."""
 
     def __new__(cls, name: str, bases: tuple[type, ...], namespace: dict[str, Any]) -> Any:
         settings = {key: value for key, value in namespace.items() if key.isupper()}
@@ -69,9 +69,9 @@ class Config(metaclass=_ConfigType):
     """Settings by upper-case name: `Config.BATCH_SIZE = 512`.
 
     Each name is a key of TrainConfig in upper case, or one of its aliases (LEARNING_RATE is LR,
-    USE_AMP is PRECISION as a yes or no). What is not assigned keeps TrainConfig's default. A name
-    that does not exist and a value of the wrong type are UserErrors on assignment. Subclass it to
-    keep several sets of settings apart.
+    USE_AMP is PRECISION as a yes or no). Unassigned settings keep TrainConfig's default. Assigning
+    an unknown name or a value of the wrong type raises a UserError. Subclass it to keep several
+    sets of settings apart.
     """
 
     @classmethod

@@ -1,4 +1,4 @@
-"""The data sets that can be named: one line each."""
+"""The data sets that `data` can name: one line each."""
 
 from typing import NamedTuple
 
@@ -6,7 +6,7 @@ __all__ = ["DATA_SETS", "DataSetEntry"]
 
 
 class DataSetEntry(NamedTuple):
-    """Where a data set is opened.
+    """Where to find the code of a data set.
 
     Attributes:
         source: `module:name` of its `DataSource`, imported when it is needed.
@@ -19,7 +19,7 @@ class DataSetEntry(NamedTuple):
 
 _SOURCES = "training_framework.data.sources"
 
-# A path without a name is tried in this order.
+# A path given without a name is tried in this order.
 DATA_SETS = {
     "digits": DataSetEntry(f"{_SOURCES}.digits:SOURCE", reads_files=False),
     "folder": DataSetEntry(f"{_SOURCES}.folder:SOURCE"),

@@ -19,8 +19,8 @@ def add_config_flags(parser: argparse.ArgumentParser, keys: Sequence[str] | None
     """Add a flag for every key of TrainConfig and each of its aliases.
 
     Args:
-        parser: The command's.
-        keys: Those that the command takes; None is all of them, and `--config FILE`.
+        parser: The parser of the command.
+        keys: The keys that the command accepts; None: all of them, and `--config FILE`.
     """
     if keys is None:
         parser.usage = f"{parser.prog} [--config FILE] [--SETTING VALUE ...]"
@@ -43,7 +43,7 @@ def add_config_flags(parser: argparse.ArgumentParser, keys: Sequence[str] | None
 
 
 def _add_flag(group: Any, name: str, text: str, *, may_be_bare: bool) -> None:
-    # A flag without a value means true, which only a yes or no can be.
+    # A flag without a value means true, which only a boolean setting can be.
     bare: dict[str, Any] = {"nargs": "?", "const": "true"} if may_be_bare else {}
     group.add_argument(
         "--" + name.replace("_", "-"),
@@ -68,7 +68,7 @@ def _shown_default(value: Any) -> str:
 
 
 def given_settings(options: argparse.Namespace) -> dict[str, Any]:
-    """The settings given as flags, by the names they were given under, with YAML's types."""
+    """The settings given as flags, under the names used there, with YAML's types."""
     settings = {}
     for name, text in vars(options).items():
         _, found, key = name.partition("setting:")
@@ -78,7 +78,7 @@ def given_settings(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _value(key: str, text: str) -> Any:
-    """What YAML makes of a flag's text, but a name or path is text whatever it looks like."""
+    """A flag's text parsed as YAML; a name or path stays text, whatever it looks like."""
     if text == "null":
         return None
     if key in ("name", "data_root", "output_dir", "weights", "resume"):

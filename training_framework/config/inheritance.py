@@ -1,4 +1,4 @@
-"""YAML files that build on others: `extends: base.yaml`."""
+"""YAML files, and the files that they extend: `extends: base.yaml`."""
 
 import difflib
 import re
@@ -22,9 +22,9 @@ __all__ = [
     "shipped_configs",
 ]
 
-_MOST_BYTES = 128 << 10
-_MOST_VALUES = 100_000
-_MOST_FILES = 100
+_MAX_BYTES = 128 << 10
+_MAX_VALUES = 100_000
+_MAX_FILES = 100
 
 
 class Setting(NamedTuple):
@@ -41,7 +41,7 @@ class _Loader(yaml.SafeLoader):
         seen = set[str]()
         for key_node, _ in node.value:
             key = key_node.value
-            if not isinstance(key, str):  # a list or mapping, which no dictionary takes for a key
+            if not isinstance(key, str):  # a list or mapping, which cannot be a dictionary's key
                 continue
             if key in seen:
                 line = key_node.start_mark.line + 1
@@ -52,7 +52,7 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-# YAML 1.1 takes 1e-3 for text, which nobody means in a training configuration.
+# YAML 1.1 reads 1e-3 as text, which is never meant in a training configuration.
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)[eE][-+]?[0-9]+$"),
@@ -61,24 +61,24 @@ _Loader.add_implicit_resolver(
 
 
 def shipped_configs() -> dict[str, Path]:
-    """Configurations that come with the package, by name: the presets and the recipes."""
+    """The configurations shipped with the package, by name: presets and recipes."""
     root = Path(str(resources.files("training_framework.config")))
     files = sorted(root.glob("presets/*.yaml")) + sorted(root.glob("recipes/*.yaml"))
     return {file.stem: file for file in files}
 
 
 def read_config_file(path: str | Path) -> dict[str, Setting]:
-    """Read a YAML file and everything that it extends.
+    """Read a YAML file and all files that it extends.
 
     Args:
         path: A file, or the name of a shipped preset or recipe (`cpu-optimized`, `digits`).
 
     Returns:
-        The settings by canonical key; where files disagree, the file that extends wins over the
-        one it extends, and later entries of a list of `extends` win over earlier ones.
+        The settings by canonical key. Where files disagree, a file overrides those that it
+        extends, and later entries of an `extends` list override earlier ones.
 
     Raises:
-        UserError: The file is missing, no YAML mapping, part of a cycle, or contradicts itself.
+        UserError: The file is missing, not a YAML mapping, part of a cycle, or contradicts itself.
     """
     return _read(_locate(str(path), Path(), named_in=""), chain=(), known={})
 
@@ -97,28 +97,28 @@ def _locate(name: str, folder: Path, named_in: str) -> Path:
         f"{named_in}{path}: no such configuration file",
         f"did you mean {near[0]}?"
         if near
-        else f"name a YAML file, or one of those shipped: {', '.join(shipped)}",
+        else f"name a YAML file or a shipped configuration: {', '.join(shipped)}",
     )
 
 
 def _read(
     path: Path, chain: tuple[Path, ...], known: dict[Path, dict[str, Setting]]
 ) -> dict[str, Setting]:
-    """The settings of a file; `known` are those of the files read before, each read once."""
+    """The settings of a file. `known` holds the files already read, so each is read once."""
     resolved = path.resolve()
     if resolved in known:
         return known[resolved]
-    if len(known) + len(chain) >= _MOST_FILES:
-        raise UserError(f"{path}: extends names more than {_MOST_FILES} files", "merge some")
+    if len(known) + len(chain) >= _MAX_FILES:
+        raise UserError(f"{path}: extends names more than {_MAX_FILES} files", "merge some of them")
     if resolved in chain:
         names = " -> ".join(file.name for file in (*chain[chain.index(resolved) :], resolved))
-        raise UserError(f"{path}: extends goes round in a circle ({names})", "break the circle")
+        raise UserError(f"{path}: extends forms a cycle ({names})", "break the cycle")
     content = _parse(path)
     bases = content.pop("extends", [])
     bases = [bases] if isinstance(bases, str) else bases
     if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
         raise UserError(
-            f"{path}: extends: {shown(bases)} is no file name",
+            f"{path}: extends: {shown(bases)} is not a file name",
             "give one file name, or a list of them",
         )
     settings: dict[str, Setting] = {}
@@ -131,11 +131,11 @@ def _read(
 
 
 def parse_yaml(text: str) -> Any:
-    """Safe YAML with this framework's rules: no key twice, and 1e-3 is a number.
+    """Parse safe YAML with this framework's rules: no key twice, and 1e-3 is a number.
 
     Raises:
-        yaml.YAMLError, ValueError, RecursionError: The text is no such YAML, or its aliases stand
-            for far more than is written.
+        yaml.YAMLError, ValueError, RecursionError: The text is not such YAML, or its aliases
+            expand to far more than is written.
     """
     loader = _Loader(text)
     try:
@@ -149,25 +149,25 @@ def parse_yaml(text: str) -> Any:
 
 
 def read_yaml_text(path: Path) -> str:
-    """The text of a YAML file that people write.
+    """The text of a YAML file written by hand.
 
     Raises:
-        UserError: It cannot be read, is no UTF-8 text, or is far larger than such a file.
+        UserError: It cannot be read, is not UTF-8 text, or is far too large.
     """
     try:
-        if path.stat().st_size > _MOST_BYTES:
+        if path.stat().st_size > _MAX_BYTES:
             raise UserError(
-                f"{path}: is larger than {_MOST_BYTES >> 10} KiB", "name a YAML file of settings"
+                f"{path}: is larger than {_MAX_BYTES >> 10} KiB", "name a YAML file of settings"
             )
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: is no UTF-8 text ({error.reason})", "name a YAML file") from None
+        raise UserError(f"{path}: is not UTF-8 text ({error.reason})", "name a YAML file") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})", "check the file") from None
 
 
 def _refuse_bomb(root: yaml.Node) -> None:
-    """Refuse aliases that stand for themselves, or for a billion values in ten lines."""
+    """Refuse aliases that contain themselves, or expand to a billion values in ten lines."""
     sizes: dict[int, int] = {}
     under_way = set[int]()
 
@@ -178,7 +178,7 @@ def _refuse_bomb(root: yaml.Node) -> None:
         if key not in sizes:
             if key in under_way:
                 raise yaml.composer.ComposerError(
-                    None, None, "an alias stands for itself", node.start_mark
+                    None, None, "an alias contains itself", node.start_mark
                 )
             under_way.add(key)
             parts = node.value
@@ -187,9 +187,9 @@ def _refuse_bomb(root: yaml.Node) -> None:
             sizes[key] = 1 + sum(size_of(part) for part in parts)
         return sizes[key]
 
-    if size_of(root) > _MOST_VALUES:
+    if size_of(root) > _MAX_VALUES:
         raise yaml.composer.ComposerError(
-            None, None, f"its aliases stand for more than {_MOST_VALUES} values", root.start_mark
+            None, None, f"its aliases expand to more than {_MAX_VALUES} values", root.start_mark
         )
 
 
@@ -201,16 +201,16 @@ def _parse(path: Path) -> dict[str, Any]:
         problem = getattr(error, "problem", None) or str(error)
         mark = getattr(error, "problem_mark", None)
         where = f" in line {mark.line + 1}" if mark else ""
-        raise UserError(f"{path}: is no valid YAML{where}: {problem}", "mend that line") from None
+        raise UserError(f"{path}: is not valid YAML{where}: {problem}", "fix that line") from None
     if content is None:
         return {}
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
-        raise UserError(f"{path}: holds no `key: value` lines", "write one setting a line")
+        raise UserError(f"{path}: contains no `key: value` lines", "write one setting per line")
     return content
 
 
 def canonical_settings(content: Mapping[str, Any], source: str) -> dict[str, Setting]:
-    """One file's or one command line's settings under their canonical names."""
+    """The settings of one file or command line under their canonical names."""
     settings: dict[str, Setting] = {}
     given_as: dict[str, str] = {}
     for name, value in content.items():
@@ -218,7 +218,7 @@ def canonical_settings(content: Mapping[str, Any], source: str) -> dict[str, Set
         if key in settings and settings[key].value != key_value:
             raise UserError(
                 f"{source}: {given_as[key]} is {shown(content[given_as[key]])} but {name} is "
-                f"{shown(value)}, and both mean one thing",
+                f"{shown(value)}, and both name the same setting",
                 f"keep one of them ({ALIASES.get(name, name)})",
             )
         settings[key] = Setting(key_value, source)
@@ -228,7 +228,7 @@ def canonical_settings(content: Mapping[str, Any], source: str) -> dict[str, Set
 
 
 def _take_data_by_path(settings: dict[str, Setting]) -> None:
-    """`data: PATH` is short for `data_root: PATH`, whose content says which data set it is."""
+    """Treat `data: PATH` as `data_root: PATH`; the folder's content decides the data set."""
     if "data" not in settings:
         return
     data, source = settings["data"]

@@ -1,4 +1,4 @@
-"""From YAML files and overrides to a TrainConfig, with one-line errors that name their source."""
+"""Build a TrainConfig from YAML files and overrides; errors name their source in one line."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -30,18 +30,17 @@ def load_config(
     base: Mapping[str, Any] | None = None,
     source: str = "overrides",
 ) -> TrainConfig:
-    """Build a configuration from a file and what overrides it.
+    """Build a configuration from a file and overrides.
 
     Args:
         path: YAML file, or the name of a shipped one; None for the defaults alone.
-        overrides: Settings that win over the file's, by any of their names.
-        base: Settings that the file's win over (those of a checkpoint that is resumed). Where
-            the run resumes, the weights that were started from and the early stop are not among
-            them: both lie behind it.
+        overrides: Settings that replace the file's, by any of their names.
+        base: Settings that file and overrides replace: those of the checkpoint to resume from.
+            When a run resumes, its `weights` and `stop_after_steps` are dropped: both are past.
         source: What error messages call the overrides.
 
     Raises:
-        UserError: A file, key or value is wrong; it names the file or `source`, the key, the value.
+        UserError: A file, key or value is wrong. It names the file or `source`, key and value.
     """
     given = {} if path is None else read_config_file(path)
     given.update(canonical_settings(overrides or {}, source))
@@ -53,15 +52,15 @@ def load_config(
 
 
 def names_checkpoint(resume: object) -> bool:
-    """Whether a value of `resume` is a file's name."""
+    """Whether a value of `resume` is a file name."""
     return resume not in ("auto", "never", None)
 
 
 def build_config(settings: Mapping[str, Setting]) -> TrainConfig:
-    """Validate settings that know where they come from.
+    """Validate settings, each given with its source.
 
     Raises:
-        UserError: The first setting that is wrong, with its source, value and cure.
+        UserError: The first wrong setting, with its source, value and cure.
     """
     for key, setting in settings.items():
         if key not in TrainConfig.model_fields:
@@ -74,10 +73,10 @@ def build_config(settings: Mapping[str, Setting]) -> TrainConfig:
 
 
 def check_value(key: str, setting: Setting) -> None:
-    """Validate one setting by itself; what it contradicts may still be changed.
+    """Validate one setting by itself. Contradictions are ignored: the others may still change.
 
     Raises:
-        UserError: The value has the wrong type or is out of its range.
+        UserError: The value has the wrong type or is out of range.
     """
     try:
         TrainConfig(**{key: _natural(key, setting.value)})
@@ -87,7 +86,7 @@ def check_value(key: str, setting: Setting) -> None:
 
 
 def _natural(key: str, value: Any) -> Any:
-    """YAML has no tuples, and writes whole numbers without a point."""
+    """The value as TrainConfig expects it: YAML has lists but no tuples."""
     if key == "milestones" and isinstance(value, list):
         return tuple(value)
     return value
@@ -95,7 +94,7 @@ def _natural(key: str, value: Any) -> Any:
 
 def _user_error(error: ValidationError, settings: Mapping[str, Setting]) -> UserError:
     first = error.errors()[0]
-    if not first["loc"]:  # a contradiction between settings, which says its own cure
+    if not first["loc"]:  # a contradiction between settings, which brings its own cure
         fault, _, cure = first["msg"].removeprefix("Value error, ").partition("; ")
         named = [key for key in settings if key in fault.replace(",", " ").split()]
         sources = dict.fromkeys(settings[key].source for key in named)
@@ -111,11 +110,11 @@ def _user_error(error: ValidationError, settings: Mapping[str, Setting]) -> User
 
 
 def _expectation(messages: Sequence[str]) -> str:
-    """pydantic's messages about one value, as they go on after it."""
+    """pydantic's messages about one value, worded to follow that value."""
     kinds = [message.removeprefix("Input should be ") for message in messages]
     if kinds[0] == messages[0]:  # "String should match ...", "Input is not a valid path for <...>"
         return messages[0].partition(" ")[2].partition(" for <")[0]
-    # A union reports each of its members; together they say what is allowed.
+    # A union reports every member; together they are what is allowed.
     return f"should be {' or '.join(dict.fromkeys(kinds))}".replace("a valid tuple", "a list")
 
 

@@ -1,4 +1,4 @@
-"""Other names for the same setting, and the nearest name for a mistyped one."""
+"""Aliases of settings, and the nearest valid name for a mistyped one."""
 
 import difflib
 from collections.abc import Iterable
@@ -8,7 +8,7 @@ from training_framework.config.schema import TrainConfig
 
 __all__ = ["ALIASES", "canonical", "nearest"]
 
-# Alias -> key. Both are read everywhere; two that contradict each other are an error.
+# Alias -> key. Both are accepted everywhere; giving both with different values is an error.
 ALIASES = {
     "max_epochs": "epochs",
     "learning_rate": "lr",
@@ -22,10 +22,10 @@ ALIASES = {
 
 
 def canonical(name: str, value: Any) -> tuple[str, Any]:
-    """The key that `name` stands for, and the value in that key's terms.
+    """The key that `name` means, and the value in that key's terms.
 
-    `use_amp` is a yes or no for `precision`; every other alias has its key's own values.
-    A name that is no alias comes back as it is.
+    `use_amp` is a yes or no for `precision`; every other alias takes the same values as its key.
+    A name that is not an alias is returned unchanged.
     """
     if name == "use_amp" and isinstance(value, bool):
         return "precision", "mixed" if value else "32"
@@ -33,7 +33,7 @@ def canonical(name: str, value: Any) -> tuple[str, Any]:
 
 
 def nearest(name: str, valid: Iterable[str] | None = None) -> str:
-    """What to suggest for an unknown name: the nearest valid one, or where the list stands."""
+    """The suggestion for an unknown name: the nearest valid one, or where to find them all."""
     names = list(valid) if valid is not None else [*TrainConfig.model_fields, *ALIASES]
     match = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    return f"did you mean {match[0]!r}?" if match else "`efficient-resnet train --help` lists all"
+    return f"did you mean {match[0]!r}?" if match else "`efficient-resnet train --help` lists them"

@@ -1,4 +1,4 @@
-"""Data: sources that open a data set, loaders that yield its batches, transforms on the device."""
+"""Data: sources open a data set, loaders yield its batches, transforms run on the device."""
 
 import difflib
 import pkgutil
@@ -56,22 +56,22 @@ def open_dataset(
 
     Args:
         name: One of `DATA_SETS`.
-        root: Where its files are; needed by `folder` and `shards`; for CIFAR `data` unless given.
-        image_size: Side in pixels; the set's own default unless given.
-        num_classes: How many classes the set must have; `synthetic` makes this many.
+        root: Folder of its files; `folder` and `shards` need it, CIFAR defaults to `data`.
+        image_size: Side in pixels; None: the default of the data set.
+        num_classes: The number of classes that the data set must have; `synthetic` makes as many.
         synthetic_train_images: Training images of `synthetic`.
         synthetic_val_images: Validation images of `synthetic`.
-        limit_train_images: Keep this many of the training images, drawn evenly over the classes.
+        limit_train_images: Number of training images to keep, drawn evenly over the classes.
         seed: Draws `synthetic`'s images, and which training images are kept.
 
     Raises:
-        UserError: No such set, files missing or wrong, another number of classes, or fewer training
-            images than are to be kept.
+        UserError: The name is unknown, files are missing or wrong, or the data set has another
+            number of classes or too few training images.
     """
     if name not in DATA_SETS:
         near = difflib.get_close_matches(name, DATA_SETS, 1)
         raise UserError(
-            f"data: no data set is called {name!r}",
+            f"data: there is no data set {name!r}",
             f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(DATA_SETS)}",
         )
     request = DatasetRequest(
@@ -88,7 +88,7 @@ def open_dataset(
         where = f" in {root}" if root else ""
         raise UserError(
             f"num_classes is {num_classes}, but {name}{where} has {found} classes",
-            f"set num_classes to {found} or leave it out",
+            f"set num_classes to {found} or remove it",
         )
     if limit_train_images is not None:
         return dataset.with_train_images(limit_train_images, seed=seed)
@@ -96,10 +96,10 @@ def open_dataset(
 
 
 def detect_dataset(root: Path) -> str:
-    """The name of the data set that a folder holds.
+    """The name of the data set in a folder.
 
     Raises:
-        UserError: None of the known layouts.
+        UserError: The folder has none of the known layouts.
     """
     layouts = []
     for name, entry in DATA_SETS.items():
@@ -109,8 +109,9 @@ def detect_dataset(root: Path) -> str:
                 return name
             layouts.append(source.layout)
     raise UserError(
-        f"data_root {root} " + ("holds no known data set" if root.is_dir() else "is not a folder"),
-        f"it must hold {', '.join(layouts[:-1])} or {layouts[-1]}",
+        f"data_root {root} "
+        + ("contains no known data set" if root.is_dir() else "is not a folder"),
+        f"name a folder with {', '.join(layouts[:-1])} or {layouts[-1]}",
     )
 
 

@@ -1,6 +1,6 @@
-"""Augmentation of whole batches on their device: pure functions, the draws come in as arguments.
+"""Augmentation of whole batches on their device: pure functions that take the draws as arguments.
 
-Nothing here reads a tensor back to the host, so the device never waits.
+None of them copies a tensor to the host, so the device never waits.
 """
 
 import math
@@ -40,12 +40,12 @@ def flip(images: Tensor, flags: Tensor) -> Tensor:
 
 
 def alternating_flip_flags(first_sides: Tensor, epoch: int) -> Tensor:
-    """Which images to mirror so that each changes its side every epoch.
+    """Which images to mirror so that each one flips every epoch.
 
     Source: K. Jordan, 94% on CIFAR-10 in 3.29 Seconds on a Single GPU, arXiv 2404.00498.
 
     Args:
-        first_sides: (N,) bool, drawn once a sample: mirrored in the first epoch.
+        first_sides: (N,) bool, drawn once per sample: whether it is mirrored in the first epoch.
         epoch: Counted from 0.
 
     Returns:
@@ -55,13 +55,13 @@ def alternating_flip_flags(first_sides: Tensor, epoch: int) -> Tensor:
 
 
 def pad_and_crop(images: Tensor, padding: int, offsets_y: Tensor, offsets_x: Tensor) -> Tensor:
-    """Shift each image: pad by reflection, crop to the old size.
+    """Shift each image: pad it by reflection, then crop it to its old size.
 
     Args:
         images: (N, C, H, W), any dtype.
         padding: Pixels on every side, smaller than H and W.
-        offsets_y: (N,) int64 in 0..2*padding, the crop's top in the padded image.
-        offsets_x: (N,) int64 in 0..2*padding, its left.
+        offsets_y: (N,) int64 in 0..2*padding, top of the crop in the padded image.
+        offsets_x: (N,) int64 in 0..2*padding, left of the crop.
 
     Returns:
         (N, C, H, W), channels_last in memory.
@@ -83,7 +83,7 @@ def pad_and_crop(images: Tensor, padding: int, offsets_y: Tensor, offsets_x: Ten
 
 
 def _crop_by_index(images: Tensor, padding: int, rows: Tensor, offsets_x: Tensor) -> Tensor:
-    """Crop (N, H, W, C) images in one gather over their pixels, the fast way on an accelerator."""
+    """Crop (N, H, W, C) images by one gather over their pixels, which is fast on accelerators."""
     count, _, width, _ = images.shape
     columns = offsets_x[:, None] + torch.arange(width, device=images.device)
     columns = _reflected(columns, padding, width)
@@ -92,10 +92,10 @@ def _crop_by_index(images: Tensor, padding: int, rows: Tensor, offsets_x: Tensor
 
 
 def _crop_by_windows(images: Tensor, padding: int, rows: Tensor, offsets_x: Tensor) -> Tensor:
-    """Crop (N, H, W, C) images row by row, the fast way on a CPU.
+    """Crop (N, H, W, C) images row by row, which is fast on CPUs.
 
-    A gather over single pixels is several times slower there than copying whole rows, so the images
-    are widened in memory and each output row is one contiguous window of them.
+    There, gathering single pixels is several times slower than copying whole rows. So the images
+    are padded in memory, and each output row is one contiguous window of them.
     """
     count, height, width, channels = images.shape
     wide = images.new_empty((count, height, width + 2 * padding, channels))
@@ -112,7 +112,7 @@ def _crop_by_windows(images: Tensor, padding: int, rows: Tensor, offsets_x: Tens
 
 
 def _reflected(positions: Tensor, padding: int, length: int) -> Tensor:
-    """Positions in a padded line, mapped to the line itself by reflection without its edge."""
+    """Map positions in a padded line to the line itself, by reflection that omits the edge."""
     inside = (positions - padding).abs()
     return (length - 1) - (inside - (length - 1)).abs()
 
@@ -120,13 +120,13 @@ def _reflected(positions: Tensor, padding: int, length: int) -> Tensor:
 def cutout(images: Tensor, size: int, centers_y: Tensor, centers_x: Tensor) -> Tensor:
     """Set a square of each image to 0, the mean of normalized images.
 
-    Source: DeVries and Taylor, arXiv 1708.04552; squares may reach over the edge.
+    Source: DeVries and Taylor, arXiv 1708.04552; squares may extend beyond the edge.
 
     Args:
         images: (N, C, H, W) float, normalized.
         size: Side of the square in pixels.
         centers_y: (N,) int64 rows; the square starts `size // 2` before them.
-        centers_x: (N,) int64 columns, likewise.
+        centers_x: (N,) int64 columns; the square starts `size // 2` before them.
     """
     tops, lefts = centers_y - size // 2, centers_x - size // 2
     return _erase(images, tops, lefts, tops + size, lefts + size)
@@ -142,15 +142,15 @@ def random_erasing(
 ) -> Tensor:
     """Set a random rectangle of some images to 0, the mean of normalized images.
 
-    Source: Zhong et al., arXiv 1708.04896. A rectangle that is too long for the image is cut to its
-    side, where the paper draws again.
+    Source: Zhong et al., arXiv 1708.04896. Where the paper redraws a rectangle that does not fit,
+    this one is cut to the side of the image.
 
     Args:
         images: (N, C, H, W) float, normalized.
-        draws: (5, N) uniform in [0, 1): whether, area, aspect, row, column.
-        probability: Share of the images that lose a rectangle.
-        scale: Least and largest area as a share of the image.
-        ratio: Least and largest height over width.
+        draws: (5, N) uniform in [0, 1): whether to erase, area, aspect, row, column.
+        probability: Probability that an image loses a rectangle.
+        scale: Smallest and largest area as a share of the image.
+        ratio: Smallest and largest ratio of height to width.
     """
     height, width = images.shape[2:]
     whether, area, aspect, row, column = draws
@@ -196,9 +196,9 @@ def normalize(
     dtype: torch.dtype = torch.float32,
     memory_format: torch.memory_format = torch.channels_last,
 ) -> Tensor:
-    """Turn uint8 images into floats of mean 0 and deviation 1, straight into their final layout.
+    """Turn uint8 images into floats of mean 0 and deviation 1, in their final layout.
 
-    Computed in float32 whatever the result's dtype.
+    The computation is in float32 whatever the dtype of the result.
 
     Args:
         images: (N, C, H, W) uint8.
@@ -219,18 +219,18 @@ def normalize(
 def normalize_rows(
     images: Tensor, scale: Tensor, shift: Tensor, *, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """`normalize` to channels_last, made for CPUs, with the factors repeated for a whole row.
+    """`normalize` to channels_last for CPUs, with the factors repeated for a whole row.
 
-    Over three channels an innermost loop does not vectorize; over a row it does.
+    An innermost loop over three channels does not vectorize; a loop over a row does.
 
     Args:
         images: (N, C, H, W) uint8.
-        scale: (W * C,) float32, the channels' factors W times over.
-        shift: (W * C,) float32, likewise.
+        scale: (W * C,) float32, the factors of the channels repeated W times.
+        shift: (W * C,) float32, repeated in the same way.
         dtype: Of the result.
     """
     pixels = _as_nhwc(images)
-    # Promoting uint8 within the multiply-add would allocate one copy of the batch more.
+    # Promoting uint8 within the multiply-add would allocate another copy of the batch.
     rows = pixels.view(-1, scale.shape[0]).float()
     torch.addcmul(shift, rows, scale, out=rows)
     if dtype != torch.float32:
@@ -245,7 +245,7 @@ def mixup(images: Tensor, lam: float) -> Tensor:
 
     Args:
         images: (N, C, H, W) float.
-        lam: Share of the own image.
+        lam: Weight of the image itself; the other one has 1 - lam.
     """
     mixed = torch.empty_like(images)
     torch.lerp(images[1:], images[:-1], 1 - lam, out=mixed[1:])
@@ -254,19 +254,19 @@ def mixup(images: Tensor, lam: float) -> Tensor:
 
 
 def cutmix(images: Tensor, lam: float, *, center_y: float, center_x: float) -> tuple[Tensor, float]:
-    """Paste a rectangle of the image before it in the batch over each image.
+    """Replace a rectangle of each image by that of the image before it in the batch.
 
     Source: Yun et al., arXiv 1905.04899. The rectangle is the same for the whole batch and is cut
     off at the edge. The other image's label is `labels.roll(1)`.
 
     Args:
         images: (N, C, H, W).
-        lam: Wanted share of the own image.
+        lam: Desired share of each image that remains.
         center_y: Centre of the rectangle, as a share of the height.
-        center_x: Its centre as a share of the width.
+        center_x: Centre of the rectangle, as a share of the width.
 
     Returns:
-        The images, and the share of the own image that is really left.
+        The images, and the share of each image that actually remains.
     """
     height, width = images.shape[2:]
     top, bottom = _cut(height, lam, center_y)
@@ -284,5 +284,5 @@ def _cut(length: int, lam: float, center: float) -> tuple[int, int]:
 
 
 def _as_nhwc(images: Tensor) -> Tensor:
-    """(N, C, H, W) images as contiguous (N, H, W, C): free where they are channels_last."""
+    """(N, C, H, W) images as contiguous (N, H, W, C); free if they are channels_last."""
     return images.permute(0, 2, 3, 1).contiguous()

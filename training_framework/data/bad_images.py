@@ -1,4 +1,4 @@
-"""Images that could not be decoded and were skipped: counted, capped, listed."""
+"""Images that could not be decoded: skipped, counted, listed, and limited in number."""
 
 import json
 import warnings
@@ -13,9 +13,9 @@ __all__ = ["BadImages", "SplitName"]
 SplitName = Literal["train", "val"]
 
 _SPLITS: tuple[SplitName, ...] = ("train", "val")
-_FEWEST_ALLOWED = 10
+_ALWAYS_ALLOWED = 10
 _ALLOWED_PERCENT = 1
-_NAMED_IN_ERROR = 5
+_MAX_NAMED_IN_ERROR = 5
 _MAX_NOTES = 10
 
 
@@ -24,14 +24,14 @@ def _warn(line: str) -> None:
 
 
 class BadImages:
-    """The bad images of a run, each once; too many in a split are an error.
+    """The bad images of a run, each counted once; too many in a split are an error.
 
-    A split may have 1% of its images, or 10 where that is more, but always less than half.
+    The limit of a split is 1% of its images or 10, whichever is more, but always less than half.
 
     Args:
         train: Images of the training split.
         val: Images of the validation split.
-        report: Shows a line to the user; a warning by default.
+        report: Shows a line to the user; by default as a warning.
     """
 
     def __init__(self, *, train: int, val: int, report: Callable[[str], None] = _warn) -> None:
@@ -44,15 +44,15 @@ class BadImages:
         return sum(map(len, self._reasons.values()))
 
     def limit(self, split: SplitName) -> int:
-        """How many bad images a split may have."""
+        """The number of bad images that a split may have."""
         count = self._counts[split]
-        return max(0, min(max(_FEWEST_ALLOWED, count * _ALLOWED_PERCENT // 100), (count - 1) // 2))
+        return max(0, min(max(_ALWAYS_ALLOWED, count * _ALLOWED_PERCENT // 100), (count - 1) // 2))
 
     def add(self, split: SplitName, reasons: Mapping[str, str]) -> None:
-        """Add images, by name with the reason; known ones change nothing.
+        """Add images, as reasons by name; those already known are ignored.
 
         Raises:
-            UserError: They are more than the split may have, or the list cannot be written.
+            UserError: The split has too many bad images, or the list cannot be written.
         """
         known = self._reasons[split]
         fresh = {name: reason for name, reason in reasons.items() if name not in known}
@@ -62,26 +62,26 @@ class BadImages:
         self._append(split, fresh)
         limit = self.limit(split)
         if fresh and len(known) > limit:
-            first = ", ".join(list(known)[:_NAMED_IN_ERROR])
+            first = ", ".join(list(known)[:_MAX_NAMED_IN_ERROR])
             raise UserError(
-                f"{len(known)} images of the {split} split cannot be decoded, and {limit} of "
-                f"{self._counts[split]} are skipped at most: {first}"
-                + (", ..." if len(known) > _NAMED_IN_ERROR else ""),
-                "repair or delete them" + (f"; {self._path} lists them" if self._path else ""),
+                f"{len(known)} images of the {split} split cannot be decoded, but at most {limit} "
+                f"of {self._counts[split]} may be skipped: {first}"
+                + (", ..." if len(known) > _MAX_NAMED_IN_ERROR else ""),
+                "repair or delete them" + (f"; {self._path} lists them all" if self._path else ""),
             )
 
     def by_split(self) -> dict[SplitName, dict[str, str]]:
-        """Names and reasons of all so far, by split."""
+        """Names and reasons of all bad images so far, by split."""
         return {split: dict(reasons) for split, reasons in self._reasons.items()}
 
     def list_in(self, path: Path, report: Callable[[str], None]) -> None:
-        """Continue the list in a file.
+        """Keep the list in a file, and continue the list already in it.
 
-        A line holds the split, the image's name and the reason, between tabs. A name with tabs,
-        newlines or bytes that are not text is a JSON string.
+        A line consists of the split, the name of the image and the reason, separated by tabs. A
+        name with tabs, newlines or bytes that are not text is written as a JSON string.
 
         Args:
-            path: The file; it need not exist, and is not made before there is a bad image.
+            path: The file; if it does not exist, the first bad image creates it.
             report: Shows a line to the user from now on.
 
         Raises:
@@ -99,7 +99,7 @@ class BadImages:
         if len(self) <= _MAX_NOTES:
             self._report(one_line(f"note: skipped {name}: {reason}"))
         if len(self) == _MAX_NOTES:
-            self._report("note: more bad images are listed, not shown")
+            self._report("note: further bad images are listed but not shown")
 
     def _append(self, split: SplitName, reasons: Mapping[str, str]) -> None:
         if self._path is None or not reasons:
@@ -110,7 +110,7 @@ class BadImages:
                 file.write("".join(lines))
         except OSError as error:
             raise UserError(
-                f"{self._path}: cannot be written to ({error.strerror})", "make room there"
+                f"{self._path}: cannot be written to ({error.strerror})", "free some space there"
             ) from None
 
 
@@ -119,7 +119,7 @@ def _written(name: str) -> str:
 
 
 def _read(path: Path) -> dict[SplitName, dict[str, str]]:
-    """What a file lists; a last line that a kill tore off is taken out of it."""
+    """The images that a file lists; removes a last line that a kill cut off."""
     listed: dict[SplitName, dict[str, str]] = {"train": {}, "val": {}}
     try:
         if not path.exists():
@@ -132,9 +132,9 @@ def _read(path: Path) -> dict[SplitName, dict[str, str]]:
             listed[split][json.loads(name) if name.startswith('"') else name] = reason
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})", "check the file") from None
-    except ValueError:  # no UTF-8, no JSON
+    except ValueError:  # not UTF-8, not JSON
         raise UserError(
-            f"{path}: not a list of bad images", "move it away; a new one is started"
+            f"{path}: not a list of bad images", "move it away, and a new one is started"
         ) from None
     return listed
 

@@ -1,4 +1,4 @@
-"""What a loader yields, and what every loader can do."""
+"""The batches that loaders yield, and the interface of loaders."""
 
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple, Protocol
@@ -13,12 +13,12 @@ class Batch(NamedTuple):
     """One batch of this process.
 
     Attributes:
-        images: (N, C, H, W); uint8 from the loaders of this package, float from a user's own. uint8
-            images lie in channels_last order.
+        images: (N, C, H, W); uint8 in channels_last order from the loaders of this package, float
+            from a user's own loader.
         labels: (N,) int64.
         indices: (N,) int64, positions in the split.
         valid: (N,) bool, which samples count in an evaluation; None: all. The others could not be
-            decoded, and their images hold nothing.
+            decoded, and their pixels are zero.
     """
 
     images: Tensor
@@ -28,24 +28,25 @@ class Batch(NamedTuple):
 
 
 class Loader(Protocol):
-    """What the loops need of a loader."""
+    """The interface that training and evaluation require of a loader."""
 
     @property
     def batch_count(self) -> int:
-        """Batches of a whole epoch on this rank."""
+        """Batches per whole epoch on this rank."""
 
     def epoch(self, epoch: int, start_batch: int = 0) -> Iterator[Batch]:
         """The batches of an epoch on the device, from `start_batch` on."""
 
     def close(self) -> None:
-        """Let go of processes and memory; the loader may be used again after it."""
+        """Release processes and memory; the loader can be used again."""
 
 
 def prefetch_to_device(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
     """Move host batches to the device without making it wait.
 
-    On CUDA the next batch is copied on a stream of its own while the current one is computed with;
-    batches in pinned memory are copied asynchronously. Elsewhere each batch is moved as it comes.
+    On CUDA, the next batch is copied on a separate stream during the computation on the current
+    one; batches in pinned memory are copied asynchronously. Elsewhere, each batch is moved as it
+    arrives.
     """
     if device.type != "cuda":
         for batch in batches:
@@ -61,7 +62,7 @@ def prefetch_to_device(batches: Iterable[Batch], device: torch.device) -> Iterat
         compute = torch.cuda.current_stream(device)
         compute.wait_stream(copies)
         for tensor in following:
-            # Its memory belongs to the copying stream, which must not reuse it under the
+            # The memory belongs to the copying stream, which must not reuse it during the
             # computation.
             if tensor is not None:
                 tensor.record_stream(compute)

@@ -1,7 +1,7 @@
 """Decode an image file to uint8 pixels, and only the part that is needed.
 
-Images are taken as they are stored: an EXIF orientation is not applied (except by Pillow to a
-TIFF) and transparency is dropped, as torchvision's loader does, whose crops these are.
+Images are used as they are stored, as in torchvision's loader, and the crops are torchvision's too:
+no EXIF orientation is applied (except by Pillow to a TIFF), and transparency is dropped.
 """
 
 import io
@@ -33,16 +33,16 @@ __all__ = [
 ]
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
-MAX_PIXELS = 178_956_970  # where Pillow, too, takes an image for a decompression bomb
+MAX_PIXELS = 178_956_970  # Pillow, too, treats larger images as decompression bombs
 
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
-_JPEG_ERRORS = (ValueError, KeyError)  # KeyError where the header ends before the sampling factors
+_JPEG_ERRORS = (ValueError, KeyError)  # KeyError: the header ends before the sampling factors
 _TILE_WIDTH, _TILE_LENGTH = 322, 323  # tags of a TIFF
 _CROP_ATTEMPTS = 10
 _RESIZED_PER_CROPPED = 256 / 224
 _LONGEST_SIDES = 4
-# Pixels that are decoded for each that is wanted, at least: what decoding at a smaller scale and
-# resizing give together then differs from resizing all pixels by about 1 level of 255.
+# Decode at least this many pixels for each pixel of the result: then decoding at a smaller scale
+# and resizing differs from resizing the whole image by only about 1 level of 255.
 _OVERSAMPLING = 1.5
 
 _resample = torch.ops.aten._upsample_bilinear2d_aa.out
@@ -55,7 +55,7 @@ def image_shape(data: bytes, path: Path | str) -> tuple[int, int]:
 
     Args:
         data: The file's bytes.
-        path: What to call it in errors.
+        path: Name of the file in errors.
 
     Raises:
         UserError: It is not an image of a known format, or has more than `MAX_PIXELS` pixels.
@@ -79,14 +79,14 @@ def decode_image(
 ) -> Pixels:
     """Decode an image: (H, W, 3) uint8 RGB.
 
-    JPEG goes through libjpeg-turbo, the rest (and CMYK, and what libjpeg-turbo complains of)
-    through Pillow.
+    libjpeg-turbo decodes JPEGs. Pillow decodes everything else, including CMYK and files that
+    libjpeg-turbo rejects.
 
     Args:
         data: The file's bytes.
-        path: What to call it in errors.
-        min_size: Least height and width wanted: a JPEG is then decoded at 1/2, 1/4 or 1/8 of its
-            size where that still suffices, which is cheaper. None is the whole size.
+        path: Name of the file in errors.
+        min_size: Smallest height and width needed: if 1/2, 1/4 or 1/8 of its size suffices, a JPEG
+            is decoded at that size, which is cheaper. None: the whole size.
 
     Raises:
         UserError: It is truncated, not an image, or has more than `MAX_PIXELS` pixels.
@@ -100,7 +100,7 @@ def decode_image(
                     data, min_height=-(-height // factor), min_width=-(-width // factor)
                 )
         except _JPEG_ERRORS:
-            pass  # Pillow takes some files that are unusual but whole, and explains the others
+            pass  # Pillow reads some files that are unusual but whole, and explains the rest
     return _decode_with_pillow(data, path)
 
 
@@ -116,22 +116,22 @@ def decode_random_resized_crop(
 ) -> Pixels:
     """A random crop of an image, resized: (size, size, 3) uint8 RGB.
 
-    The crop is chosen from the header, so that a JPEG is decoded no larger than the crop needs, and
-    as little as possible of what lies outside of it. Where it is decoded at 1/2, 1/4 or 1/8 of its
-    size, the crop's edges are moved to the nearest multiples of 2, 4 or 8 pixels.
+    The crop is chosen from the header alone. So a JPEG is decoded no larger than the crop needs,
+    and as little as possible outside the crop. If it is decoded at 1/2, 1/4 or 1/8 of its size, the
+    edges of the crop move to the nearest multiples of 2, 4 or 8 pixels.
 
     Args:
         data: The file's bytes.
-        path: What to call it in errors.
+        path: Name of the file in errors.
         size: Side of the result in pixels.
         rng: Draws the crop.
-        scale: Least and largest area of the crop, as a share of the image.
-        ratio: Least and largest width over height of the crop.
-        out: Where to put the result, a new array unless given.
+        scale: Smallest and largest area of the crop, as a share of the image.
+        ratio: Smallest and largest ratio of the crop's width to its height.
+        out: Array for the result; None: a new one.
 
     Raises:
-        UserError: It is not an image, has more than `MAX_PIXELS` pixels, or is damaged in a part
-            that has to be read.
+        UserError: It is not an image, has more than `MAX_PIXELS` pixels, or a part that has
+            to be read is damaged.
     """
     height, width = image_shape(data, path)
     box = random_crop_box(height, width, rng=rng, scale=scale, ratio=ratio)
@@ -142,7 +142,7 @@ def decode_random_resized_crop(
     if region is None:
         pixels = decode_image(data, path, min_size=(height // factor, width // factor))
         region = Region(pixels, 0, 0)
-        if pixels.shape[:2] == (height, width):  # Pillow's
+        if pixels.shape[:2] == (height, width):  # decoded by Pillow, which ignores min_size
             factor = 1
     top, left = box.top // factor - region.top, box.left // factor - region.left
     crop = region.pixels[top : top + box.height // factor, left : left + box.width // factor]
@@ -154,13 +154,13 @@ def decode_center_crop(
 ) -> Pixels:
     """The middle of an image, resized: (size, size, 3) uint8 RGB.
 
-    The shorter side becomes 256/224 of `size`, of which the middle is kept.
+    The shorter side is scaled to 256/224 of `size`, and the middle is kept.
 
     Args:
         data: The file's bytes.
-        path: What to call it in errors.
+        path: Name of the file in errors.
         size: Side of the result in pixels.
-        out: Where to put the result, a new array unless given.
+        out: Array for the result; None: a new one.
 
     Raises:
         UserError: It is truncated, not an image, or has more than `MAX_PIXELS` pixels.
@@ -184,7 +184,7 @@ def random_crop_box(
 ) -> Box:
     """A crop of random area and aspect, as torchvision's RandomResizedCrop chooses it.
 
-    Where none fits in ten attempts, it is the largest central one within the ratios.
+    If none fits in ten attempts, the result is the largest central crop within the ratios.
     """
     least, most = math.log(ratio[0]), math.log(ratio[1])
     for _ in range(_CROP_ATTEMPTS):
@@ -204,7 +204,7 @@ def random_crop_box(
 
 
 def resize_and_center_crop(pixels: Pixels, size: int) -> Pixels:
-    """The middle of an image, as torchvision's Resize(256/224 of size), CenterCrop(size) keep it.
+    """The middle of an image, like torchvision's Resize(256/224 of size) and CenterCrop(size).
 
     Args:
         pixels: (H, W, 3) uint8.
@@ -222,22 +222,22 @@ def resize_and_center_crop(pixels: Pixels, size: int) -> Pixels:
 def resize(pixels: Pixels, height: int, width: int, *, out: Pixels | None = None) -> Pixels:
     """Resize (H, W, 3) uint8 pixels: (height, width, 3), antialiased bilinear.
 
-    PyTorch's resampling of uint8 is Pillow's (to one level), but takes the array as it is, where
+    PyTorch resamples uint8 as Pillow does (to one level), but reads the array directly, whereas
     Pillow unpacks it into pixels of four bytes and packs it again.
 
     Args:
         pixels: (H, W, 3) uint8.
         height: Of the result.
         width: Of the result.
-        out: Where to put it, contiguous; a new array unless given.
+        out: Contiguous array for the result; None: a new one.
     """
     if out is None:
         out = np.empty((height, width, 3), dtype=np.uint8)
-    # Contiguous, since reading rows out of a wider image costs more than a copy; writable, since
-    # torch warns of arrays that are not.
+    # Contiguous, since reading rows of a wider image costs more than a copy; writable, since torch
+    # warns about read-only arrays.
     source = np.require(pixels, requirements=("C", "W"))
-    # What functional.interpolate(antialias=True) computes, but that would lay out its result by
-    # channels, which takes as long again, and putting the pixels together afterwards once more.
+    # The same computation as functional.interpolate(antialias=True). That would write the result
+    # channel by channel, which takes as long again, and so does interleaving them afterwards.
     _resample(_as_batch(source), [height, width], False, out=_as_batch(out))
     return out
 
@@ -250,7 +250,7 @@ def _as_batch(pixels: Pixels) -> torch.Tensor:
 def _on_grid(box: Box, factor: int) -> Box:
     """The box with its edges on multiples of `factor`, where pixels of that scale begin.
 
-    Resampling from between them would shift the image, which costs more than all else.
+    Edges between them would shift the image, which changes it more than anything else here.
     """
     if factor == 1:
         return box
@@ -269,7 +269,7 @@ def _resized_shape(height: int, width: int, size: int) -> tuple[int, int]:
 
 
 def _middle(pixels: Pixels) -> Pixels:
-    """Pixels without the ends of a very long image, which resizing would enlarge for nothing."""
+    """Drop the ends of a very long image, which would be resized only to be cropped off."""
     height, width = pixels.shape[:2]
     top = max(0, (height - _LONGEST_SIDES * width) // 2)
     left = max(0, (width - _LONGEST_SIDES * height) // 2)
@@ -277,7 +277,7 @@ def _middle(pixels: Pixels) -> Pixels:
 
 
 def _decoding_factor(height: int, width: int, min_size: tuple[int, int]) -> int:
-    """Largest of 1, 2, 4, 8 that leaves `min_size`; libjpeg-turbo is slower at those between."""
+    """Largest of 1, 2, 4, 8 that leaves `min_size`; libjpeg-turbo is slower at other factors."""
     for factor in (8, 4, 2):
         if height >= factor * min_size[0] and width >= factor * min_size[1]:
             return factor
@@ -290,7 +290,7 @@ def _is_jpeg(data: bytes) -> bool:
 
 def _open_with_pillow(data: bytes, path: Path | str) -> Image.Image:
     with warnings.catch_warnings():
-        # The limit here is ours; Pillow would warn at half of it.
+        # We check the limit ourselves; Pillow would warn at half of it.
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         try:
             return Image.open(io.BytesIO(data), formats=_FORMATS)
@@ -298,7 +298,7 @@ def _open_with_pillow(data: bytes, path: Path | str) -> Image.Image:
             raise UserError(
                 f"{path}: more than {MAX_PIXELS} pixels", "scale the image down"
             ) from None
-        except Exception:  # Pillow's readers raise whatever a broken header leads them to
+        except Exception:  # a broken header can make Pillow's readers raise anything
             raise UserError(
                 f"{path}: not an image of a known format ({', '.join(_FORMATS)})",
                 "replace or delete the file",
@@ -308,7 +308,7 @@ def _open_with_pillow(data: bytes, path: Path | str) -> Image.Image:
 def _pillow_shape(data: bytes, path: Path | str) -> tuple[int, int]:
     image = _open_with_pillow(data, path)
     if isinstance(image, TiffImageFile):
-        # A tile is unpacked whole, however little of it the image shows.
+        # A tile is decoded whole, even if the image shows only a small part of it.
         width, height = (image.tag_v2.get(tag, 0) for tag in (_TILE_WIDTH, _TILE_LENGTH))
         if width * height > MAX_PIXELS:
             raise UserError(
@@ -327,11 +327,13 @@ def _decode_with_pillow(data: bytes, path: Path | str) -> Pixels:
             f"{path}: cannot be decoded ({error})", "replace or delete the file"
         ) from None
     if image.mode.startswith("I"):
-        # 16 bits a pixel, which Pillow would clip at 255.
+        # 16 bits per pixel, which Pillow would clip at 255.
         gray = np.asarray(image) >> 8
         return np.repeat(gray.clip(0, 255).astype(np.uint8)[:, :, None], 3, axis=2)
     if image.mode == "F":
-        raise UserError(f"{path}: float pixels have no known range", "save it with 8 bits a pixel")
+        raise UserError(
+            f"{path}: float pixels have no known range", "save it with 8 bits per pixel"
+        )
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")
     return np.asarray(image.convert("RGB"))

@@ -1,7 +1,7 @@
-"""Where randomness comes from: counters, never a running state.
+"""Random draws from counters, never from a running state.
 
-Every draw is a function of (seed, purpose, epoch, sample) or (seed, purpose, step), so a resumed
-run, another number of workers and another number of processes draw the same.
+Every draw is a function of (seed, purpose, epoch, sample) or (seed, purpose, step). So the draws do
+not depend on resumption, the number of workers or the number of processes.
 """
 
 from enum import IntEnum
@@ -14,7 +14,7 @@ __all__ = ["BatchDraws", "Purpose", "SampleGenerators", "keyed_generator"]
 
 
 class Purpose(IntEnum):
-    """What a stream of draws is for; one purpose never shares its stream with another."""
+    """The purpose of a stream of draws; two purposes never share a stream."""
 
     ORDER = 0
     AUGMENTATION = 1
@@ -32,7 +32,7 @@ def keyed_generator(seed: int, purpose: Purpose, *counters: int) -> np.random.Ge
     Args:
         seed: The run's seed, 0 or more.
         purpose: What is drawn.
-        counters: Epoch, step or sample, 0 or more; always as many for one purpose.
+        counters: Epoch, step or sample, 0 or more; always the same number of them per purpose.
     """
     entropy = np.random.SeedSequence((seed, int(purpose), *counters))
     return np.random.Generator(np.random.Philox(entropy))
@@ -41,8 +41,8 @@ def keyed_generator(seed: int, purpose: Purpose, *counters: int) -> np.random.Ge
 class SampleGenerators:
     """Generators for single samples: streams that are functions of (seed, purpose, epoch, sample).
 
-    One Philox serves all samples of an epoch, the sample standing in its counter, since building a
-    generator for each takes ten times as long as setting a counter.
+    One Philox serves all samples of an epoch, and the sample is its counter: building a generator
+    for each sample takes ten times as long as setting a counter.
 
     Args:
         seed: The run's seed.
@@ -57,12 +57,12 @@ class SampleGenerators:
         self._generator = np.random.Generator(self._philox)
 
     def of(self, epoch: int, sample: int) -> np.random.Generator:
-        """The sample's generator in an epoch; it lasts until the next one is asked for."""
+        """The generator of a sample in an epoch, valid until the next call."""
         if epoch != self._epoch:
             entropy = np.random.SeedSequence((self._seed, int(self._purpose), epoch))
             self._start = np.random.Philox(entropy).state
             self._epoch = epoch
-        # The lowest of the counter's four words counts what is drawn.
+        # The lowest of the counter's four words counts the draws.
         self._start["state"]["counter"][1] = sample
         self._philox.state = self._start
         return self._generator
@@ -71,16 +71,16 @@ class SampleGenerators:
 class BatchDraws:
     """Uniform draws for the samples of a batch, on the device.
 
-    An epoch's draws for all samples are made at once on the host and put on the device, so a step
-    costs one gather. A sample's draws depend on (seed, epoch, position in the split): not on its
-    batch, its rank or its device. They take 4 bytes a draw a sample.
+    The draws of an epoch for all samples are made at once on the host and copied to the device, so
+    a step costs one gather. They depend only on seed, epoch and position in the split, not on
+    batch, rank or device. They take 4 bytes per draw and sample.
 
     Args:
         seed: The run's seed.
         sample_count: Samples in the split.
-        draws_per_sample: Draws that each sample needs in an epoch. More of them leave the first
-            ones as they are.
-        device: Where the draws are wanted.
+        draws_per_sample: Draws that each sample needs in an epoch. Further draws do not change the
+            first ones.
+        device: The device of the draws.
     """
 
     def __init__(
@@ -118,8 +118,8 @@ class BatchDraws:
         return self._first_sides.index_select(0, indices)
 
     def for_step(self, step: int) -> np.random.Generator:
-        """The step's generator for what all ranks share, such as mixup's lam.
+        """The step's generator for values that all ranks share, such as mixup's lam.
 
-        It draws on the host, so nothing waits for the device.
+        It draws on the host, so that nothing waits for the device.
         """
         return keyed_generator(self._seed, Purpose.MIXING, step)

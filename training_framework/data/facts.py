@@ -1,4 +1,4 @@
-"""What the plan has to know about a data set, without the data."""
+"""The facts about a data set that a plan needs."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -8,24 +8,24 @@ __all__ = ["DatasetFacts"]
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetFacts:
-    """Facts of a data set: enough to plan a run, none of the pixels.
+    """Facts about a data set: enough to plan a run, without any pixels.
 
     Attributes:
-        name: What to call it in logs: `digits`, `cifar10`, the folder's name.
+        name: Its name in logs: `digits`, `cifar10`, the name of a folder.
         train_images: Images in the training split.
-        val_images: Images in the validation split; 0 where there is none.
-        class_names: One name a class, in label order.
-        image_size: Side in pixels of the square images as they leave the loader.
+        val_images: Images in the validation split; 0 if there is none.
+        class_names: The names of the classes, in label order.
+        image_size: Side in pixels of the square images that the loader yields.
         storage: `arrays` (uint8 arrays in memory), `files` (decoded one by one), `generated`
             (synthetic, made on the device), `loader` (the user's own DataLoader).
         array_bytes: Bytes of both splits as uint8 arrays; 0 unless storage is `arrays` or
             `generated`.
         mean: Per-channel mean of the training images, in units where 255 is 1.
         std: Per-channel standard deviation, same units.
-        enlarged: How many times the originals were enlarged to `image_size` (digits: 8 px to 32 px
-            is 4); 1 where they were not.
+        enlarged: Factor by which the originals were enlarged to `image_size` (digits: 4, from 8 px
+            to 32 px); 1 if they were not.
         flip: Whether a mirrored image still belongs to its class.
-        crop_padding: Padding in pixels for pad-and-crop that suits the set; 0 for none.
+        crop_padding: Padding in pixels for pad-and-crop that suits the data set; 0: none.
     """
 
     name: str

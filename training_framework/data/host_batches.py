@@ -1,7 +1,6 @@
-"""Batches put together in host memory: files decoded, rows of arrays gathered.
+"""Batches assembled in host memory: decoded files, or gathered rows of arrays.
 
-What a batch holds is a function of the request and the seed alone, so it does not matter which
-process makes it.
+The content of a batch depends only on the request and the seed, so any process can make it.
 """
 
 from collections.abc import Mapping
@@ -33,13 +32,13 @@ __all__ = [
 
 _NONE = -1
 
-# What is asked for: the epoch and the samples of one batch. The epoch travels along because loader
-# processes outlive it, and because a sample's random crop is a function of seed, epoch and sample.
+# A request for one batch: the epoch and the samples. It includes the epoch because loader processes
+# outlive it, and because a sample's random crop is a function of seed, epoch and sample.
 Request = tuple[int, Indices]
 
 
 class HostBatch(NamedTuple):
-    """A batch, and why images met on the way could not be decoded: reasons by name."""
+    """A batch, and the reasons, by image name, why images could not be decoded."""
 
     batch: Batch
     bad: Mapping[str, str]
@@ -49,17 +48,17 @@ class FileBatches(Dataset[HostBatch]):
     """Decoded batches of encoded images: random resized crops to train on, else centre crops.
 
     An image that cannot be decoded is an error; with `bad_images` it is skipped. In training, the
-    next image of the split that can be decoded then takes its place, cropped with the bad one's
-    draws: mostly one of the same class, since folders are listed by class. In evaluation its place
-    is empty and not valid. A file that cannot be read is an error either way: failing storage must
-    not pass for bad images.
+    next image of the split that can be decoded replaces it, cropped by the draws of the bad one.
+    Folders are listed by class, so this is mostly an image of the same class. In evaluation, the
+    place of the bad image stays empty and is not valid. A file that cannot be read is always an
+    error: failing storage must not be mistaken for bad images.
 
     Args:
         split: The encoded images.
         image_size: Side in pixels of the crops.
-        train: Random crops.
-        seed: Draws them, with epoch and sample.
-        bad_images: Says how many may be bad.
+        train: Whether to take random crops.
+        seed: Draws the crops, with epoch and sample.
+        bad_images: Knows how many images may be bad; None: a bad image is an error.
     """
 
     def __init__(
@@ -76,10 +75,10 @@ class FileBatches(Dataset[HostBatch]):
         self._image_size = image_size
         self._train = train
         self._generators = SampleGenerators(seed, Purpose.DECODING)
-        self._passes_over = bad_images is not None
+        self._skips_bad = bad_images is not None
         self._candidates = 1
         if bad_images is not None and train:
-            # So many bad ones in a row end the run when they are counted.
+            # With this many bad images in a row, counting them ends the run anyway.
             self._candidates = bad_images.limit("train") + 1
 
     def __getitem__(self, request: Request) -> HostBatch:
@@ -88,7 +87,7 @@ class FileBatches(Dataset[HostBatch]):
         images: Pixels = np.empty((len(samples), size, size, 3), dtype=np.uint8)
         taken, bad = samples.copy(), dict[str, str]()
         for row, sample in enumerate(samples.tolist()):
-            if self._passes_over:
+            if self._skips_bad:
                 taken[row] = self._first_whole(images[row], sample, epoch, bad)
             else:
                 self._decode(images[row], sample, epoch, drawn_for=sample)
@@ -100,7 +99,7 @@ class FileBatches(Dataset[HostBatch]):
         return HostBatch(batch, bad)
 
     def _first_whole(self, pixels: Pixels, sample: int, epoch: int, bad: dict[str, str]) -> int:
-        """Decode a sample, or what stands in for it, into `pixels`: its number, or `_NONE`."""
+        """Decode a sample or its replacement into `pixels`; return its number, or `_NONE`."""
         for candidate in range(sample, sample + self._candidates):
             candidate %= len(self._encoded)  # noqa: PLW2901
             try:
@@ -124,7 +123,7 @@ class FileBatches(Dataset[HostBatch]):
 
 
 class ArrayBatches(Dataset[HostBatch]):
-    """Batches of an array split that stays in host memory."""
+    """Batches of an array split in host memory."""
 
     def __init__(self, split: ArraySplit) -> None:
         self._images = split.images.permute(0, 2, 3, 1).contiguous()

@@ -1,4 +1,4 @@
-"""Encoded images in files of their own."""
+"""Encoded images, one per file."""
 
 import hashlib
 import os
@@ -18,7 +18,7 @@ MAX_IMAGE_BYTES = 1 << 30
 
 
 class StorageFault(UserError):
-    """A file cannot be read, which says nothing about the image in it."""
+    """A file cannot be read; the image in it may still be good."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,8 +26,8 @@ class FileSplit(EncodedSplit):
     """Images in files.
 
     Attributes:
-        root: Folder that the paths are relative to.
-        paths: One a sample.
+        root: The folder that the paths are relative to.
+        paths: One path per sample.
         labels: (N,) int64.
     """
 
@@ -41,11 +41,11 @@ class FileSplit(EncodedSplit):
         return self.root
 
     def name_of(self, sample: int) -> str:
-        """What to call a sample in messages: its path."""
+        """The name of a sample in messages: its path."""
         return str(self.root / self.paths[sample])
 
     def take(self, samples: Tensor) -> "FileSplit":
-        """The split of these samples alone: (n,) int64 positions, in their order."""
+        """The split of these samples: (n,) int64 positions, in their order."""
         paths = tuple(self.paths[sample] for sample in samples.tolist())
         return replace(self, paths=paths, labels=self.labels[samples])
 
@@ -56,11 +56,12 @@ class FileSplit(EncodedSplit):
     def digest(self) -> str:
         """SHA-256 of the files' relative paths and sizes, in order, and of the labels, as text.
 
-        The contents are not read: a file that changed but kept its size is not noticed. One `stat`
-        a file: about 3 s for the 1.3 million of ImageNet, once the directories are in memory.
+        It does not read the contents, so it misses a change that keeps the size of a file. It takes
+        one `stat` per file: about 3 s for ImageNet's 1.3 million, once the directories are in
+        memory.
 
         Raises:
-            UserError: A file is gone.
+            UserError: A file is missing.
         """
         listing = hashlib.sha256()
         for path, size in zip(self.paths, self._sizes(), strict=True):
@@ -68,10 +69,10 @@ class FileSplit(EncodedSplit):
         return sha256_of(listing.digest(), self.labels.numpy())
 
     def refuse_empty(self) -> None:
-        """Refuse empty files, which else would be met only after an epoch.
+        """Refuse empty files, which otherwise might only be found at the end of an epoch.
 
         Raises:
-            UserError: There is one, or one cannot be looked at.
+            UserError: A file is empty, or its size cannot be read.
         """
         for sample, size in enumerate(self._sizes()):
             if size == 0:
@@ -89,7 +90,7 @@ class _Files:
     """The files of a split, with their paths as two arrays.
 
     Forked workers would copy a tuple of strings page by page, because reading a Python object
-    writes its reference count.
+    changes its reference count.
     """
 
     def __init__(self, split: FileSplit) -> None:
@@ -119,12 +120,12 @@ def read_image(path: Path) -> bytes:
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):  # a pipe would block
-            raise StorageFault(f"{path}: not a file", "name another")
+            raise StorageFault(f"{path}: not a file", "name another file")
         if status.st_size <= MAX_IMAGE_BYTES:
             return path.read_bytes()
     except OSError as error:
         raise StorageFault(
-            f"{path}: {error.strerror}", "restore the file or list the folder anew"
+            f"{path}: {error.strerror}", "restore the file, or start again to list the folder anew"
         ) from None
     raise UserError(
         f"{path}: {status.st_size:,} bytes are more than {MAX_IMAGE_BYTES:,}",

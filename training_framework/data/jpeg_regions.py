@@ -1,14 +1,14 @@
-"""Decode a part of a JPEG, and not the rest of it.
+"""Decode a region of a JPEG without the rest.
 
-A baseline JPEG is one stream of variable-length codes, so what lies before a pixel has to be read.
-Two things can be spared all the same (ITU-T T.81, sections B.2 and F.2):
+A baseline JPEG is one stream of variable-length codes, so everything before a pixel has to be read.
+Still, two parts can be skipped (ITU-T T.81, sections B.2 and F.2):
 
-- Rows below the part: the height in the header is lowered, and the decoder stops there.
-- Where the stream has restart markers, at which a decoder starts afresh (`data pack` writes them):
-  every segment outside the part. The remaining ones make a smaller JPEG, with its own size in the
-  header and its markers counted anew.
+- Rows below the region: lower the height in the header, and the decoder stops there.
+- If the stream has restart markers, at which a decoder starts afresh (`data pack` writes them):
+  every segment outside the region. The remaining segments make a smaller JPEG, with its own size in
+  the header and renumbered markers.
 
-Either way libjpeg-turbo sees an ordinary JPEG, and the pixels are those of decoding all of it.
+Either way libjpeg-turbo reads an ordinary JPEG, and the pixels equal those of the whole image.
 """
 
 import re
@@ -24,10 +24,10 @@ __all__ = ["Box", "Region", "decode_region"]
 
 _START_OF_IMAGE = b"\xff\xd8"
 _END_OF_IMAGE = b"\xff\xd9"
-_SEQUENTIAL_FRAMES = (0xC0, 0xC1)  # Huffman-coded; 0xC1 is read as 8 bits a sample only
+_SEQUENTIAL_FRAMES = (0xC0, 0xC1)  # Huffman-coded; 0xC1 only with 8 bits per sample
 _START_OF_SCAN = 0xDA
 _RESTART_INTERVAL = 0xDD
-# Of what follows the lowered height, up to the next marker.
+# The warning about the data below the lowered height, up to the next marker.
 _UNREAD_ROWS = re.compile(r"extraneous bytes before marker 0xd[0-79]\b")
 
 
@@ -41,12 +41,12 @@ class Box(NamedTuple):
 
 
 class Region(NamedTuple):
-    """A decoded part of an image.
+    """A decoded region of an image.
 
     Attributes:
         pixels: (H, W, 3) uint8 RGB, scaled.
-        top: Rows of the whole image, scaled as `pixels` are, above them.
-        left: Columns to the left of them.
+        top: Rows above the region in the whole image, at the scale of `pixels`.
+        left: Columns to the left of it.
     """
 
     pixels: NDArray[np.uint8]
@@ -55,7 +55,7 @@ class Region(NamedTuple):
 
 
 class _Frame(NamedTuple):
-    """What the header says; sizes in pixels, positions in bytes from the file's beginning."""
+    """Fields of the header; sizes in pixels, positions in bytes from the start of the file."""
 
     height: int
     width: int
@@ -76,15 +76,15 @@ def decode_region(data: bytes, box: Box, *, factor: int) -> Region | None:
         factor: 1, 2, 4 or 8.
 
     Returns:
-        At least the rectangle (every scaled pixel that touches it), equal to that part of the whole
-        image; None where that is not to be had (another kind of JPEG, or a damaged one), or would
-        not save anything.
+        A region with at least the rectangle (every scaled pixel that touches it), equal to that
+        part of the whole image; None if this is impossible (another kind of JPEG, or a damaged one)
+        or would save nothing.
     """
     frame = _read_frame(data)
     if frame is None:
         return None
-    # Smoothly enlarged chroma also looks at the next sample on either side; scaled pixels may lie
-    # across the rectangle's edges.
+    # Smooth chroma upsampling also reads the next sample on either side, and scaled pixels may
+    # cross the edges of the rectangle.
     margin = int(frame.is_subsampled) if factor == 1 else 2 * factor
     bottom = min(box.top + box.height + margin, frame.height)
     right = min(box.left + box.width + margin, frame.width)
@@ -97,7 +97,7 @@ def decode_region(data: bytes, box: Box, *, factor: int) -> Region | None:
 
 
 def _read_frame(data: bytes) -> _Frame | None:
-    """The header of a JPEG of 8 bits, gray or of three components, in one Huffman-coded scan."""
+    """The header of an 8-bit JPEG, gray or of three components, in one Huffman-coded scan."""
     restart_interval = size_position = height = width = position = 0
     samplings: list[tuple[int, int]] = []
     try:
@@ -113,10 +113,10 @@ def _read_frame(data: bytes) -> _Frame | None:
                 (restart_interval,) = struct.unpack_from(">H", data, position + 4)
         (scan_header,) = struct.unpack_from(">H", data, position + 2)
         if not samplings or data[position + 4] != len(samplings):
-            return None  # another kind of frame, or a scan for each component
+            return None  # another kind of frame, or one scan per component
     except (struct.error, IndexError):
         return None
-    if len(samplings) == 1:  # then a unit is one block, whatever the sampling says
+    if len(samplings) == 1:  # then a unit is one block, whatever the sampling factors
         samplings = [(1, 1)]
     across, down = (max(factors) for factors in zip(*samplings, strict=True))
     return _Frame(
@@ -152,8 +152,8 @@ def _decode_upper_rows(data: bytes, frame: _Frame, bottom: int, factor: int) -> 
     try:
         simplejpeg.decode_jpeg(cut, min_height=size[0], min_width=size[1], buffer=pixels)
     except ValueError as error:
-        # The pixels are there by then, and only the first complaint is told: any about the rows
-        # that were read would have come before this one, and so would a missing end of the file.
+        # By then the pixels are decoded, and the error is the decoder's first complaint: one about
+        # the rows that were read, or about a missing end of the file, would have come before it.
         if not _UNREAD_ROWS.search(str(error)):
             return None
     return Region(pixels, 0, 0)
@@ -166,11 +166,11 @@ def _decode_segments(
     columns: tuple[int, int],
     factor: int,
 ) -> Region | None:
-    """Keep the segments between restart markers that hold some of these rows and columns."""
+    """Keep the segments between restart markers that contain any of these rows and columns."""
     interval = frame.restart_interval
     units_across = -(-frame.width // frame.unit_width)
     if units_across % interval and interval % units_across:
-        return None  # a segment would run on into the next row of some other width
+        return None  # a segment would extend into the next row, at another width
     segments_across = max(1, units_across // interval)
     segment_width = min(interval, units_across) * frame.unit_width
     segment_height = max(1, interval // units_across) * frame.unit_height
@@ -194,7 +194,7 @@ def _decode_segments(
 
 
 def _segment_spans(data: bytes, frame: _Frame, count: int) -> NDArray[np.int64] | None:
-    """Where each segment begins and ends: (count, 2); None where markers are missing."""
+    """Start and end of each segment: (count, 2); None if markers are missing."""
     scan = np.frombuffer(data, dtype=np.uint8, offset=frame.scan_position)
     prefixes = np.flatnonzero(scan[:-1] == 0xFF)
     markers = prefixes[scan[prefixes + 1] & 0xF8 == 0xD0] + frame.scan_position
@@ -211,14 +211,14 @@ def _joined(
     data: bytes, frame: _Frame, kept: NDArray[np.int64], height: int, width: int
 ) -> bytearray:
     """A JPEG of the segments `kept`, shape (rows, segments of a row, 2)."""
-    pieces = [data[: frame.scan_position]]
+    parts = [data[: frame.scan_position]]
     for start, end in zip(kept[:, 0, 0].tolist(), kept[:, -1, 1].tolist(), strict=True):
-        pieces += (data[start:end], _END_OF_IMAGE)
-    joined = bytearray(b"".join(pieces))
+        parts += (data[start:end], _END_OF_IMAGE)
+    joined = bytearray(b"".join(parts))
     struct.pack_into(">HH", joined, frame.size_position, height, width)
     ends = frame.scan_position + np.cumsum(kept[:, :, 1] - kept[:, :, 0] + 2)[:-1]
     numbers = np.arange(len(ends)) % 8
-    # Also where a row of segments ends, which is a marker in the whole image no longer.
+    # Including the ends of rows of segments, where the whole image has a marker further on.
     view = np.frombuffer(joined, dtype=np.uint8)
     view[ends - 1] = 0xD0 + numbers
     return joined

@@ -1,4 +1,4 @@
-"""From a split to a loader: whole on the device, or through workers."""
+"""Build the loader of a split: resident on the device, or with workers."""
 
 from collections.abc import Iterator
 
@@ -16,12 +16,12 @@ __all__ = ["ResidentLoader", "build_loader"]
 
 
 class ResidentLoader:
-    """A split whole on the device: a batch is one gather.
+    """Keeps a whole split on the device: a batch is one gather.
 
     Args:
         split: The images; they are copied to the device, channels_last.
-        plan: Which samples each batch takes.
-        device: Where images, labels and batches live.
+        plan: The samples of each batch.
+        device: The device of images, labels and batches.
     """
 
     def __init__(self, split: ArraySplit, *, plan: BatchPlan, device: torch.device | str) -> None:
@@ -42,7 +42,7 @@ class ResidentLoader:
             yield Batch(images, self._labels.index_select(0, indices), indices)
 
     def close(self) -> None:
-        """Do nothing: the images live as long as the loader."""
+        """Do nothing: the images are freed with the loader."""
 
 
 def build_loader(
@@ -64,19 +64,19 @@ def build_loader(
     """Choose and build the loader of a split.
 
     Args:
-        split: What to load. Images that are made on the device are always resident.
-        device: Where the batches are wanted.
+        split: The split to load. Images that are made on the device are always resident.
+        device: The device of the batches.
         global_batch_size: Samples of a batch over all ranks.
-        train: Shuffled, random crops, whole batches; otherwise in order and every sample once.
+        train: Shuffle, take random crops and only whole batches; otherwise every sample in order.
         image_size: Side in pixels of the batches' images.
-        seed: Draws order and crops.
-        rank: This process, from 0.
-        world_size: Processes.
-        resident: Keep an array split whole on the device.
-        num_workers: Loader processes; 0 loads in this one. A resident split needs none.
-        prefetch_factor: Batches that each worker prepares ahead.
-        pin_memory: Page-locked host memory, for copies to CUDA that run beside the computation.
-        bad_images: Notes images that cannot be decoded and are skipped; None: each is an error.
+        seed: Draws the order and the crops.
+        rank: Number of this process, from 0.
+        world_size: Number of processes.
+        resident: Keep a whole array split on the device.
+        num_workers: Loader processes; 0: load in this process. A resident split needs none.
+        prefetch_factor: Batches that each worker prepares in advance.
+        pin_memory: Use page-locked host memory, for copies to CUDA during the computation.
+        bad_images: Records images that cannot be decoded; None: each is an error.
 
     Raises:
         UserError: Files cannot be resident, arrays have another image size, or a batch would leave
@@ -94,7 +94,7 @@ def build_loader(
     if isinstance(stored, EncodedSplit):
         if resident:
             raise UserError(
-                f"resident_data is on, but {stored.place} holds files",
+                f"resident_data is on, but the images in {stored.place} are files",
                 "set resident_data to false",
             )
     else:
@@ -104,7 +104,7 @@ def build_loader(
                 f"the images are {width}x{height} px, not {image_size}x{image_size}",
                 f"open the data set with img_size {image_size}",
             )
-        if resident or stored is not split:  # made on the device, so it stays there
+        if resident or stored is not split:  # already made on the device
             return ResidentLoader(stored, plan=plan, device=device)
     return WorkerLoader(
         stored,

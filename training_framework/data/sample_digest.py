@@ -1,4 +1,4 @@
-"""A digest of which samples an epoch took, in which order and batches."""
+"""A digest of the samples of an epoch, their order and their batches."""
 
 import hashlib
 from collections.abc import Iterable
@@ -13,17 +13,17 @@ _MAX_UNREAD = 32
 
 
 class SampleDigest:
-    """Grows with every batch and can be carried over a stop, so two runs can be held together.
+    """Grows with every batch and survives a stop, so that two runs can be compared.
 
-    Each batch's positions in the split, as little-endian int64, are hashed with the digest before
-    them (BLAKE2b, 64 bits): another sample, order or cut into batches gives another digest.
+    The positions of each batch in the split, as little-endian int64, are hashed with the digest
+    before them (BLAKE2b, 64 bits). Other samples, another order or other batches change the digest.
 
-    Adding a batch that is on an accelerator keeps a reference to its indices and computes nothing;
-    `read` fetches those that came since the last time in one copy. So it is to be called where the
-    device is waited for anyway.
+    Adding a batch on an accelerator only keeps a reference to its indices; `read` fetches those
+    added since the last call in one copy. So call `read` where the program waits for the device
+    anyway.
 
     Args:
-        digest: What `read` gave where the epoch was left; empty at an epoch's start.
+        digest: The result of `read` at the point where the epoch resumes; empty at its start.
     """
 
     def __init__(self, digest: str = "") -> None:
@@ -33,7 +33,7 @@ class SampleDigest:
     def add(self, indices: Tensor) -> None:
         """Add a batch: (N,) int64 positions in the split, on any device."""
         self._unread.append(indices)
-        # A loader's processes share their tensors by open files, of which there may be few.
+        # Loader processes share tensors through open files, whose number is limited.
         if len(self._unread) >= _MAX_UNREAD and indices.device.type == "cpu":
             self.read()
 
@@ -48,11 +48,11 @@ class SampleDigest:
 
 
 def digest_of_batches(batches: Iterable[Tensor], digest: str = "") -> str:
-    """The digest that `SampleDigest` has after these batches.
+    """The digest of `SampleDigest` after these batches.
 
     Args:
         batches: (N,) int64 positions in the split, on the CPU.
-        digest: Of the batches before them.
+        digest: Digest of the batches before them.
     """
     for indices in batches:
         grown = hashlib.blake2b(bytes.fromhex(digest), digest_size=_DIGEST_BYTES)

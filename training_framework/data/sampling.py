@@ -1,4 +1,4 @@
-"""Which sample comes when: pure functions of seed, epoch and rank."""
+"""The order of samples: pure functions of seed, epoch and rank."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,8 +17,8 @@ Indices = NDArray[np.int64]
 def epoch_order(count: int, *, seed: int, epoch: int, shuffle: bool) -> Indices:
     """The order of an epoch: (count,) int64, a permutation of 0..count-1.
 
-    Shuffled, it depends on (seed, epoch) and nothing else, so that every rank and every resumed run
-    finds the same one.
+    A shuffled order depends only on (seed, epoch), so it is the same on every rank and in every
+    resumed run.
     """
     if not shuffle:
         return np.arange(count, dtype=np.int64)
@@ -37,20 +37,20 @@ def training_batches(
 ) -> list[Indices]:
     """One rank's part of every global batch of an epoch.
 
-    The global batches are the same for every world size: consecutive pieces of the order; each rank
-    takes its contiguous share of each.
+    The global batches are the same for every world size: consecutive parts of the order. Each rank
+    takes a contiguous share of each one.
 
     Args:
         order: (count,) positions in the split.
         global_batch_size: Samples of a batch over all ranks.
-        rank: This process, from 0.
-        world_size: Processes.
+        rank: Number of this process, from 0.
+        world_size: Number of processes.
         start_batch: Batches of the epoch that are already done.
-        drop_last: Drop a ragged last batch. A set smaller than one batch is one ragged batch even
-            so. A ragged batch with fewer samples than ranks is always dropped.
+        drop_last: Drop an incomplete last batch, unless it is the only one. An incomplete batch
+            with fewer samples than ranks is always dropped.
 
     Returns:
-        One (n,) int64 view of `order` a batch.
+        One (n,) int64 view of `order` per batch.
 
     Raises:
         UserError: A batch would leave a rank without a sample.
@@ -74,10 +74,10 @@ def training_batches(
 
 
 def evaluation_share(count: int, rank: int = 0, world_size: int = 1) -> Indices:
-    """The samples that a rank evaluates: every sample is in one rank's share, none in two.
+    """The samples that a rank evaluates: every sample is in exactly one rank's share.
 
-    Shares are contiguous and differ by one sample at most, and nothing is padded: the ranks may
-    have different numbers of batches, so evaluation must not communicate within a batch.
+    Shares are contiguous and differ by at most one sample. Nothing is padded, so the ranks may have
+    different numbers of batches, and evaluation must not communicate within a batch.
     """
     return _share(np.arange(count, dtype=np.int64), rank, world_size)
 
@@ -89,17 +89,17 @@ def _share(samples: Indices, rank: int, world_size: int) -> Indices:
 
 @dataclass(frozen=True, kw_only=True)
 class BatchPlan:
-    """Which samples each batch of an epoch takes on one rank.
+    """The samples of each batch of an epoch on one rank.
 
     Attributes:
         sample_count: Samples in the split.
         global_batch_size: Samples of a batch over all ranks.
-        train: Shuffled global batches, the ragged last one dropped; otherwise the rank's share of
-            the split in order, in batches of `global_batch_size // world_size`, the last one
-            ragged.
+        train: Shuffled global batches, without an incomplete last one; otherwise the rank's share
+            of the split in order, in batches of `global_batch_size // world_size`, the last one
+            perhaps incomplete.
         seed: Draws the order.
-        rank: This process, from 0.
-        world_size: Processes.
+        rank: Number of this process, from 0.
+        world_size: Number of processes.
     """
 
     sample_count: int
@@ -111,7 +111,7 @@ class BatchPlan:
 
     @cached_property
     def batch_count(self) -> int:
-        """Batches of a whole epoch on this rank."""
+        """Batches per whole epoch on this rank."""
         return len(self._cut(np.arange(self.sample_count, dtype=np.int64), 0))
 
     def batches(self, epoch: int, start_batch: int = 0) -> list[Indices]:

@@ -1,4 +1,4 @@
-"""Data sets, opened: their splits, before any loader."""
+"""Opened data sets and their splits, before any loader."""
 
 import hashlib
 import os
@@ -22,7 +22,7 @@ _RESIZED_AT_ONCE = 4096
 
 
 class Split(ABC):
-    """A part of a data set: images and their labels, wherever they are.
+    """A part of a data set: images and their labels, wherever they are stored.
 
     Attributes:
         labels: (N,) int64.
@@ -35,29 +35,29 @@ class Split(ABC):
 
     @abstractmethod
     def take(self, samples: Tensor) -> "Split":
-        """The split of these samples alone: (n,) int64 positions, in their order."""
+        """The split of these samples: (n,) int64 positions, in their order."""
 
     @abstractmethod
     def digest(self) -> str:
-        """SHA-256, as hexadecimal text, of what a run's result depends on in this split."""
+        """SHA-256, as hexadecimal text, of everything here that affects a run's result."""
 
     def name_of(self, sample: int) -> str:
-        """What to call a sample in messages: its position, unless it has a name."""
+        """The name of a sample in messages; its position if it has no name."""
         return str(sample)
 
     def array(self, device: torch.device | str) -> "ArraySplit":
-        """The images as one array, perhaps made on the device; an `EncodedSplit` has none."""
+        """The images as one array, perhaps made on the device; not for an `EncodedSplit`."""
         raise NotImplementedError
 
     def limited(self, count: int, *, seed: int) -> "Split":
         """A part of the split: `count` samples, drawn evenly over the classes, in their order.
 
-        Every class gives the same number of samples, or one more, or all where it has fewer.
+        Every class contributes the same number of samples or one more, or all that it has.
 
         Args:
             count: Samples to keep, at most as many as there are.
-            seed: Draws them; the same seed draws the same samples, and of two counts the larger
-                one's contain the smaller one's.
+            seed: Draws the samples. With the same seed, a larger count keeps the samples of a
+                smaller one and adds others.
         """
         generator = torch.Generator().manual_seed(seed)
         shuffled = torch.randperm(len(self), generator=generator)
@@ -74,14 +74,14 @@ class EncodedImages(Protocol):
     def __len__(self) -> int: ...
 
     def name_of(self, sample: int) -> str:
-        """What to call a sample in messages."""
+        """The name of a sample in messages."""
         ...
 
     def read(self, sample: int) -> bytes:
         """The bytes of an encoded image.
 
         Raises:
-            StorageFault: They cannot be read, or are not the bytes that were stored.
+            StorageFault: They cannot be read, or differ from the bytes that were stored.
             UserError: They are too many for an image.
         """
         ...
@@ -93,17 +93,17 @@ class EncodedSplit(Split):
     @property
     @abstractmethod
     def place(self) -> Path:
-        """Where they are, for messages."""
+        """Where the images are, for messages."""
 
     @abstractmethod
     def images(self) -> EncodedImages:
-        """The images, in a form that forked processes share."""
+        """The images, in a form that forked processes can share."""
 
     def refuse_empty(self) -> None:
-        """Refuse empty files, which else would be met only after an epoch.
+        """Refuse empty files, which otherwise might only be found at the end of an epoch.
 
         Raises:
-            UserError: There is one.
+            UserError: A file is empty.
         """
 
 
@@ -114,7 +114,8 @@ class ArraySplit(Split):
     Attributes:
         images: (N, C, H, W) uint8.
         labels: (N,) int64.
-        made_from: Digest of what the images were computed from; empty where they are the originals.
+        made_from: Digest of the originals that the images were computed from; empty if they are the
+            originals.
     """
 
     images: Tensor
@@ -122,21 +123,21 @@ class ArraySplit(Split):
     made_from: str = ""
 
     def take(self, samples: Tensor) -> Self:
-        """The split of these samples alone: (n,) int64 positions, in their order."""
+        """The split of these samples: (n,) int64 positions, in their order."""
         made_from = self.made_from and sha256_of(self.made_from, samples.numpy())
         return replace(
             self, images=self.images[samples], labels=self.labels[samples], made_from=made_from
         )
 
     def array(self, device: torch.device | str) -> "ArraySplit":
-        """The split itself, wherever its images are."""
+        """The split itself; `device` is ignored."""
         return self
 
     def digest(self) -> str:
         """SHA-256 of all pixels, their shape and the labels, as hexadecimal text.
 
-        For resized images it covers the originals and the new size instead, so it does not depend
-        on how a machine rounds. It reads all originals: 0.3 s for CIFAR-10.
+        For resized images it covers the originals and the new size instead, so that it does not
+        depend on the rounding of a machine. It reads all originals: 0.3 s for CIFAR-10.
         """
         if self.made_from:
             return self.made_from
@@ -144,7 +145,7 @@ class ArraySplit(Split):
         return sha256_of(str(pixels.shape), pixels, self.labels.cpu().numpy())
 
     def resized(self, size: int) -> "ArraySplit":
-        """The split with images of `size` by `size` pixels: bilinear, antialiased where smaller."""
+        """The split with images of `size` by `size` pixels, resized bilinearly, antialiased."""
         if self.images.shape[-2:] == (size, size):
             return self
         parts = [
@@ -155,7 +156,7 @@ class ArraySplit(Split):
 
 
 def sha256_of(*parts: str | bytes | NDArray[Any]) -> str:
-    """SHA-256 of several parts, as hexadecimal text; where one ends makes a difference."""
+    """SHA-256 of several parts and their boundaries, as hexadecimal text."""
     digest = hashlib.sha256()
     for part in parts:
         content: Any = part.encode() if isinstance(part, str) else part
@@ -169,7 +170,7 @@ def sha256_of(*parts: str | bytes | NDArray[Any]) -> str:
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """A data set, opened: its facts, its two splits, and lines to show the user."""
+    """An opened data set: its facts, its two splits, and notes to show the user."""
 
     facts: DatasetFacts
     train: Split
@@ -177,19 +178,19 @@ class Dataset:
     notes: tuple[str, ...] = ()
 
     def digest(self) -> str:
-        """SHA-256 of the class names and of both splits' digests, as hexadecimal text.
+        """SHA-256 of the class names and of the digests of both splits, as hexadecimal text.
 
-        Two sets with the same digest train alike. What it covers of a split, and what it costs, say
-        the splits' own `digest`.
+        Two data sets with the same digest train alike. The `digest` of each kind of split
+        documents its coverage and its cost.
 
         Raises:
-            UserError: A file is gone.
+            UserError: A file is missing.
         """
         names = "\0".join(self.facts.class_names)
         return sha256_of(os.fsencode(names), self.train.digest(), self.val.digest())
 
     def with_train_images(self, count: int, *, seed: int) -> "Dataset":
-        """The set with `count` of its training images, drawn as `Split.limited` does.
+        """The data set with only `count` training images, drawn by `Split.limited`.
 
         Raises:
             UserError: It has fewer.
@@ -198,7 +199,7 @@ class Dataset:
         if count > found:
             raise UserError(
                 f"limit_train_images is {count}, but {self.facts.name} has {found} training images",
-                f"lower it to {found} or leave it out",
+                f"lower it to {found} or remove it",
             )
         image_bytes = self.facts.array_bytes // (found + self.facts.val_images)
         facts = replace(

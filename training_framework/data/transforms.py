@@ -1,4 +1,4 @@
-"""From a loader's batch to what the network sees, on the device."""
+"""Turn a loader's batch into the input of the network, on the device."""
 
 from typing import Literal, NamedTuple
 
@@ -13,7 +13,7 @@ __all__ = ["EvalTransform", "FlipMode", "MixedLabels", "TrainTransform"]
 
 FlipMode = Literal["none", "random", "alternating"]
 
-# Rows of a batch's draws. Each augmentation has its own, so switching one leaves the others alike.
+# Rows of a batch's draws. Each augmentation has its own, so none changes the draws of the others.
 _FLIP = 0
 _CROP = slice(1, 3)
 _CUTOUT = slice(3, 5)
@@ -21,12 +21,12 @@ _ERASING = slice(5, 10)
 
 
 class MixedLabels(NamedTuple):
-    """Labels of images that were mixed: the loss is `lam * loss(labels) + (1 - lam) * loss(other)`.
+    """Labels of mixed images: the loss is `lam * loss(labels) + (1 - lam) * loss(other)`.
 
     Attributes:
-        labels: (N,) int64, the own labels.
-        other_labels: (N,) int64, the partners' labels.
-        lam: () float32 on the device, so that a compiled step sees one program for every share.
+        labels: (N,) int64, the labels of the images themselves.
+        other_labels: (N,) int64, the labels of their partners.
+        lam: () float32 on the device, so that a step is compiled only once for all values.
     """
 
     labels: Tensor
@@ -35,12 +35,12 @@ class MixedLabels(NamedTuple):
 
 
 class EvalTransform:
-    """Normalizes uint8 images; passes floats through, in the wanted memory format.
+    """Normalizes uint8 images; only changes the memory format of float images.
 
     Args:
         mean: Per-channel mean, in units where 255 is 1.
         std: Per-channel standard deviation, same units.
-        device: Where the batches are.
+        device: The device of the batches.
         dtype: Of the result for uint8 images.
         channels_last: Whether the result is channels_last in memory.
     """
@@ -87,23 +87,23 @@ class EvalTransform:
 
 
 class TrainTransform:
-    """Augments and normalizes uint8 batches; passes floats through but for mixing.
+    """Augments and normalizes uint8 batches; float batches are only mixed.
 
-    A user's own loader yields floats that are already augmented: of those nothing but the memory
-    format is changed, and mixup and cutmix apply, where asked for.
+    The float images of a user's own loader are already augmented: only their memory format changes,
+    and mixup and cutmix apply if they are on.
 
     Args:
         mean: Per-channel mean, in units where 255 is 1.
         std: Per-channel standard deviation, same units.
         sample_count: Samples of the training split.
         seed: The run's seed.
-        device: Where the batches are.
-        flip: `random` mirrors half the images, `alternating` each image every other epoch.
-        crop_padding: Padding in pixels of pad-and-crop; 0 is off.
-        cutout: Side in pixels of the square that is cut out; 0 is off.
-        random_erasing: Probability of losing a rectangle; 0 is off.
-        mixup: Alpha of mixup's beta distribution; 0 is off.
-        cutmix: Alpha of cutmix's; 0 is off. With both, each step draws one of them.
+        device: The device of the batches.
+        flip: `random` mirrors half of the images, `alternating` mirrors each one every other epoch.
+        crop_padding: Padding in pixels of pad-and-crop; 0: off.
+        cutout: Side in pixels of the square that is cut out; 0: off.
+        random_erasing: Probability of losing a rectangle; 0: off.
+        mixup: Alpha of mixup's beta distribution; 0: off.
+        cutmix: Alpha of cutmix's beta distribution; 0: off. With both, each step draws one of them.
         dtype: Of the result for uint8 images.
         channels_last: Whether the result is channels_last in memory.
     """
@@ -153,13 +153,12 @@ class TrainTransform:
         """Augment one batch.
 
         Args:
-            batch: On the device.
-            step: Optimizer steps (or micro-batches) before this one in the run: draws the mixing.
-            epoch: Counted from 0: draws everything else, with the sample's index.
+            batch: A batch on the device.
+            step: Optimizer steps (or micro-batches) before this one in the run; draws the mixing.
+            epoch: Counted from 0; draws everything else, with the sample's index.
 
         Returns:
-            (N, C, H, W) float images, (N,) int64 labels, and the mixed labels where images were
-            mixed.
+            (N, C, H, W) float images, (N,) int64 labels, and the mixed labels if images were mixed.
         """
         if batch.images.is_floating_point():
             images = self._to_floats.normalized(batch.images)
@@ -206,6 +205,6 @@ class TrainTransform:
             images, lam = augmentation.cutmix(images, lam, center_y=center_y, center_x=center_x)
         else:
             images = augmentation.mixup(images, lam)
-        # A fill, where torch.tensor would copy from the host and wait for it.
+        # Filled on the device: torch.tensor would copy from the host and wait.
         lam_on_device = torch.full((), lam, device=images.device)
         return images, labels, MixedLabels(labels, labels.roll(1), lam_on_device)

@@ -1,4 +1,4 @@
-"""What a user's own loader yields, turned into images and labels."""
+"""Turn the batches of a user's own loader into images and labels."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,7 +11,7 @@ from training_framework.errors import UserError, shown
 
 __all__ = ["IMAGE_KEYS", "LABEL_KEYS", "as_floats", "check_range", "checked_batch"]
 
-# Where a batch has several of them, the first in this order counts.
+# If a batch has several of these keys, the first one in this order counts.
 IMAGE_KEYS = ("pixel_values", "images", "image", "imgs", "img", "inputs", "input", "x")
 LABEL_KEYS = ("labels", "label", "targets", "target", "y")
 
@@ -27,24 +27,24 @@ def checked_batch(
     """Images and labels of a batch, each a plain tensor.
 
     Args:
-        item: A tuple or list that begins with images and labels, or a mapping with one key of
+        item: A tuple or list that starts with images and labels, or a mapping with one key of
             IMAGE_KEYS and one of LABEL_KEYS; tensors or NumPy arrays.
-        where: What to call the batch in errors.
-        num_classes: Labels must be below it, where given.
+        where: Name of the batch in errors.
+        num_classes: Labels must be below it; None: they are not checked.
         channels: Channels that the images must have.
-        may_wait: Whether labels that lie on an accelerator are looked at, which waits for it.
+        may_wait: Whether to check labels on an accelerator too, which waits for it.
 
     Returns:
-        Images (N, channels, H, W), of any float type or uint8, and labels (N,) int64, a copy: a
-        loader may fill its own tensor again before they are counted.
+        Images (N, channels, H, W), of any float type or uint8, and labels (N,) int64. The labels
+        are a copy, since a loader may reuse its tensor before they are counted.
 
     Raises:
-        UserError: The batch is empty or holds something else.
+        UserError: The batch is empty or contains something else.
     """
     images, labels = _images_and_labels(item, where)
     if not (isinstance(images, Tensor) and isinstance(labels, Tensor)):
         raise UserError(
-            f"{where} holds {type(images).__name__} and {type(labels).__name__}",
+            f"{where} contains {type(images).__name__} and {type(labels).__name__}",
             "yield two tensors, as a DataLoader with its default collate_fn does",
         )
     images, labels = _plain(images, "images", where), _plain(labels, "labels", where)
@@ -54,7 +54,7 @@ def checked_batch(
     if labels.ndim == 2 and len(labels) == len(images):
         raise UserError(
             f"{where}: the labels have shape {tuple(labels.shape)}",
-            "yield one class number an image: labels.argmax(dim=1) where they are one-hot",
+            "yield one class number per image: labels.argmax(dim=1) if they are one-hot",
         )
     if labels.shape != images.shape[:1] or labels.is_floating_point() or labels.is_complex():
         raise UserError(
@@ -68,7 +68,7 @@ def checked_batch(
 
 
 def as_floats(images: Tensor) -> Tensor:
-    """Images in fp32: bytes divided by 255, so 0 to 1; other float types as they are."""
+    """Images in fp32: uint8 is divided by 255, so 0 to 1; floats are only cast."""
     return images.float() / 255 if images.dtype == torch.uint8 else images.float()
 
 
@@ -81,7 +81,7 @@ def _images_and_labels(item: Any, where: str) -> tuple[Any, Any]:
         if any(value is None for value in found):
             raise UserError(
                 f"{where} is a {type(item).__name__} with the keys {shown(list(item))}",
-                "name them images and labels, or yield (images, labels), with a collate_fn",
+                "name the keys images and labels, or yield (images, labels) by a collate_fn",
             )
     elif isinstance(item, (tuple, list)) and len(item) >= 2:
         found = [item[0], item[1]]
@@ -97,21 +97,23 @@ def _from_array(value: Any, where: str) -> Any:
     if not isinstance(value, np.ndarray):
         return value
     try:
-        # torch knows neither foreign byte orders nor negative strides, and warns of arrays that
-        # cannot be written to.
+        # torch supports neither swapped byte orders nor negative strides, and warns about read-only
+        # arrays.
         return torch.from_numpy(
             np.require(value, value.dtype.newbyteorder("="), requirements=["C", "W"])
         )
     except TypeError:
         raise UserError(
-            f"{where} holds an array of {value.dtype}", "yield float images and integer labels"
+            f"{where} contains an array of {value.dtype}", "yield float images and integer labels"
         ) from None
 
 
 def _plain(tensor: Tensor, role: str, where: str) -> Tensor:
     if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_nested or tensor.is_meta:
-        raise UserError(f"{where}: the {role} are no plain tensor", "yield dense tensors with data")
-    if tensor.is_inference():  # autograd refuses what inference_mode made
+        raise UserError(
+            f"{where}: the {role} are not a plain tensor", "yield dense tensors with data"
+        )
+    if tensor.is_inference():  # autograd refuses tensors made under inference_mode
         tensor = tensor.clone()
     return tensor.detach().as_subclass(Tensor)
 
@@ -120,18 +122,18 @@ def _check_images(images: Tensor, where: str, channels: int) -> None:
     if not (images.is_floating_point() or images.dtype == torch.uint8):
         raise UserError(
             f"{where}: the images are {images.dtype}",
-            "yield floats that are normalized, or uint8, which are divided by 255",
+            "yield normalized floats, or uint8, which is divided by 255",
         )
     if images.ndim != 4 or images.shape[1] != channels:
         raise UserError(
             f"{where}: the images have shape {tuple(images.shape)}", f"yield (N, {channels}, H, W)"
         )
     if images.numel() == 0:
-        raise UserError(f"{where} is empty", "leave it out of the loader and of its length")
+        raise UserError(f"{where} is empty", "remove it from the loader and from its length")
 
 
 def check_range(labels: Tensor, where: str, num_classes: int) -> None:
-    """Refuse labels that are no class. Waits for their device.
+    """Refuse labels outside the classes. Waits for their device.
 
     Raises:
         UserError: A label, (N,) int64, is not in 0..num_classes - 1.

@@ -1,4 +1,4 @@
-"""What can cheaply be known of a user's own loader, so that a resumption notices another one."""
+"""A cheap digest of a user's own loader, so that a resumed run notices another one."""
 
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -16,7 +16,7 @@ __all__ = ["user_loader_digest"]
 MAX_ROWS = 1024
 MAX_BYTES = 1 << 24
 MAX_DEPTH = 6
-# Where loaders, samplers and data sets of PyTorch and torchvision keep what they are made of.
+# Attributes in which loaders, samplers and data sets of PyTorch and torchvision keep their parts.
 _PARTS = (
     "loader", "dataset", "datasets", "sampler", "batch_sampler", "batch_size", "drop_last",
     "shuffle", "replacement", "num_samples", "indices", "tensors", "data", "targets", "labels",
@@ -29,13 +29,13 @@ _OF_THE_EPOCH = "epoch"
 
 
 def user_loader_digest(loader: Iterable[Any]) -> str:
-    """SHA-256 of what a loader says of itself, as hexadecimal text. Loads no sample.
+    """SHA-256 of a loader's attributes, as hexadecimal text. Loads no sample.
 
     It covers types, lengths, batch size, samplers (and so whether it shuffles), and the tensors,
-    arrays, labels, file names and plain numbers that loader, data set and transforms hold as
-    attributes: whole up to 16 MiB, else 1,024 rows spread evenly. Of functions it sees the name,
-    of dicts among the attributes nothing, since they are caches as a rule, nor what a data set
-    computes in its `__getitem__`.
+    arrays, labels, file names and plain numbers that loader, data set and transforms keep as
+    attributes: whole up to 16 MiB, otherwise 1,024 evenly spread rows. Of a function it covers the
+    name. It does not cover dicts among the attributes, which are usually caches, nor what a data
+    set computes in its `__getitem__`.
     """
     digest = hashlib.sha256()
     _add(digest, loader, MAX_DEPTH, set())
@@ -87,14 +87,14 @@ def _add_object(digest: Any, value: Any, depth: int, seen: set[int]) -> None:
         length = len(value)
     except (TypeError, NotImplementedError):
         length = -1
-    # Without its module, which is __main__ where a script is started.
+    # Without the module, which is __main__ in a started script.
     digest.update(f"o{type(value).__qualname__} {length};".encode())
     for name in _PARTS:
         try:
             part = getattr(value, name, None)
         except (RuntimeError, TypeError, ValueError, LookupError, NotImplementedError):
-            continue  # a property of the user's own
-        # A method is no part; a transform is called, and one.
+            continue  # a property of a user's class
+        # A method is not a part. A transform is one, although it can be called.
         if part is not None and not isinstance(part, MethodType | BuiltinFunctionType | type):
             digest.update(name.encode())
             _add(digest, part, depth - 1, seen)
@@ -140,7 +140,7 @@ def _add_rows(digest: Any, array: np.ndarray[Any, Any]) -> None:
 
 
 def _spread(count: int) -> list[int]:
-    """Positions of up to MAX_ROWS of them, the first and the last among them."""
+    """Evenly spread positions, at most MAX_ROWS, including the first and the last."""
     if count <= MAX_ROWS:
         return list(range(count))
     return [round(index * (count - 1) / (MAX_ROWS - 1)) for index in range(MAX_ROWS)]

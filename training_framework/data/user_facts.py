@@ -1,4 +1,4 @@
-"""What a user's own loaders tell of their data."""
+"""The facts of a user's own loaders that a plan needs."""
 
 from typing import Any
 
@@ -16,13 +16,13 @@ __all__ = ["user_loader_facts"]
 def user_loader_facts(
     train_loader: LookedAtLoader, val_loader: LookedAtLoader | None, num_classes: int | None
 ) -> DatasetFacts:
-    """Facts of the user's own loaders, as far as they tell.
+    """Facts about the user's own loaders, as far as they can be found out.
 
     Raises:
-        UserError: The number of classes cannot be found out, or a first batch has other labels.
+        UserError: The number of classes is unknown, or a first batch has labels outside it.
     """
     dataset = getattr(train_loader.loader, "dataset", None)
-    while isinstance(dataset, Subset):  # it has all the classes of the whole
+    while isinstance(dataset, Subset):  # a subset lists the classes of the whole set
         dataset = dataset.dataset
     names = getattr(dataset, "classes", None)
     if not isinstance(names, (list, tuple)):
@@ -62,6 +62,6 @@ def _count_classes(dataset: Any) -> int:
         return int(torch.as_tensor(labels).max()) + 1
     except (TypeError, ValueError, RuntimeError):
         raise UserError(
-            "the training loader does not say how many classes there are",
+            "the training loader does not tell its number of classes",
             "set num_classes (Config.NUM_CLASSES)",
         ) from None

@@ -1,4 +1,4 @@
-"""A user's own loader behind the interface of ours."""
+"""Give a user's own loader the interface of the framework's loaders."""
 
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -26,14 +26,14 @@ __all__ = ["UserLoader", "batch_count"]
 class UserLoader:
     """Wraps any sized iterable of batches, such as a torch DataLoader.
 
-    A batch is what `checked_batch` takes. The samples' positions in the split are unknown;
-    `indices` counts them as they come.
+    Batches are as `checked_batch` takes them. The positions of the samples in the split are
+    unknown, so `indices` numbers them in the order in which they arrive.
 
     Args:
-        loader: The user's, looked at before or not. Where its sampler has a `set_epoch`, as
-            DistributedSampler has, that is called.
-        device: Where the batches are wanted.
-        num_classes: Labels must be below it, where given.
+        loader: The user's loader, whether `look_at` has checked it or not. If its sampler has a
+            `set_epoch`, like DistributedSampler, every epoch calls it.
+        device: The device of the batches.
+        num_classes: Labels must be below it; None: they are not checked.
         channels: Channels that the images must have.
 
     Raises:
@@ -61,10 +61,10 @@ class UserLoader:
         self._channels = channels
 
     def epoch(self, epoch: int, start_batch: int = 0) -> Iterator[Batch]:
-        """The batches of an epoch, images in fp32; the first `start_batch` are passed over.
+        """The batches of an epoch, images in fp32; the first `start_batch` are skipped.
 
         Raises:
-            UserError: A batch holds something else than images and labels, or there is none.
+            UserError: A batch is not images and labels, or there is no batch.
         """
         for name in ("sampler", "batch_sampler"):
             set_epoch = getattr(getattr(self._loader, name, None), "set_epoch", None)
@@ -73,24 +73,24 @@ class UserLoader:
         return self._device_batches(epoch, start_batch)
 
     def state_dict(self) -> dict[str, Any]:
-        """The generators' states at the start of the epoch under way, which draw its order.
+        """The states of the generators at the start of this epoch, which draw its order.
 
-        With them, those of the loader's own generators now.
+        The current states of the loader's own generators are included.
         """
         return {"epoch_start": self._epoch_start, "own": self._own_states()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Let the epoch under way begin as it had begun, when its later batches are asked for.
+        """Make the interrupted epoch start as before, so that its later batches are the same.
 
         Raises:
-            ValueError, TypeError, KeyError: It is no state that `state_dict` gave, or of a loader
-                with another number of generators.
+            ValueError, TypeError, KeyError: It is not a state from `state_dict`, or the loader had
+                another number of generators.
         """
         self._set_own(state["own"])
         self._epoch_start = state["epoch_start"]
 
     def close(self) -> None:
-        """Let go of an iteration that was begun; the user's loader is the user's to close."""
+        """Drop an iteration that was started; the user closes their own loader."""
         self._begun = None
 
     def _device_batches(self, epoch: int, start_batch: int) -> Iterator[Batch]:
@@ -115,14 +115,14 @@ class UserLoader:
             raise UserError(
                 f"the {self._name} yields no batch in epoch {epoch}, but its length is "
                 f"{self.batch_count}",
-                "let each iter() of it begin anew, as a list's or a DataLoader's does",
+                "let every iter() of it start from the beginning, as for a list or a DataLoader",
             )
 
     def _items(self, epoch: int, start_batch: int) -> Iterator[Any]:
-        """What the loader yields; after `start_batch` the generators are where they were before.
+        """Iterate the loader; after `start_batch`, the generators have their present states again.
 
-        A loader that shuffles draws its order when it starts. So where a run goes on in an epoch,
-        the loader starts with the generators as they were at the epoch's start.
+        A loader that shuffles draws its order when it starts. So when a run resumes within an
+        epoch, the loader starts with the states that the generators had when the epoch started.
         """
         now = generator_states(self._loader, self._device)
         begun, self._begun = self._begun, None
@@ -133,7 +133,7 @@ class UserLoader:
                 return
             self._epoch_start = begun.before
             if same_states({**now, "own": begun.before["own"]}, begun.before):
-                # Nothing has drawn since the seed was set, so the draws of the look are made here.
+                # Nothing has drawn since the seed was set, so repeat the draws of `look_at` here.
                 restore_random_states(begun.after["global"], self._device)
             yield from begun.items
             return

@@ -1,4 +1,4 @@
-"""One look at a user's own loader before training: its first batch, which is trained on too."""
+"""Check the first batch of a user's own loader before training, without losing it."""
 
 import copy
 import functools
@@ -31,15 +31,15 @@ __all__ = [
 ]
 
 _CPU = torch.device("cpu")
-_ITERATED_ONCE = "let each iter() of it begin anew, as a list's or a DataLoader's does"
+_START_ANEW = "let every iter() of it start from the beginning, as for a list or a DataLoader"
 
 
 class Begun(NamedTuple):
-    """An iteration of which the first batch has been looked at.
+    """An iteration whose first batch has been checked.
 
     Attributes:
-        items: What it yields, from the first batch on.
-        before: The generators' states before it began.
+        items: Its batches, from the first one on.
+        before: The states of the generators before it started.
         after: Their states after the first batch.
         is_only: Whether the loader cannot be iterated again.
     """
@@ -55,13 +55,13 @@ class LookedAtLoader:
     """A user's own loader whose first batch is known.
 
     Attributes:
-        loader: The user's.
-        name: What to call it in messages.
+        loader: The user's loader.
+        name: Its name in messages.
         batch_count: Its length.
         batch_size: Images of the first batch.
-        images: At most two images of it, (N, 3, H, W) fp32.
-        labels: All its labels, (N,) int64.
-        begun: The iteration to train on first; None where the loader simply starts again.
+        images: Up to two images of the first batch, (N, 3, H, W) fp32.
+        labels: All labels of the first batch, (N,) int64.
+        begun: The iteration to continue first; None if the loader simply starts again.
     """
 
     loader: Iterable[Any]
@@ -94,45 +94,45 @@ def batch_count(loader: object) -> int:
 def look_at(loader: Iterable[Any], *, role: str, seed: int, several_passes: bool) -> LookedAtLoader:
     """Load the first batch of a user's loader and nothing else.
 
-    No batch is lost: where the loader may not be able to begin anew, the iteration that the batch
-    is from is kept, to be trained on. Where it can, its own generators are set back.
+    No batch is lost. If the loader may not be able to start again, its iteration is kept, to be
+    trained on. If it can, its own generators are reset.
 
     Args:
         loader: Yields batches as `checked_batch` takes them, and has a length.
         role: `training` or `validation`, for messages.
-        seed: Of the run: what the loader draws from the global generators now is what it draws at
-            the start of a run with that seed. The caller's generators are left as they were.
-        several_passes: Whether it will be iterated more than once.
+        seed: Seed of the run: the loader draws the same from the global generators here as at the
+            start of a run with that seed. The caller's generators are restored.
+        several_passes: Whether the loader will be iterated more than once.
 
     Raises:
-        UserError: It has no length or no batch, can be iterated only once where that is not enough,
-            or yields something else than images and labels.
+        UserError: The loader has no length or no batch, can be iterated only once although several
+            passes are needed, or does not yield images and labels.
     """
     name = f"{role} {type(loader).__name__}"
     count = batch_count(loader)
     if count == 0:
         raise UserError(
             f"the {name} is empty: its length is 0",
-            "give it batches" + (", or no val_loader" if role == "validation" else ""),
+            "give it batches" + (", or pass no val_loader" if role == "validation" else ""),
         )
     users_states = random_states(_CPU)
     seed_everything(seed)
-    before, set_back = generator_states(loader, _CPU), _remembered(loader)
+    before, reset = generator_states(loader, _CPU), _remembered(loader)
     try:
         items, is_only = _iteration(loader, name, several_passes=several_passes)
         try:
             first = next(items)
         except StopIteration:
             raise UserError(
-                f"the {name} yields no batch, but its length is {count}", _ITERATED_ONCE
+                f"the {name} yields no batch, but its length is {count}", _START_ANEW
             ) from None
         images, labels = checked_batch(first, f"batch 0 of the {name}", num_classes=None)
         after = generator_states(loader, _CPU)
         begun = None
         if is_only or _may_be_stream(loader, role, before, after):
-            begun = Begun(_going_on(first, items), before, after, is_only)
+            begun = Begun(_continued(first, items), before, after, is_only)
         else:
-            set_back()
+            reset()
     finally:
         restore_random_states(users_states, _CPU)
     return LookedAtLoader(
@@ -146,16 +146,16 @@ def look_at(loader: Iterable[Any], *, role: str, seed: int, several_passes: bool
     )
 
 
-def _going_on(first: Any, items: Iterator[Any]) -> Iterator[Any]:
+def _continued(first: Any, items: Iterator[Any]) -> Iterator[Any]:
     yield first
-    # A `for` would call iter(), which sends some iterators back to their start.
+    # A `for` would call iter(), which restarts some iterators.
     sentinel = object()
     while (item := next(items, sentinel)) is not sentinel:
         yield item
 
 
 def own_generators(loader: Any) -> list[torch.Generator]:
-    """The torch generators that were given to a loader or its samplers, each once."""
+    """The torch generators given to a loader or its samplers, each once."""
     found = (getattr(owner, "generator", None) for owner in _with_samplers(loader))
     return list({id(one): one for one in found if isinstance(one, torch.Generator)}.values())
 
@@ -176,7 +176,7 @@ def generator_states(loader: Any, device: torch.device) -> dict[str, Any]:
 def _iteration(
     loader: Iterable[Any], name: str, *, several_passes: bool
 ) -> tuple[Iterator[Any], bool]:
-    """An iteration of the loader, and whether there can be no other."""
+    """An iteration of the loader, and whether it is the only one possible."""
     if isinstance(loader, DataLoader):
         return iter(_with_few_workers(loader)), False
     try:
@@ -188,16 +188,16 @@ def _iteration(
     is_only = any(one is items for one in (loader, *getattr(loader, "__dict__", {}).values()))
     if is_only and several_passes and not _can_start_again(loader, items):
         raise UserError(
-            f"the {name} can be iterated only once, which is too little for this run",
-            f"{_ITERATED_ONCE}, or set epochs to 1",
+            f"the {name} can be iterated only once, but this run needs it several times",
+            f"{_START_ANEW}, or set epochs to 1",
         )
     return items, is_only
 
 
 def _can_start_again(loader: Iterable[Any], items: Iterator[Any]) -> bool:
-    """Whether a loader that always gives the same iterator may go back to its first batch.
+    """Whether a loader that always returns the same iterator may restart it.
 
-    Neither a generator that it holds can, nor an `__iter__` that does nothing but return it.
+    It cannot if the iterator is a generator, or if `__iter__` does nothing but return it.
     """
     if items is not loader and not hasattr(type(items).__iter__, "__code__"):
         return False
@@ -206,11 +206,11 @@ def _can_start_again(loader: Iterable[Any], items: Iterator[Any]) -> bool:
 
 
 def _with_few_workers(loader: DataLoader[Any]) -> DataLoader[Any]:
-    """The loader, or where its workers are only for this look, a copy that starts only one."""
+    """The loader, or a copy with a single worker if its workers only serve this check."""
     if loader.num_workers == 0 or isinstance(loader.dataset, IterableDataset):
         return loader
     probe = copy.copy(loader)
-    # A DataLoader lets none of them be set.
+    # A DataLoader refuses to set any of them.
     vars(probe).update(num_workers=1, prefetch_factor=1, persistent_workers=False)
     return probe
 
@@ -218,8 +218,9 @@ def _with_few_workers(loader: DataLoader[Any]) -> DataLoader[Any]:
 def _may_be_stream(loader: Any, role: str, before: dict[str, Any], after: dict[str, Any]) -> bool:
     """Whether a second iteration may miss the first batch.
 
-    A loader that drew nothing yields the same again, unless it is a stream. A DataLoader always
-    draws, and for validation it draws again in every evaluation, in a resumed run too.
+    A loader that drew no random number yields the same batches again, unless it is a stream. A
+    DataLoader always draws; for validation, it draws anew in every evaluation, even in a resumed
+    run.
     """
     if isinstance(loader, DataLoader):
         return role == "training" and isinstance(loader.dataset, IterableDataset)
@@ -227,7 +228,7 @@ def _may_be_stream(loader: Any, role: str, before: dict[str, Any], after: dict[s
 
 
 def same_states(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Whether two results of `generator_states` are equal, CUDA's generator left out."""
+    """Whether two results of `generator_states` are equal, ignoring CUDA's generator."""
     first, second = one["global"], other["global"]
     tensors = [(first["torch"], second["torch"]), *zip(one["own"], other["own"], strict=True)]
     return (
@@ -237,7 +238,7 @@ def same_states(one: dict[str, Any], other: dict[str, Any]) -> bool:
 
 
 def _remembered(loader: Any) -> Callable[[], None]:
-    """What sets the generators of a loader, its samplers and its data set back to their states."""
+    """A function that resets the generators of a loader, its samplers and its data set."""
     owners = [*_with_samplers(loader), getattr(loader, "dataset", None)]
     setters: list[Callable[[], object]] = []
     for value in (value for owner in owners for value in getattr(owner, "__dict__", {}).values()):
@@ -250,8 +251,8 @@ def _remembered(loader: Any) -> Callable[[], None]:
             bits = value.bit_generator
             setters.append(functools.partial(setattr, bits, "state", bits.state))
 
-    def set_back() -> None:
+    def reset() -> None:
         for setter in setters:
             setter()
 
-    return set_back
+    return reset

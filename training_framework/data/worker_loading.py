@@ -1,4 +1,4 @@
-"""Batches made by torch's DataLoader workers, which are restarted if they die."""
+"""Batches from torch's DataLoader workers, which are restarted if they die."""
 
 import contextlib
 import multiprocessing.util
@@ -23,41 +23,41 @@ from training_framework.errors import UserError
 __all__ = ["WorkerLoader"]
 
 _RESTARTS_PER_EPOCH = 2
-# What a torch DataLoader raises when a worker has died or is dying.
+# The exceptions that a torch DataLoader raises when a worker has died or is dying.
 _SIGNS_OF_DEATH = (RuntimeError, ConnectionError, EOFError, FileNotFoundError)
 
 
 @dataclass(frozen=True)
 class _Fault:
-    """A UserError sent from a worker, which would otherwise turn it into a traceback."""
+    """A UserError from a worker; torch would turn the exception itself into a traceback."""
 
     fault: str
     cure: str
 
 
 class _WorkerDied(Exception):
-    """A loader process is gone; the text says what torch knows of it."""
+    """A loader process has died; the text is torch's description."""
 
 
 class WorkerLoader:
-    """A split that does not fit on the device, or has to be decoded.
+    """Loads a split that does not fit on the device, or has to be decoded.
 
-    Workers start with the first epoch and stay. What a batch holds depends on the plan and the seed
-    alone, not on the number of workers nor on where an epoch was resumed. So a worker that is
-    killed costs a few seconds: new ones go on with the batch that is missing, twice an epoch.
+    Workers start with the first epoch and stay. The content of a batch depends only on the plan and
+    the seed, not on the number of workers or on where an epoch resumes. So a killed worker costs
+    only a few seconds: new workers continue with the missing batch, up to twice per epoch.
 
     Args:
         split: Encoded images or arrays.
-        plan: Which samples each batch takes; its seed also draws the crops.
-        device: Where the batches are wanted.
+        plan: The samples of each batch; its seed also draws the crops.
+        device: The device of the batches.
         image_size: Side in pixels that files are cropped and resized to.
-        num_workers: Processes; 0 loads in this one.
-        prefetch_factor: Batches that each worker prepares ahead.
-        pin_memory: Page-locked host memory; only for CUDA.
-        bad_images: Notes images that cannot be decoded and are skipped; None: each is an error.
+        num_workers: Loader processes; 0: load in this process.
+        prefetch_factor: Batches that each worker prepares in advance.
+        pin_memory: Use page-locked host memory; only for CUDA.
+        bad_images: Records images that cannot be decoded; None: each is an error.
 
     Attributes:
-        report: Shows a line to the user; a warning, unless set.
+        report: Shows a line to the user; by default as a warning.
     """
 
     def __init__(
@@ -97,11 +97,11 @@ class WorkerLoader:
         self._running: Generator[Batch] | None = None
 
     def epoch(self, epoch: int, start_batch: int = 0) -> Iterator[Batch]:
-        """The batches of an epoch, from `start_batch` on; ends an epoch that is still open.
+        """The batches of an epoch, from `start_batch` on; ends an unfinished epoch.
 
         Raises:
-            UserError: A file cannot be read or decoded, too many are bad, or workers die again and
-                again. The next epoch starts new workers.
+            UserError: A file cannot be read or decoded, too many are bad, or workers keep dying.
+                The next epoch starts new workers.
         """
         if self._running is not None:
             self._running.close()
@@ -109,7 +109,7 @@ class WorkerLoader:
         return self._running
 
     def close(self) -> None:
-        """End the workers; another epoch starts new ones."""
+        """End the workers; the next epoch starts new ones."""
         if self._running is not None:
             self._running.close()
             self._running = None
@@ -133,19 +133,19 @@ class WorkerLoader:
                 death = str(error)
             if not death:
                 continue
-            # Here, where no traceback holds on to the loader, letting go of it ends its workers.
+            # Here, where no traceback refers to the loader, dropping it ends its workers.
             self._data_loader = None
             deaths += 1
             if deaths > _RESTARTS_PER_EPOCH:
                 raise UserError(
-                    f"data loading processes died {deaths} times in an epoch: {death}",
-                    "if memory was short (/dev/shm too), lower num_workers, prefetch_factor or the "
+                    f"data loading processes died {deaths} times in one epoch: {death}",
+                    "if memory or /dev/shm was full, lower num_workers, prefetch_factor or the "
                     "batch size",
                 )
             self.report(f"note: {death}; new loader processes continue from there")
 
     def _items(self) -> Iterator[Batch]:
-        """What is requested, until an error, or a worker's death."""
+        """The requested batches, until an error or the death of a worker."""
         if self._data_loader is None:
             self._data_loader = self._start()
         with _deaths_noticed_here(), _deaths_named():
@@ -157,14 +157,14 @@ class WorkerLoader:
                 raise UserError(item.fault, item.cure)
             if self._bad_images is not None:
                 self._bad_images.add(self._split_name, item.bad)
-            # The indices are kept for as long as they may have to be named, over many batches; what
-            # comes from a worker would hold a file descriptor each.
+            # The indices are kept over many batches, in case an error has to name samples. Tensors
+            # from a worker would each occupy a file descriptor.
             yield item.batch._replace(indices=item.batch.indices.clone())
 
     def _start(self) -> DataLoader[HostBatch | _Fault]:
         parallel = self._num_workers > 0
         if parallel:
-            # Made by the first process, it is removed by it, whatever becomes of its workers.
+            # The process that creates this folder removes it: this one, rather than a worker.
             multiprocessing.util.get_temp_dir()
         return DataLoader(
             _FaultsAsItems(self._batches),
@@ -176,13 +176,13 @@ class WorkerLoader:
             persistent_workers=parallel,
             pin_memory=self._pin_memory and self._device.type == "cuda",
             worker_init_fn=_follow_parent,
-            # Its own, so that starting an epoch leaves the run's generator as it is.
+            # A separate one, so that starting an epoch does not change the run's generator.
             generator=torch.Generator(),
         )
 
 
 class _Requests:
-    """The sampler that is set anew for every epoch."""
+    """A sampler that is set for every epoch."""
 
     def __init__(self) -> None:
         self._epoch = 0
@@ -210,14 +210,14 @@ class _FaultsAsItems(Dataset[HostBatch | _Fault]):
         if get_worker_info() is None:
             return item
         try:
-            # torch would do it in a thread of the worker, whose failure nobody hears of.
+            # torch would do it in a thread of the worker, where a failure goes unnoticed.
             for tensor in item.batch:
                 if tensor is not None:
                     tensor.share_memory_()
         except RuntimeError as error:
             return _Fault(
-                f"a batch cannot be handed over by a loader process ({error})",
-                "make /dev/shm larger, or lower num_workers, prefetch_factor or the batch size",
+                f"a loader process cannot hand over a batch ({error})",
+                "enlarge /dev/shm, or lower num_workers, prefetch_factor or the batch size",
             )
         return item
 
@@ -231,9 +231,9 @@ def _warn(line: str) -> None:
 
 
 def _follow_parent(_worker: int) -> None:
-    """In a worker: leave signals to its parent, and end with it."""
-    # Ctrl-C reaches the whole process group, and a forked worker inherits the parent's handlers:
-    # the parent decides when to stop, and must be able to end its workers.
+    """In a worker: leave signals to the parent process, and end with it."""
+    # Ctrl-C reaches the whole process group, and a forked worker inherits the parent's handlers.
+    # But the parent decides when to stop, and must be able to end its workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
@@ -241,8 +241,8 @@ def _follow_parent(_worker: int) -> None:
 
 
 def _end_with_parent() -> None:
-    # torch's own watch takes whoever is the parent when it starts for the parent: where the run was
-    # killed just before, the worker would outlive it for good.
+    # torch's own watch reads the parent's number when it starts. If the run was killed just before,
+    # it watches another process, and the worker would never end.
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
@@ -261,10 +261,10 @@ def _deaths_named() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _deaths_noticed_here() -> Iterator[None]:
-    """Take back torch's handler of SIGCHLD, which starting workers sets.
+    """Remove the handler of SIGCHLD that torch sets when it starts workers.
 
-    It raises wherever the main thread happens to be when a worker dies: in the middle of a step, or
-    of a save. Without it a death is noticed, within 5 seconds, where its batch is missing.
+    It raises wherever the main thread is when a worker dies: even within a step or a save. Without
+    it, a death is noticed within 5 seconds, where the batch of the worker is missing.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -1,4 +1,4 @@
-"""Kernels in C++ that are compiled on the user's machine, for what PyTorch does slowly on a CPU."""
+"""C++ kernels, compiled on the user's machine, for what PyTorch computes slowly on CPUs."""
 
 from training_framework.kernels.compiler import NativeKernelsError
 

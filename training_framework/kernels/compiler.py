@@ -1,4 +1,4 @@
-"""Compile a C++ source of this package for this processor, keep the result, and load it."""
+"""Compile a C++ source of this package for this processor, cache the result, and load it."""
 
 import contextlib
 import ctypes
@@ -23,23 +23,23 @@ from training_framework.kernels.library_cache import (
 
 __all__ = ["NativeKernelsError", "find_compiler", "load_library", "missing_compiler"]
 
-# No -ffast-math: NaN and infinity must go through, for the run to notice them.
+# No -ffast-math: NaN and infinity must pass through, so that the run notices them.
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fPIC")
 COMPILERS = ("g++", "c++")
-LONGEST_COMPILATION_SECONDS = 300
+MAX_COMPILATION_SECONDS = 300
 
 
 class NativeKernelsError(RuntimeError):
-    """Native kernels cannot be compiled or loaded here; the message is one line that says why."""
+    """Native kernels cannot be compiled or loaded here; the message is the reason, in one line."""
 
 
 def find_compiler() -> str | None:
-    """The C++ compiler: `CXX` of the environment, else the first that is installed.
+    """The C++ compiler: `CXX` of the environment, otherwise the first that is installed.
 
-    What `CXX` names counts alone, so that one that is not installed is as good as none.
+    If `CXX` is set, no other compiler is tried, even if that one is not installed.
 
     Returns:
-        The path of its program; None without one.
+        The path of the program; None if there is none.
     """
     command = _compiler_command()
     return command[0] if command else None
@@ -47,15 +47,15 @@ def find_compiler() -> str | None:
 
 def missing_compiler() -> str:
     """What to say where `find_compiler` finds none."""
-    named = f"CXX is {os.environ['CXX']!r}" if os.environ.get("CXX") else "g++ would do"
+    named = f"CXX is {os.environ['CXX']!r}" if os.environ.get("CXX") else "g++ would suffice"
     return f"no C++ compiler is installed ({named})"
 
 
 def _compiler_command() -> list[str] | None:
-    """The compiler with the flags that `CXX` may have after its name, as in `CXX="g++ -O2"`."""
+    """The compiler with the flags that may follow its name in `CXX`, as in `CXX="g++ -O2"`."""
     try:
         named = shlex.split(os.environ.get("CXX", ""))
-    except ValueError:  # an open quotation mark
+    except ValueError:  # an unclosed quotation mark
         return None
     for name, *flags in [named] if named else [[name] for name in COMPILERS]:
         if path := shutil.which(name):
@@ -65,18 +65,18 @@ def _compiler_command() -> list[str] | None:
 
 @functools.cache
 def load_library(source: Path) -> ctypes.CDLL:
-    """Compile a source, unless that was done before, and load it.
+    """Compile a source, unless the library is cached, and load it.
 
-    What was compiled is found again by a digest of the source, the flags, the compiler and what
-    that makes of this processor. Where it cannot be kept, or what is kept cannot be trusted, it is
-    compiled for this process alone, with a warning that says why.
+    The name of a cached library contains a digest of the source, the flags, the compiler and the
+    compiler's settings for this processor. If libraries cannot be cached or the cache cannot be
+    trusted, the source is compiled for this process alone, with a warning that gives the reason.
 
     Args:
-        source: A C++ file with a C interface. It may use OpenMP: it then shares the threads of
-            PyTorch, which must be imported already.
+        source: A C++ file with a C interface. It may use OpenMP; then it shares the threads of
+            PyTorch, which must already be imported.
 
     Raises:
-        NativeKernelsError: There is no compiler, or it fails, or what it makes does not load.
+        NativeKernelsError: There is no compiler, it fails, or the library does not load.
     """
     command = _compiler_command()
     if command is None:
@@ -86,7 +86,7 @@ def load_library(source: Path) -> ctypes.CDLL:
     build = functools.partial(_compile, source, command, openmp)
     try:
         with contextlib.closing(_open_cache()) as cache:
-            return _kept_or_built(cache, name, build)
+            return _cached_or_built(cache, name, build)
     except OSError as error:
         _warn_once(str(error))
     return _load_privately(build)
@@ -99,7 +99,7 @@ def _open_cache() -> LibraryCache:
     return LibraryCache(folder)
 
 
-def _kept_or_built(cache: LibraryCache, name: str, build: Callable[[], bytes]) -> ctypes.CDLL:
+def _cached_or_built(cache: LibraryCache, name: str, build: Callable[[], bytes]) -> ctypes.CDLL:
     if library := cache.load(name):
         return library
     with cache.one_builder():
@@ -113,7 +113,7 @@ def _kept_or_built(cache: LibraryCache, name: str, build: Callable[[], bytes]) -
 
 
 def _load_privately(build: Callable[[], bytes]) -> ctypes.CDLL:
-    """Build for this process alone: the file is gone when this returns."""
+    """Build for this process alone; the file is removed before this returns."""
     try:
         with tempfile.TemporaryDirectory(prefix="efficient-resnet-") as folder:
             path = Path(folder) / "kernels.so"
@@ -126,17 +126,17 @@ def _load_privately(build: Callable[[], bytes]) -> ctypes.CDLL:
 @functools.cache
 def _warn_once(reason: str) -> None:
     warnings.warn(
-        f"native kernels are compiled anew for each process, since {reason}; "
-        "to keep them, set XDG_CACHE_HOME to a folder that only you can write to",
+        f"every process compiles its native kernels anew, since {reason}; "
+        "to cache them, set XDG_CACHE_HOME to a folder that only you can write to",
         stacklevel=3,
     )
 
 
 def _loaded_openmp() -> str | None:
-    """The OpenMP runtime that PyTorch has loaded in this process; None without one.
+    """The OpenMP runtime that PyTorch has loaded in this process; None if there is none.
 
-    A second runtime would bring a second set of threads, which spin while they wait and take the
-    cores from the first. Other libraries may have brought one of their own.
+    A second runtime would start a second set of threads, which spin while they wait and take the
+    cores from the first. Other libraries may have loaded runtimes of their own.
     """
     try:
         maps = Path("/proc/self/maps").read_text(encoding="utf-8", errors="surrogateescape")
@@ -150,14 +150,14 @@ def _loaded_openmp() -> str | None:
 
 
 def _digest(source: Path, command: list[str], openmp: str | None) -> str:
-    said = _what_it_makes_of_this_processor(tuple(command))
-    parts = [source.read_text(encoding="utf-8"), *FLAGS, *command, *said, str(openmp)]
+    outputs = _version_and_macros(tuple(command))
+    parts = [source.read_text(encoding="utf-8"), *FLAGS, *command, *outputs, str(openmp)]
     return hashlib.sha256("\0".join(parts).encode(errors="surrogateescape")).hexdigest()[:16]
 
 
 @functools.cache
-def _what_it_makes_of_this_processor(command: tuple[str, ...]) -> tuple[str, ...]:
-    """Its version and its macros; asked once a process, since a start waits for the answers."""
+def _version_and_macros(command: tuple[str, ...]) -> tuple[str, ...]:
+    """The compiler's version and its macros for this processor, queried once per process."""
     macros = ["-march=native", "-dM", "-E", "-x", "c", os.devnull]
     return tuple(_run([*command, *flags]) for flags in (["--version"], macros))
 
@@ -168,24 +168,24 @@ def _compile(source: Path, command: list[str], openmp: str | None) -> bytes:
             compiled, linked = Path(folder) / "kernels.o", Path(folder) / "kernels.so"
             use_openmp = ["-fopenmp"] if openmp else []
             _run([*command, *FLAGS, *use_openmp, "-c", str(source), "-o", str(compiled)])
-            # By its path, where -fopenmp would link another runtime than PyTorch's.
+            # Link PyTorch's runtime by its path; -fopenmp would link another one.
             runtime = [openmp] if openmp else []
             _run([*command, "-shared", str(compiled), *runtime, "-o", str(linked)])
             return linked.read_bytes()
     except OSError as error:
-        raise NativeKernelsError(f"no place to compile in: {error}") from None
+        raise NativeKernelsError(f"no folder to compile in: {error}") from None
 
 
 def _run(command: list[str]) -> str:
     try:
         done = subprocess.run(
             command, capture_output=True, stdin=subprocess.DEVNULL, text=True, errors="replace",
-            check=False, timeout=LONGEST_COMPILATION_SECONDS,
+            check=False, timeout=MAX_COMPILATION_SECONDS,
         )  # fmt: skip
     except (OSError, subprocess.TimeoutExpired) as error:
         raise NativeKernelsError(f"{command[0]} failed: {error}") from None
     if done.returncode != 0:
-        said = done.stderr.strip().splitlines() or [f"status {done.returncode}"]
-        fault = next((line for line in said if "error" in line), said[0])
+        lines = done.stderr.strip().splitlines() or [f"status {done.returncode}"]
+        fault = next((line for line in lines if "error" in line), lines[0])
         raise NativeKernelsError(f"{command[0]} failed: {fault}")
     return done.stdout

@@ -1,4 +1,4 @@
-"""Batch norm, the shortcut's addition and ReLU: apart, or on CPUs in one pass over memory."""
+"""Batch norm, the shortcut's addition and ReLU: separately, or on CPUs in one pass over memory."""
 
 import torch
 from torch import Tensor, nn
@@ -15,11 +15,11 @@ __all__ = ["FusedBatchNorm2d", "can_fuse_norm", "rectified"]
 
 
 class FusedBatchNorm2d(nn.BatchNorm2d):
-    """BatchNorm2d that also adds a shortcut and applies ReLU, while it trains on a CPU in fp32.
+    """BatchNorm2d that also adds a shortcut and applies ReLU, in training on a CPU in fp32.
 
-    In evaluation, in other precisions and on other devices it is `nn.BatchNorm2d`, which also says
-    what is wrong with an input. Parameters and
-    buffers are the same in name, shape and value. It can be differentiated once, not twice.
+    In evaluation, in other precisions and on other devices it runs `nn.BatchNorm2d`, which also
+    raises the errors for wrong inputs. Parameters and buffers are the same in name, shape and
+    value. It can be differentiated once, not twice.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -29,11 +29,11 @@ class FusedBatchNorm2d(nn.BatchNorm2d):
         return self._normalized(input, None, relu=False)
 
     def rectified(self, input: Tensor, shortcut: Tensor | None) -> Tensor:
-        """ReLU of the norm of (N, C, H, W), plus the shortcut where there is one."""
+        """ReLU of the sum of the norm of (N, C, H, W) and the shortcut, if there is one."""
         if not self._applies_to(input) or (
             shortcut is not None and not (is_readable(shortcut) and shortcut.shape == input.shape)
         ):
-            return _apart(self, input, shortcut)
+            return _separately(self, input, shortcut)
         return self._normalized(input, shortcut, relu=True)
 
     def _applies_to(self, input: Tensor) -> bool:
@@ -45,7 +45,7 @@ class FusedBatchNorm2d(nn.BatchNorm2d):
             and all(tensor is not None and is_readable(tensor) for tensor in tensors)
             and input.dim() == 4
             and input.shape[1] == self.num_features
-            and input.numel() > self.num_features  # torch says what is wrong with one value
+            and input.numel() > self.num_features  # torch raises the error for a single value
         )
 
     def _normalized(self, input: Tensor, shortcut: Tensor | None, *, relu: bool) -> Tensor:
@@ -60,7 +60,7 @@ class FusedBatchNorm2d(nn.BatchNorm2d):
 
 
 def can_fuse_norm(norm: nn.Module) -> bool:
-    """Whether a norm is one that FusedBatchNorm2d can stand in for."""
+    """Whether FusedBatchNorm2d can replace a norm."""
     return (
         type(norm) is nn.BatchNorm2d
         and norm.affine
@@ -72,7 +72,7 @@ def can_fuse_norm(norm: nn.Module) -> bool:
 
 
 def rectified(norm: nn.Module, input: Tensor, shortcut: Tensor | None = None) -> Tensor:
-    """ReLU of a norm's output, plus a shortcut where there is one.
+    """ReLU of the sum of a norm's output and the shortcut, if there is one.
 
     Args:
         norm: Any module from (N, C, H, W) to the same.
@@ -81,12 +81,12 @@ def rectified(norm: nn.Module, input: Tensor, shortcut: Tensor | None = None) ->
     """
     if isinstance(norm, FusedBatchNorm2d) and not _has_hooks(norm):
         return norm.rectified(input, shortcut)
-    return _apart(norm, input, shortcut)
+    return _separately(norm, input, shortcut)
 
 
-def _apart(norm: nn.Module, input: Tensor, shortcut: Tensor | None) -> Tensor:
+def _separately(norm: nn.Module, input: Tensor, shortcut: Tensor | None) -> Tensor:
     output: Tensor = norm(input)
-    if _has_hooks(norm):  # they may keep the output, which must not change then
+    if _has_hooks(norm):  # they may keep the output, so it must not change
         return torch.relu(output if shortcut is None else output + shortcut)
     if shortcut is not None:
         output += shortcut

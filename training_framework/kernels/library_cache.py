@@ -1,9 +1,9 @@
-"""Compiled libraries kept between runs, in a folder that only this user can write to.
+"""A cache of compiled libraries, in a folder that only this user can write to.
 
-A library is code that this user will run, so a kept one is loaded only where nobody else can have
-made or changed it. Folder and file are opened first and then examined and loaded by their
-descriptors: who may rename folders above cannot exchange them in between. The SHA-256 of a
-library stands in its name, so that a damaged one is known and one rename puts both in place.
+A library is code that this user will run, so it is loaded only if nobody else can have written or
+changed it. Folder and file are opened first, then checked and loaded through their descriptors, so
+nobody can exchange them in between by renaming a parent folder. The name of a library contains its
+SHA-256, so that damage is noticed and a single rename puts both in place.
 """
 
 import contextlib
@@ -23,17 +23,17 @@ WRITABLE_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
 
 
 class UntrustedError(OSError):
-    """A folder or a file belongs to somebody else, or others may write to it."""
+    """A folder or file belongs to another user, or others may write to it."""
 
 
 def cache_folder() -> Path | None:
-    """Where compiled kernels are kept between runs; `XDG_CACHE_HOME` moves it.
+    """The folder of compiled kernels, in `XDG_CACHE_HOME` if that is set.
 
     Returns:
-        None where the user has no home.
+        The folder; None if the user has no home folder.
     """
     caches = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    if not caches.is_absolute():  # a relative one is to be ignored, by its standard
+    if not caches.is_absolute():  # its standard says to ignore relative paths
         try:
             caches = Path.home() / ".cache"
         except RuntimeError:
@@ -42,14 +42,14 @@ def cache_folder() -> Path | None:
 
 
 class LibraryCache:
-    """The kept libraries of this user. Close it; what was loaded stays.
+    """The cached libraries of this user. Close it after use; loaded libraries stay loaded.
 
     Args:
-        folder: It and the folders above are made where they are missing, for this user alone.
+        folder: The folder; it and missing parents are created for this user alone.
 
     Raises:
-        UntrustedError: Others may write to one of the two, or own it.
-        OSError: They cannot be made or opened.
+        UntrustedError: Others own the folder or its parent, or may write to one of them.
+        OSError: The folder cannot be created or opened.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -67,13 +67,13 @@ class LibraryCache:
         self._folder, self._descriptor = folder, descriptor
 
     def close(self) -> None:
-        """Give the folder back."""
+        """Close the folder."""
         os.close(self._descriptor)
 
     def load(self, name: str) -> ctypes.CDLL | None:
-        """The library kept under a name; None without one that is whole.
+        """The library cached under a name; None if there is no intact one.
 
-        Those that are damaged, do not load, or are not this user's alone are removed.
+        Libraries that are damaged, do not load or do not belong to this user alone are removed.
         """
         for entry in sorted(os.listdir(self._descriptor)):  # noqa: PTH208  by descriptor
             if not (entry.startswith(f"{name}-") and entry.endswith(".so")):
@@ -87,7 +87,7 @@ class LibraryCache:
         return None
 
     def keep(self, name: str, library: bytes) -> None:
-        """Keep a library under a name, all of it or nothing.
+        """Cache a library under a name, completely or not at all.
 
         Raises:
             OSError: It cannot be written.
@@ -110,7 +110,7 @@ class LibraryCache:
 
     @contextlib.contextmanager
     def one_builder(self) -> Iterator[None]:
-        """Wait while another process builds, so that ranks of one run do not all build the same."""
+        """Wait while another process builds, so that ranks of a run do not build the same."""
         import fcntl
 
         deadline = time.monotonic() + MAX_WAIT_FOR_ANOTHER_BUILD_SECONDS
@@ -121,7 +121,7 @@ class LibraryCache:
                 locked = True
             except BlockingIOError:
                 time.sleep(0.05)
-            except OSError:  # a file system without locks: both build, which costs time only
+            except OSError:  # a file system without locks: both build, which only costs time
                 break
         try:
             yield
@@ -144,17 +144,17 @@ class LibraryCache:
 
 
 def load_by_descriptor(descriptor: int, path: Path) -> ctypes.CDLL:
-    """Load the very file that is open, and leave it open.
+    """Load the file behind a descriptor, and leave it open.
 
-    The loader takes two files for one where it is given the same path twice, so the number of the
-    descriptor must not come back.
+    The loader identifies files by their path, which contains the number of the descriptor. So this
+    number must not be used again.
 
     Args:
-        descriptor: Of the library.
-        path: The same file, for systems without /proc.
+        descriptor: Descriptor of the library.
+        path: Path of the same file, for systems without /proc.
 
     Raises:
-        OSError: It does not load; then the descriptor may be closed.
+        OSError: It does not load; in this case the descriptor may be closed.
     """
     opened = Path(f"/proc/self/fd/{descriptor}")
     return ctypes.CDLL(str(opened if opened.exists() else path))
@@ -167,7 +167,7 @@ def _check_owner(descriptor: int, path: Path) -> None:
     if status.st_uid != os.geteuid():
         raise UntrustedError(f"{path} belongs to user {status.st_uid}, not to user {os.geteuid()}")
     if status.st_mode & WRITABLE_BY_OTHERS:
-        raise UntrustedError(f"others may write to {path} (chmod go-w ends that)")
+        raise UntrustedError(f"others may write to {path} (chmod go-w prevents that)")
 
 
 def _sha256(descriptor: int) -> str:

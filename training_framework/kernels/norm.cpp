@@ -4,13 +4,13 @@
 // Layout: x, y, shortcut and their gradients are [rows][C] (an NHWC activation, rows = N*H*W),
 // everything per channel is [C]. C is a multiple of 16.
 //
-// The work is bound by memory, so the design counts passes. Forward: x is read twice, y written
-// once. Backward: gy and x are read twice, gx written once; see the comments there for the mask.
-// Each thread owns a contiguous range of rows in both passes and walks it backwards in the second:
-// what the first pass read last is still in L2 then (everything, if the range fits).
+// Memory bandwidth limits the speed, so the design minimizes passes. Forward: reads x twice, writes y
+// once. Backward: reads gy and x twice, writes gx once; for the mask see the comments there.
+// Each thread has a contiguous range of rows in both passes and walks it backwards in the second:
+// the end of the range (or all of it, if it fits) is then still in L2.
 //
-// No state, no allocation. Ranges and the order of all sums depend on the number of threads only.
-// No -ffast-math: NaN and Inf go through.
+// No state, no allocation. Ranges and the order of all sums depend only on the number of threads.
+// No -ffast-math: NaN and Inf pass through.
 #include <cstddef>
 #include <cmath>
 #include <algorithm>
@@ -20,13 +20,13 @@
 #endif
 
 #if defined(__AVX512F__)
-enum { VL = 16, NV = 4 };   // NV: vectors of channels per tile, their coefficients and sums in registers
+enum { VL = 16, NV = 4 };   // NV: vectors of channels per tile, with coefficients and sums in registers
 #elif defined(__AVX__)
 enum { VL = 8, NV = 2 };
 #else
 enum { VL = 4, NV = 2 };
 #endif
-// Rows per tile: TILE / C within bounds. A tile's float sums end with it; its speed hardly depends on it.
+// Rows per tile: TILE / C within bounds. Float sums end with the tile; its size hardly affects the speed.
 enum { TILE = 32768, MIN_ROWS = 16, MAX_ROWS = 256, SAMPLES = 8 };
 
 typedef float vec __attribute__((vector_size(VL * 4)));
@@ -35,15 +35,15 @@ typedef long idx;
 
 static inline vec load(const float* p) { return *(const vec_u*)p; }
 static inline void store(float* p, vec v) { *(vec_u*)p = v; }
-// A pre-activation. Forward and backward both call this, which makes the mask that backward
-// recomputes from x the very mask that forward applied. Centring first (instead of x*scale + b)
+// A pre-activation. Forward and backward both call this, so that backward recomputes from x exactly
+// the mask that forward applied. Centring first (instead of x*scale + b)
 // keeps full accuracy for |mean| >> std.
 static inline vec affine(vec x, vec mean, vec scale, vec shift) { return (x - mean) * scale + shift; }
-// NaN stays: torch.relu(NaN) is NaN; threshold_backward zeroes where y <= 0, so not for NaN.
+// Like torch: relu(NaN) is NaN, and the gradient is zero where y <= 0, hence not for NaN.
 static inline vec relu(vec v) { vec z = {}; return z > v ? z : v; }
 static inline vec masked(vec g, vec y) { vec z = {}; return y <= z ? z : g; }
 
-// Arguments of a pass; unused ones NULL. mean: what is subtracted from x.
+// Arguments of a pass; unused ones are NULL. mean is subtracted from x.
 struct Args {
     const float *x, *other, *y;         // [rows][C]; other: shortcut (forward) or gy (backward)
     float *out;                         // [rows][C]
@@ -51,7 +51,7 @@ struct Args {
     const float *k0, *k1;               // [C], backward's second pass
     idx C;
 };
-// Which gradient or mask: moments of x alone; gy; gy masked by y; gy masked by recomputed y.
+// What a pass uses: only moments of x; gy; gy masked by y; gy masked by the recomputed y.
 enum Mode { MOMENTS, PLAIN, MASK_Y, MASK_X };
 
 // V vectors of a per-channel array from channel c on.
@@ -61,13 +61,13 @@ template <int V> struct Vecs {
     vec operator[](int i) const { return v[i]; }
 };
 static inline idx tile_rows(idx C) { return std::min<idx>(MAX_ROWS, std::max<idx>(MIN_ROWS, TILE / C)); }
-// First channel of thread `me` of n between the passes, in units of B (one cache line). That work is
-// written as loops over small arrays of B, which become vector code: one by one, the divisions and
-// roots of 512 channels took as long as both passes over 64 rows.
+// First channel of thread `me` of n between the passes, in units of B (one cache line). This work
+// is written as loops over small arrays of B, which the compiler vectorizes: as scalars, the divisions
+// and roots of 512 channels took as long as both passes over 64 rows.
 enum { B = 16 };
 static inline idx part(idx C, int me, int n) { return C / B * me / n * B; }
 
-// Calls f(number of vectors V, first channel) for all C channels: NV vectors at a time, then the rest.
+// Calls f(number of vectors V, first channel) for all C channels: NV vectors at a time, then fewer.
 template <class F> static inline void columns(idx C, F f) {
     idx c = 0;
     for (; c + NV * VL <= C; c += NV * VL) f(std::integral_constant<int, NV>(), c);
@@ -84,8 +84,8 @@ template <int M> static inline vec gradient(const Args& a, idx i, vec x, vec mea
 }
 
 // Two sums over rows r0..r1 for V vectors of channels from c on, added to sum[2][C]:
-// MOMENTS: x - mean and its square; else g and g * (x - mean). A tile's sum is made in float over
-// at most MAX_ROWS rows and added up in double: a float chain over 65,536 rows would cost two digits.
+// MOMENTS: x - mean and its square; else g and g * (x - mean). A tile is summed in float over
+// at most MAX_ROWS rows, and tiles in double: a float chain over 65,536 rows would cost two digits.
 template <int M, int V> static void reduce_tile(const Args& a, idx r0, idx r1, idx c, double* sum) {
     enum { U = NV / V };   // rows at a time; NV independent chains hide the latency
     const Vecs<V> mean(a.mean, c), scale(M == MASK_X ? a.scale : a.mean, c), shift(M == MASK_X ? a.shift : a.mean, c);
@@ -162,8 +162,8 @@ template <int M> static void gradients(const Args& a, idx r0, idx r1) {
 
 // One thread's moments of its rows r0..r1: sum[2][C] of x - ref and its square, and ref[C] itself.
 // ref is near the mean (the mean of a few rows), which makes the one-pass variance safe:
-// it loses a factor of 1 + (mean - ref)^2 / var. Should that exceed 64 for any channel, a second
-// round starts from the mean found. A ref that is not finite would turn an infinite mean into NaN.
+// it loses a factor of 1 + (mean - ref)^2 / var. If that exceeds 64 for any channel, a second
+// round starts from the computed mean. A ref that is not finite would turn an infinite mean into NaN.
 static void moments(Args a, idx r0, idx r1, float* ref, double* sum) {
     const idx C = a.C, n = r1 - r0, m = std::min<idx>(SAMPLES, n);
     if (!n) return;
@@ -183,12 +183,12 @@ static void moments(Args a, idx r0, idx r1, float* ref, double* sum) {
     }
 }
 
-// Scratch: per thread sum (2C doubles) and ref (C floats), for all scale, k0, k1 (3C floats).
+// Scratch: sum (2C doubles) and ref (C floats) per thread; scale, k0 and k1 (3C floats) for all.
 extern "C" idx norm_scratch(idx C, int threads) { return threads * 5 * C + 3 * C; }
 // Runs body(thread, threads, barrier).
 template <class F> static void parallel(int threads, F body) {
 #ifdef _OPENMP
-    if (threads > 1) {   // a team of one would only cost
+    if (threads > 1) {   // a team of one would only add overhead
 #pragma omp parallel num_threads(threads)
         body(omp_get_thread_num(), omp_get_num_threads(), [] {
 #pragma omp barrier
@@ -200,9 +200,9 @@ template <class F> static void parallel(int threads, F body) {
 }
 
 // y[rows][C] from x[rows][C], shortcut[rows][C] or NULL, weight[C], bias[C].
-// save[5][C] out: mean, 1 / sqrt(var + eps), the shift of `affine`, what rounding to float added to
-// the mean, for which the shift (else the bias) and the gradients are corrected, and the unbiased
-// variance, for the running statistics.
+// save[5][C], output: mean, 1 / sqrt(var + eps), shift of `affine`, rounding error of the mean in
+// float, and unbiased variance for the running statistics. The rounding error corrects the shift
+// (otherwise the bias) and the gradients.
 extern "C" void norm_forward(const float* x, const float* shortcut, const float* weight,
         const float* bias, float eps, int relu,
         float* y, float* save, float* scratch, idx rows, idx C, int threads) {
@@ -248,11 +248,11 @@ extern "C" void norm_forward(const float* x, const float* shortcut, const float*
 }
 
 // Gradients for gy[rows][C]: gx[rows][C] (or NULL), gweight[C], gbias[C] from x[rows][C],
-// weight[C] and save[5][C] of the forward pass; with ReLU, gy is masked first:
+// weight[C], and save[5][C] of the forward pass. With ReLU, gy is masked first:
 //   y != NULL               by y <= 0; gshortcut[rows][C] (or NULL) receives the masked gy. The first
 //                           pass writes it, so that the second reads it instead of gy and y.
-//   y == NULL, relu         the mask is recomputed from x, bit for bit (only without a shortcut).
-//                           One stream of memory less per pass than reading y.
+//   y == NULL, relu         the mask is recomputed from x, bit for bit (only without a shortcut),
+//                           which saves reading y in each pass.
 extern "C" void norm_backward(const float* gy, const float* x, const float* y, const float* weight,
         const float* save, int relu, float* gx, float* gshortcut, float* gweight, float* gbias,
         float* scratch, idx rows, idx C, int threads) {

@@ -1,4 +1,4 @@
-"""Batch norm with a shortcut and ReLU in one, by norm.cpp, as an operator of PyTorch."""
+"""Fused batch norm, shortcut and ReLU from norm.cpp, as an operator of PyTorch."""
 
 import ctypes
 import functools
@@ -20,16 +20,16 @@ __all__ = [
 ]
 
 CHANNEL_MULTIPLE = 16
-# Rows of the statistics that `rectified_norm` returns, and how many there are.
+# Rows of the statistics that `rectified_norm` returns, and their number.
 MEAN, UNBIASED_VARIANCE, STATISTICS = 0, 4, 5
 
 
 @functools.cache
 def load_norm_kernels() -> ctypes.CDLL:
-    """Compile the kernels, unless that was done before, and load them.
+    """Compile the kernels, unless they are cached, and load them.
 
     Raises:
-        NativeKernelsError: That is not possible here.
+        NativeKernelsError: They cannot be compiled or loaded here.
     """
     library = load_library(Path(__file__).with_name("norm.cpp"))
     pointer, number, count, real = ctypes.c_void_p, ctypes.c_int, ctypes.c_long, ctypes.c_float
@@ -50,7 +50,7 @@ def _channels_last(tensor: Tensor) -> Tensor:
     return tensor.contiguous(memory_format=torch.channels_last)
 
 
-# By dtype and device, since the defaults for new tensors are the user's to change.
+# With dtype and device, since users may change the defaults for new tensors.
 def _like(images: Tensor) -> Tensor:
     return torch.empty(
         images.shape, dtype=torch.float32, device="cpu", memory_format=torch.channels_last
@@ -64,12 +64,12 @@ def _per_channel(*shape: int) -> Tensor:
 def _check(
     images: Tensor, per_channel: dict[str, Tensor], others: dict[str, Tensor | None]
 ) -> None:
-    """Raise a RuntimeError, as torch's batch norm would, for what the kernels cannot compute.
+    """Raise a RuntimeError, as torch's batch norm would, for operands that the kernels cannot take.
 
     Args:
         images: (N, C, H, W).
-        per_channel: What must be (C,), by the names for the message.
-        others: What must have the shape of the images, or is None.
+        per_channel: Tensors that must have shape (C,), by name for the message.
+        others: Tensors that must have the shape of the images, or None.
     """
     operator = "rectified_norm"
     check_operand(operator, "images", images, (None, None, None, None))
@@ -90,22 +90,22 @@ def _check(
 def rectified_norm(
     images: Tensor, weight: Tensor, bias: Tensor, shortcut: Tensor | None, eps: float, relu: bool
 ) -> tuple[Tensor, Tensor]:
-    """Batch norm of a training step, plus a shortcut, through ReLU, in fp32 on the CPU.
+    """Batch norm of a training step, plus a shortcut, then ReLU, in fp32 on the CPU.
 
     Args:
-        images: (N, C, H, W), C a multiple of CHANNEL_MULTIPLE, more than one value a channel.
+        images: (N, C, H, W), C a multiple of CHANNEL_MULTIPLE, more than one value per channel.
         weight: (C,), the scale.
-        bias: (C,).
-        shortcut: (N, C, H, W), added before ReLU; None adds nothing.
+        bias: (C,), the shift.
+        shortcut: (N, C, H, W), added before ReLU; None: nothing is added.
         eps: Added to the variance.
-        relu: Whether negative numbers become zero at the end.
+        relu: Whether to apply ReLU.
 
     Returns:
         (N, C, H, W) in channels_last, and (STATISTICS, C): the mean in row MEAN, the unbiased
-        variance in row UNBIASED_VARIANCE, and what the backward pass needs.
+        variance in row UNBIASED_VARIANCE, and further values for the backward pass.
 
     Raises:
-        RuntimeError: A tensor has another shape or dtype, or lies on another device.
+        RuntimeError: A tensor has another shape or dtype, or is on another device.
     """
     _check(images, {"weight": weight, "bias": bias}, {"shortcut": shortcut})
     batch, channels, height, width = images.shape
@@ -147,18 +147,19 @@ def rectified_norm_backward(
 
     Args:
         grad_output: (N, C, H, W).
-        images: Its input.
-        output: What it returned, where there was ReLU and a shortcut; else None will do.
+        images: The input of the forward pass.
+        output: Its output; needed only with both ReLU and a shortcut, otherwise None.
         weight: (C,).
-        statistics: What it returned.
-        relu: As given to it.
-        wanted: Whether the gradient by images and the one by shortcut are; else they are empty.
+        statistics: The statistics that it returned.
+        relu: As in the forward pass.
+        wanted: Whether to compute the gradients by images and by shortcut; the others are empty.
 
     Returns:
-        By images and by shortcut, (N, C, H, W) in channels_last; by weight and by bias, (C,).
+        The gradients by images and by shortcut, (N, C, H, W) in channels_last, and by weight and by
+        bias, (C,).
 
     Raises:
-        RuntimeError: A tensor has another shape or dtype, or lies on another device.
+        RuntimeError: A tensor has another shape or dtype, or is on another device.
     """
     _check(images, {"weight": weight}, {"grad_output": grad_output, "output": output})
     check_operand("rectified_norm", "statistics", statistics, (STATISTICS, images.shape[1]))
@@ -202,7 +203,7 @@ def _(
 def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     images, weight, _, shortcut, _, relu = inputs
     ctx.relu = relu
-    # Without a shortcut, the backward pass finds the zeros of ReLU again from the images.
+    # Without a shortcut, the backward pass recomputes the zeros of ReLU from the images.
     kept = output[0] if relu and shortcut is not None else None
     ctx.save_for_backward(images, weight, output[1], kept)
     ctx.set_materialize_grads(False)
@@ -215,7 +216,7 @@ def _backward(
         return (None,) * 6
     images, weight, statistics, output = ctx.saved_tensors
     by_images, by_weight, by_bias, by_shortcut = ctx.needs_input_grad[:4]
-    # Without ReLU the gradient goes to the shortcut as it is.
+    # Without ReLU, the shortcut receives the gradient unchanged.
     wanted = [by_images, by_shortcut and ctx.relu]
     grads = rectified_norm_backward(
         grad_output, images, output, weight, statistics, ctx.relu, wanted

@@ -1,4 +1,4 @@
-"""What the native kernels can read: they get bare addresses, so everything is checked before."""
+"""Check operands before native kernels, which receive bare addresses, read them."""
 
 from collections.abc import Sequence
 
@@ -23,12 +23,12 @@ def check_operand(operator: str, name: str, tensor: Tensor, shape: Sequence[int 
     Args:
         operator: Name of the operator, for the message.
         name: Name of its argument, for the message.
-        tensor: The argument. Its strides are free.
-        shape: The size that it must have in each dimension; None where any will do.
+        tensor: The argument; it may have any strides.
+        shape: The required size of each dimension; None: any size.
 
     Raises:
-        RuntimeError: As torch's own operators raise: the kernels cannot read it, or it has another
-            shape.
+        RuntimeError: The kernels cannot read it, or it has another shape. Torch's own operators
+            raise the same.
     """
     if not is_readable(tensor):
         raise RuntimeError(

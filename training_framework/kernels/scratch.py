@@ -1,4 +1,4 @@
-"""Memory and threads that a call of the native kernels may use."""
+"""The memory and the threads that a call of the native kernels may use."""
 
 import ctypes
 import mmap
@@ -13,10 +13,10 @@ HUGE_PAGE_BYTES = 2**21
 
 
 class _Scratch(threading.local):
-    """A thread's memory, kept and grown: fresh pages would cost more than the work on them.
+    """The memory of a thread, which is kept: fresh pages would cost more than the work on them.
 
-    It is mapped, not allocated, so that the system may back it with huge pages. Private, since
-    processes that were forked would write into the same pages otherwise.
+    It is mapped, not allocated, so that the system can use huge pages for it. The mapping is
+    private; otherwise forked processes would write to the same pages.
     """
 
     size = 0
@@ -39,7 +39,7 @@ class _Scratch(threading.local):
 
 
 class _Process:
-    """What this process has done with OpenMP's threads."""
+    """Whether this process has started OpenMP's threads, or lost them in a fork."""
 
     started_threads = False
     lost_threads = False
@@ -49,25 +49,25 @@ _scratch = _Scratch()
 
 
 def scratch_memory(floats: int) -> int:
-    """Address of room for so many fp32 numbers, of this thread, until its next call.
+    """Address of memory for so many fp32 numbers, valid until this thread's next call.
 
     Raises:
-        RuntimeError: There is no such memory; the message is like that of torch's allocator.
+        RuntimeError: There is not enough memory; the message is like that of torch's allocator.
     """
     return _scratch.of(floats)
 
 
 def thread_count() -> int:
-    """Threads for a kernel: PyTorch's number, and one in a process forked from one with threads."""
+    """Threads for a kernel: PyTorch's number, or one in a fork of a process with threads."""
     threads = 1 if _Process.lost_threads else torch.get_num_threads()
     _Process.started_threads |= threads > 1
     return threads
 
 
-def _go_on_with_one_thread() -> None:
-    """OpenMP's threads do not come along in a fork, but its runtime waits for them, for ever.
+def _continue_with_one_thread() -> None:
+    """Use one thread after a fork, which loses OpenMP's threads: its runtime would wait for ever.
 
-    That holds for PyTorch's operators too, so all of the process goes on with one.
+    The same holds for PyTorch's operators, so the whole process continues with one thread.
     """
     if _Process.started_threads:
         _Process.lost_threads = True
@@ -75,4 +75,4 @@ def _go_on_with_one_thread() -> None:
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_go_on_with_one_thread)
+    os.register_at_fork(after_in_child=_continue_with_one_thread)

@@ -1,9 +1,9 @@
 """Convolutions over maps of a few pixels, as matrix products.
 
-Where a map is hardly larger than a pixel, a 3x3 convolution with padding spends most of its time on
-the padding: at 1x1 one of nine taps matters, at 2x2 sixteen of thirty-six products do. Here each
-output pixel is one matrix product over just the input pixels it sees, so the result is the same up
-to rounding.
+On a map of a few pixels, a 3x3 convolution with padding spends most of its time on the padding: at
+1x1, only one of nine taps matters; at 2x2, sixteen of thirty-six products. Here each output pixel
+is a matrix product over only the input pixels in its window, so the result is the same up to
+rounding.
 """
 
 import functools
@@ -16,15 +16,15 @@ from torch.autograd.function import once_differentiable
 __all__ = ["SmallMapConv2d", "is_small_map", "keep_small_maps_from_compiler"]
 
 
-# What autocast casts, unlike integers and fp64.
+# The dtypes that autocast casts, unlike integers and fp64.
 AUTOCAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
 
 
 class _Window(NamedTuple):
-    """Along one axis: the input pixels [start, stop) that the outputs [first, last) see.
+    """Along one axis: the input pixels [start, stop) in the window of the outputs [first, last).
 
-    `taps` holds, for each of these outputs, the index of the kernel tap that meets `start`.
+    `taps` gives, for each of these outputs, the index of the kernel tap at `start`.
     """
 
     start: int
@@ -35,7 +35,7 @@ class _Window(NamedTuple):
 
 
 def _windows(size: int, kernel: int, stride: int, padding: int) -> list[_Window]:
-    """The windows of all outputs along an axis; outputs that see the same pixels share one."""
+    """The windows of all outputs along an axis; outputs with the same input pixels share one."""
     windows: list[_Window] = []
     for output in range((size + 2 * padding - kernel) // stride + 1):
         origin = output * stride - padding
@@ -50,7 +50,7 @@ def _windows(size: int, kernel: int, stride: int, padding: int) -> list[_Window]
 
 
 def _tap_slices(rows: _Window, columns: _Window) -> list[tuple[slice, slice]]:
-    """For each output pixel of a pair of windows, the part of the kernel that meets the input."""
+    """For each output pixel of a pair of windows, the part of the kernel that covers the input."""
     height, width = rows.stop - rows.start, columns.stop - columns.start
     return [
         (slice(row, row + height), slice(column, column + width))
@@ -71,15 +71,15 @@ class _WindowedConvolution(torch.autograd.Function):
         pixels = x.permute(0, 2, 3, 1)
         taps = weight.permute(0, 2, 3, 1)
         if len(rows[0].taps) * len(columns[0].taps) * len(rows) * len(columns) > 1:
-            # Taps that are read several times are worth laying out once.
+            # Making the taps contiguous pays if they are read several times.
             taps = taps.contiguous()
         output = x.new_empty(batch, rows[-1].last, columns[-1].last, out_channels)
         matrices = []
         for row in rows:
             for column in columns:
                 parts = [taps[:, down, across] for down, across in _tap_slices(row, column)]
-                # A single part is left where it is, since at 1x1 in channels_last the product can
-                # read the centre tap in place.
+                # A single part is not copied: at 1x1 in channels_last, the product can read the
+                # centre tap in place.
                 stacked = parts[0] if len(parts) == 1 else torch.stack(parts)
                 matrix = stacked.reshape(len(parts) * out_channels, -1).to(x.dtype)
                 seen = pixels[:, row.start : row.stop, column.start : column.stop]
@@ -121,7 +121,7 @@ class _WindowedConvolution(torch.autograd.Function):
 
 
 class _PointwiseConvolution(torch.autograd.Function):
-    """1x1 convolution of (N, Cin, H, W) as one matrix product over the pixels it reads."""
+    """1x1 convolution of (N, Cin, H, W) as one matrix product over the pixels that it reads."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, stride: int) -> Tensor:
@@ -148,7 +148,7 @@ class _PointwiseConvolution(torch.autograd.Function):
                 product = pixels
             grad_x = product.permute(0, 3, 1, 2)
         if ctx.needs_input_grad[1]:
-            # DDP wants the parameter's strides; in memory both layouts have the same order.
+            # DDP needs the strides of the parameter; both layouts have the same order in memory.
             product = (grad.t() @ rows).to(weight.dtype)
             if any(weight.is_contiguous(memory_format=layout) for layout in LAYOUTS):
                 grad_weight = product.as_strided(weight.shape, weight.stride())
@@ -164,10 +164,10 @@ def _compute_dtype(input: Tensor) -> torch.dtype:
 
 
 class SmallMapConv2d(nn.Conv2d):
-    """Conv2d that runs as matrix products on CPUs where the map is small enough for that to pay.
+    """Conv2d that runs as matrix products on CPUs if the map is so small that this is faster.
 
-    Everywhere else it is `nn.Conv2d`. Its parameters are the same in name, shape and gradient (the
-    taps that meet only padding have a gradient of zero). Fastest in channels_last. It can be
+    Otherwise it runs `nn.Conv2d`. Its parameters are the same in name, shape and gradient (taps
+    that only cover padding have a gradient of zero). It is fastest in channels_last. It can be
     differentiated once, not twice.
     """
 
@@ -180,7 +180,7 @@ class SmallMapConv2d(nn.Conv2d):
         return output if in_channels_last else output.contiguous()
 
     def _as_products(self, input: Tensor) -> Tensor:
-        # The weight is cast later, and only the taps in use.
+        # The weight is cast later, and only the taps that are used.
         input = input.to(_compute_dtype(input))
         if self.kernel_size == (1, 1):
             return _PointwiseConvolution.apply(input, self.weight, self.stride[0])
@@ -195,7 +195,7 @@ class SmallMapConv2d(nn.Conv2d):
             or input.shape[1] != self.in_channels
             or self.weight.shape != (self.out_channels, self.in_channels, *self.kernel_size)
         ):
-            return False  # torch's convolution says what is wrong
+            return False  # torch's convolution raises the error
         if torch.is_autocast_enabled("cpu"):
             if any(t.dtype not in AUTOCAST_DTYPES for t in tensors):
                 return False
@@ -207,11 +207,11 @@ class SmallMapConv2d(nn.Conv2d):
 
 @functools.cache
 def keep_small_maps_from_compiler() -> None:
-    """Make torch.compile leave these convolutions as they are, in all networks of this process.
+    """Exclude these convolutions from torch.compile, in all networks of this process.
 
-    To the compiler, the sum of each tap's gradient is a copy of the whole weight, which makes it
-    slow twice over (docs/experiments.md). Only for who compiles: it imports the compiler, which
-    takes a second.
+    The compiler turns the sum of each tap's gradient into a copy of the whole weight, which makes
+    both the compilation and the result slow (docs/experiments.md). Call it only before compiling:
+    it imports the compiler, which takes a second.
     """
     SmallMapConv2d._as_products = torch.compiler.disable(  # type: ignore[method-assign]
         SmallMapConv2d._as_products
@@ -228,13 +228,13 @@ def is_small_map(
 ) -> bool:
     """Whether a convolution of such maps is faster as matrix products on a CPU.
 
-    The limits are what measurements on two cores say (AVX-512, torch 2.13, batches of 16 to 512).
+    The limits come from measurements on two cores (AVX-512, torch 2.13, batches of 16 to 512).
 
     Args:
-        convolution: Its settings decide too: groups, dilation or a bias are left to `nn.Conv2d`.
-        height: Of the input, in pixels.
-        width: Of the input, in pixels.
-        batch_size: Images in a batch; None if there may be many.
+        convolution: The convolution; one with groups, dilation or a bias is left to `nn.Conv2d`.
+        height: Height of the input in pixels.
+        width: Width of the input in pixels.
+        batch_size: Images in a batch; None: possibly many.
         half_precision: Whether it is computed in 16 bits.
     """
     kernel, stride, padding = convolution.kernel_size, convolution.stride, convolution.padding
@@ -254,7 +254,7 @@ def is_small_map(
         return False
     if all(len(windows) == 1 for windows in axes):
         return True
-    # Where output pixels see different parts of the map, a product for each is worth its overhead
-    # for few of them and many images.
+    # If output pixels have different windows, a product for each only pays for few of them and many
+    # images.
     few = all(windows[-1].last <= 2 for windows in axes)
     return few and not half_precision and (batch_size is None or batch_size >= 64)

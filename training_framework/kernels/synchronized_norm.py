@@ -1,7 +1,7 @@
-"""Batch norm over the batches of all processes, for devices where torch.nn.SyncBatchNorm refuses.
+"""Batch norm over the batches of all processes, for devices that torch.nn.SyncBatchNorm refuses.
 
-torch's own runs on GPUs only. This one needs nothing but an all-gather and an all-reduce, so it
-also runs on CPUs under gloo.
+torch's own runs only on GPUs. This one needs only an all-gather and an all-reduce, so it also runs
+on CPUs with gloo.
 """
 
 from typing import Any
@@ -15,21 +15,21 @@ __all__ = ["SynchronizedBatchNorm2d", "TorchSynchronizedBatchNorm2d"]
 
 
 class SynchronizedBatchNorm2d(nn.BatchNorm2d):
-    """BatchNorm2d whose training statistics are those of the joined batch of a process group.
+    """BatchNorm2d with training statistics over the joined batch of a process group.
 
-    Equal to `BatchNorm2d` over the joined batch in outputs, running statistics and, with the
-    averaging of DDP and a loss that is a mean, in gradients. The processes may hold batches of
-    different sizes, but each must run the same norms in the same order. In evaluation mode, and
-    without a process group of at least two, it is `BatchNorm2d`. Parameters and buffers have the
-    same names.
+    It equals `BatchNorm2d` over the joined batch in outputs and running statistics, and also in
+    gradients if DDP averages them and the loss is a mean. The processes may have batches of
+    different sizes, but all must run the same norms in the same order. In evaluation mode, and
+    without a process group of at least two, it runs `BatchNorm2d`. Parameters and buffers have
+    the same names.
 
     Args:
         num_features: Channels C of inputs (N, C, H, W).
         eps: Added to the variance.
         momentum: Weight of the batch in the running statistics; None for the mean of all batches.
-        affine: Whether there are a weight and a bias for each channel.
-        track_running_stats: Whether running statistics are kept.
-        process_group: Who takes part; None is everyone.
+        affine: Whether each channel has a weight and a bias.
+        track_running_stats: Whether to keep running statistics.
+        process_group: The processes that take part; None: all.
     """
 
     process_group: dist.ProcessGroup | None = None
@@ -77,9 +77,9 @@ class SynchronizedBatchNorm2d(nn.BatchNorm2d):
 
 
 class TorchSynchronizedBatchNorm2d(nn.SyncBatchNorm):
-    """torch.nn.SyncBatchNorm that a BatchNorm2d was turned into, over all processes.
+    """A BatchNorm2d that was turned into torch.nn.SyncBatchNorm, over all processes.
 
-    A class of its own, so that it can be told from one that the user built.
+    The separate class distinguishes it from one that the user built.
     """
 
     process_group: dist.ProcessGroup | None = None
@@ -88,10 +88,10 @@ class TorchSynchronizedBatchNorm2d(nn.SyncBatchNorm):
 def _joined_statistics(
     input: Tensor, process_group: dist.ProcessGroup | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean and biased variance (C,) and count of the joined batch, in at least fp32.
+    """Mean (C,), biased variance (C,) and count of the joined batch, in at least fp32.
 
-    Each process sends its count, mean and sum of squared deviations, and these are merged (Chan,
-    Golub and LeVeque, 1979): sums of squares would cancel where the mean is large.
+    Each process sends its count, mean and sum of squared deviations, which are merged (Chan, Golub
+    and LeVeque, 1979). Sums of squares would suffer from cancellation if the mean is large.
     """
     dtype = torch.promote_types(input.dtype, torch.float32)
     channels = input.shape[1]
@@ -133,9 +133,9 @@ class _SynchronizedBatchNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor, *_: None) -> tuple[Tensor | None, ...]:
-        """The input's gradient with sums over all processes, the others' over this one.
+        """Gradients: of the input by sums over all processes, of the parameters over this one.
 
-        DDP averages the parameters' gradients; for the input the sums of all must be known first.
+        DDP averages the gradients of the parameters later; that of the input needs all sums now.
         """
         input, weight, mean, inverse_std, count = ctx.saved_tensors
         channel = (1, -1, 1, 1)

@@ -5,27 +5,28 @@
 //   weight gradient dw = G^T [ sum over tiles (B^T x B) .* (A dy A^T) ] G, the exact adjoint
 //
 // Stride 1: F(2x2,3x3) makes 2x2 outputs of 4x4 inputs with 2.25 times fewer multiplications than a
-// direct convolution, F(4x4,3x3) 4x4 of 6x6 with 4 times fewer, at weights 2.25 times as large.
-// Stride 2: along an axis, the first and last tap see every other input, which is F(2,2), and the
-// middle tap sees the inputs between them, which is two plain products: 25 products for 2x2 outputs,
-// 1.44 times fewer than 36. (Four outputs with 1.78 times fewer were no faster: tiles of 9x9.)
-// The price is the traffic of the transformed tiles. Everything here is arranged so that this
-// traffic stays in L2: a block of tiles is transformed, multiplied and transformed back before the
+// direct convolution; F(4x4,3x3) makes 4x4 of 6x6 with 4 times fewer, but its weights are 2.25 times
+// as large. Stride 2: along an axis, the first and last tap read every other input, which is F(2,2),
+// and the middle tap reads the inputs between them, which is two plain products: 25 products for 2x2
+// outputs, 1.44 times fewer than 36. (Tiles of 9x9 for 4x4 outputs need 1.78 times fewer products, but
+// were no faster.)
+// The price is the memory traffic of the transformed tiles. Everything is arranged so that it
+// stays in L2: a block of tiles is transformed, multiplied and transformed back before the
 // next block is touched.
 //
 // Layouts (float32):  x [N][H][W][C]   y, dy [N][H][W][K]   w, dw [K][3][3][C]   (channels_last)
 //   V   [f][panel of C][tile][PW]     transformed input of one block of tiles, f = S*row + col
 //   U   [u][panel of K][C][PW]        transformed weights
 //   M   [f][panel of K][tile][PW]     products
-// S is the side of a transformed tile and f one of its S*S frequencies; u is the frequency's weight,
-// of which stride 2 has fewer, since all its plain products share one.
+// S is the side of a transformed tile and f one of its S*S frequencies; u is the weight of
+// a frequency. Stride 2 has fewer weights, since all its plain products share one.
 // A panel is PW = 2 vectors of channels. Panels (instead of rows of C floats) keep every stream of
-// the matrix kernels contiguous: with rows of 512 floats all rows fall into two L1 sets.
-// C and K are multiples of 16; the last panel may be half full (its stride is PW all the same).
+// the matrix kernels contiguous: rows of 512 floats would all map to two L1 sets.
+// C and K are multiples of 16; the last panel may be half full (its stride is still PW).
 //
-// No state, no allocation: the caller passes scratch (see winograd_scratch). Work is divided in a
-// fixed way and partial sums are added in a fixed order, so a result depends on the number of
-// threads only. No -ffast-math: NaN and Inf go through.
+// No state, no allocation: the caller passes scratch (see winograd_scratch). The division of
+// the work and the order of partial sums are fixed, so a result depends only on the number of
+// threads. No -ffast-math: NaN and Inf pass through.
 #include <cstddef>
 #include <cstring>
 #include <algorithm>
@@ -58,11 +59,11 @@ static inline void store(float* p, vec v) { *(vec_u*)p = v; }
 static inline idx up(idx a, idx b) { return (a + b - 1) / b; }
 
 // A form of the algorithm along one axis, as the matrices of the formula at the top:
-//   S lines of frequencies, the first of which have a weight each; all from line W - 1 on share one
-//   I inputs from STEP * tile - OFFSET on make O outputs from O * tile on
-// Each interpolates at some points and infinity. Of the points in use for four outputs those here
-// have the smallest errors (Barabasz et al., arXiv 1803.10986): F(4,3) 2 to 3 times those of a direct
-// sum, where 0, 1, -1, 2, -2 have 7 times, the others none above it.
+//   S lines of frequencies: the first W - 1 have a weight each, all further ones share one
+//   I inputs, starting at STEP * tile - OFFSET, make O outputs, starting at O * tile
+// Each form interpolates at some points and infinity. Of the known points for four outputs, these have
+// the smallest errors (Barabasz et al., arXiv 1803.10986). With them, the errors of F(4,3) are 2 to 3
+// times those of a direct sum (7 times with 0, 1, -1, 2, -2); the other forms add no error.
 #define MATRIX(name, rows, columns, ...) \
     struct name { \
         enum { R = rows, C = columns }; \
@@ -87,15 +88,15 @@ template <> struct Unit<4> {    // F(4,3): 0, 1, -1, 1/2, -2
     MATRIX(AT, 4, 6, {{1, 1, 1, 1, 1, 0}, {0, 1, -1, .5f, -2, 0}, {0, 1, 1, .25f, 4, 0},
                       {0, 1, -1, .125f, -8, 1}});
 };
-// Stride 2 forward: F(2,2) at 0 and 1 on the even ones of five inputs, and the two odd ones.
+// Stride 2 forward, from five inputs: F(2,2) at 0 and 1 on the even ones, plain products on the odd ones.
 struct Strided {
     enum { S = 5, W = 4, I = 5, STEP = 4, OFFSET = 1, O = 2 };
     MATRIX(BT, 5, 5, {{1, 0, -1, 0, 0}, {0, 0, 1, 0, 0}, {0, 0, -1, 0, 1}, {0, 1, 0, 0, 0}, {0, 0, 0, 1, 0}});
     MATRIX(G, 4, 3, {{1, 0, 0}, {1, 0, 1}, {0, 0, 1}, {0, 1, 0}});
     MATRIX(AT, 2, 5, {{1, 1, 0, 1, 0}, {0, 1, 1, 0, 1}});
 };
-// Its input gradient: of three output gradients those of four inputs, the odd ones by F(2,2) with the
-// taps in reverse, the even ones by the middle tap.
+// Its input gradient: four inputs from three output gradients, the odd ones by F(2,2) with reversed taps,
+// the even ones by the middle tap.
 struct StridedBack {
     enum { S = 5, W = 4, I = 3, STEP = 2, OFFSET = 0, O = 4 };
     MATRIX(BT, 5, 3, {{1, -1, 0}, {0, 1, 0}, {0, -1, 1}, {1, 0, 0}, {0, 1, 0}});
@@ -112,7 +113,7 @@ template <class Matrix> struct Transposed {
     static constexpr float at(int i, int j) { return Matrix::at(j, i); }
 };
 
-// Line I of a matrix times d, from column J on: terms of 0 are left out, of 1 and -1 not multiplied.
+// Line I of a matrix times d, from column J on. Skips coefficients of 0, and does not multiply by 1 or -1.
 template <class Matrix, int I, int J> static inline vec add(vec sum, const vec* d) {
     if constexpr (J == Matrix::C) return sum;
     else {
@@ -140,7 +141,7 @@ template <class Matrix, int I0 = 0, int NR = Matrix::R> static inline void lines
 }
 
 // Shape of one convolution from H x W x C to P x Q x K; th, tw: tiles of o x o outputs per image. A
-// tile hanging over the border reads zeros and its surplus outputs go to a dummy.
+// tile that extends beyond the border reads zeros, and its surplus outputs go to a dummy.
 struct Conv {
     idx N, H, W, C, P, Q, K, th, tw, T, cp, kp;
     Conv(idx o, idx n, idx h, idx w, idx c, idx p, idx q, idx k)
@@ -148,7 +149,7 @@ struct Conv {
           cp(up(c, PW)), kp(up(k, PW)) {}
 };
 
-// Walks over tiles in order without a division for each.
+// Walks over tiles in order without a division per tile.
 struct Tile {
     const Conv& s; idx n, i, j;
     Tile(const Conv& s_, idx t) : s(s_), n(t / (s_.th * s_.tw)), i(t / s_.tw % s_.th), j(t % s_.tw) {}
@@ -167,7 +168,7 @@ struct Tile {
 
 // V = B^T x B of `len` tiles from t0 on, rows I0 .. I0+NR-1 of the S x S frequencies:
 // x [N][H][W][C] -> V [NR*S][panels][stride tiles][PW], frequencies fs floats apart.
-// zero: C zeros, what lies outside the image.
+// zero: C zeros, for pixels outside the image.
 template <class Form, int I0, int NR> static void input_transform(const Conv& s, const float* x,
         idx t0, idx len, const float* zero, float* V, idx stride, idx fs) {
     enum { S = Form::S, I = Form::I };
@@ -241,9 +242,9 @@ template <class Form> static void output_transform(const Conv& s, const float* p
 }
 
 // M[R][PW] = sum over c of A[c][row] * B[c][NV vectors]: A in panels [panel][stride tiles][PW]
-// (the broadcast operand), B packed [C][PW]. All R*NV sums live in registers. Meanwhile the next
-// C*8 floats from `next` on go to L2, two lines per 4 steps: weights of 256 and more channels come
-// from L3, and the processor's own prefetch stops at each page (worth 10 % there, free elsewhere).
+// (the broadcast operand), B packed [C][PW]. All R*NV sums stay in registers. Meanwhile it
+// prefetches C*8 floats at `next` into L2, two lines per 4 steps: the weights of 256 or more channels
+// come from L3, and the processor's own prefetch stops at each page (10 % faster there, free elsewhere).
 template <int R, int NV> static void gemm(const float* A, idx astep, const float* B, idx C, float* M,
                                           const float* next) {
     vec acc[R][NV] = {};
@@ -277,8 +278,8 @@ static inline Gemm pick(idx rows, int nv) {
 }
 
 // dU[WROWS][NV vectors] (+)= sum over n tiles of A[t][row] * B[t][vector]; A, B rows PW apart.
-// The block's sum starts from zero and is added at the end: a sum of sums. Going on from the old
-// value makes one chain over all tiles (16384 for 64 channels at 32x32): error 7e-6 instead of 1e-6.
+// The sum of a block starts from zero and is added at the end: a sum of sums. Continuing the old sum
+// would make one chain over all tiles (16384 for 64 channels at 32x32): error 7e-6 instead of 1e-6.
 template <int NV> static void outer(const float* A, const float* B, idx n, float* D, bool add) {
     vec acc[WROWS][NV] = {};
     for (idx t = 0; t < n; ++t, A += PW, B += PW) {
@@ -311,7 +312,7 @@ template <class Form> static inline void weight_tile(const vec* g, vec* u) {
     }
 }
 
-// Transposes VL x VL floats held in VL vectors: log2(VL) rounds of interleaving i with i + VL/2.
+// Transposes VL x VL floats in VL vectors: log2(VL) rounds of interleaving i with i + VL/2.
 static inline void transpose(vec* r) {
     typedef int ivec __attribute__((vector_size(VL * 4)));
     ivec lo, hi;
@@ -361,15 +362,15 @@ template <class Form> static void weight_transform(const float* w, idx C, idx K,
 }
 
 // Scratch sizes in floats. tb: tiles per block; group: panels of K multiplied before they are
-// transformed back, or rows of frequencies summed together. A line of padding between frequencies
-// keeps the streams of a transform out of one L1 set.
+// transformed back, or rows of frequencies summed together. A cache line of padding between
+// frequencies keeps the streams of a transform from sharing one L1 set.
 struct Plan {
     idx tb, group, ufs, vfs, mfs, frequencies, copies, per_thread;
     bool shared;   // whether all threads work on the same block
-    // V and one panel of M stay in L2 beside the panels of U: up to 0.9 MB of V, blocks of whole
-    // ROWS. For more channels U (16 MB for 512 of F(2,3)) is read once per block, so V and M may
-    // leave L2; and where the panels can be divided among the threads, all work on one block, each
-    // for its own panels: U is then read by one thread only, most of it by the one that wrote it.
+    // V (up to 0.9 MB, in blocks of whole ROWS) and one panel of M stay in L2 beside the panels of U.
+    // With more channels, U (16 MB for 512 of F(2,3)) is read once per block, so V and M may leave
+    // L2. If the panels can be divided among the threads, all threads then work on one block, each on
+    // its own panels: every part of U is read by only one thread, mostly the one that wrote it.
     template <class Form> static Plan forward(const Conv& s, int threads) {
         const idx f = Form::S * Form::S, most = 920000 / (4 * f * s.C) / ROWS * ROWS;
         const bool big = most < 3 * ROWS, shared = big && (s.kp % threads == 0 || s.kp >= 4 * threads);
@@ -399,7 +400,7 @@ private:
 };
 
 // Part `me` of `n` of dw = G^T (sum of `splits` partial dU) G; dU [split][W*W][panel of C][K][PW],
-// in units (panel, k) as it lies in memory.
+// in units (panel, k), in memory order.
 template <class Form> static void weight_output(const Conv& s, const float* dU, idx fs, idx splits,
                                                 float* dw, int me, int n) {
     enum { W = Form::W };
@@ -428,7 +429,7 @@ template <class Form> static void weight_output(const Conv& s, const float* dU, 
 }
 
 typedef void (*Transform)(const Conv&, const float*, idx, idx, const float*, float*, idx, idx);
-// The transforms of NR rows of frequencies, by the first of them over NR.
+// The transforms of NR rows of frequencies, indexed by the first row divided by NR.
 template <class Form, int NR, size_t... I> static void pick_rows(idx i, Transform* in, Transform* gr,
                                                                  std::index_sequence<I...>) {
     static const Transform ins[] = {input_transform<Form, (int)I * NR, NR>...};
@@ -440,8 +441,8 @@ template <class Form, int NR> static void pick_rows(idx first, Transform* in, Tr
     pick_rows<Form, NR>(first / NR, in, gr, std::make_index_sequence<Form::S / NR>());
 }
 
-// See winograd_forward. Threads divide the tiles, or the output channels of each block of tiles; U
-// they compute together.
+// See winograd_forward. Threads divide the tiles, or the output channels of each block of tiles; they
+// compute U together.
 template <class Form> static void forward(const Conv& s, const float* x, const float* w, float* y,
                                           float* scratch, int flip, int threads) {
     enum { F = Form::S * Form::S };
@@ -450,7 +451,7 @@ template <class Form> static void forward(const Conv& s, const float* x, const f
     float *U = scratch, *rest = p.rest(scratch);
 #pragma omp parallel num_threads(threads)
     {
-        const int me = thread_number(), n = thread_count();   // n may be less than asked for
+        const int me = thread_number(), n = thread_count();   // n may be less than requested
         weight_transform<Form>(w, flip ? K : C, flip ? C : K, flip, U, p.ufs, me, n);
         float* own = rest + me * p.per_thread;
         float *V = p.shared ? p.shared_block(scratch) : own, *P = p.shared ? own : V + F * p.vfs;
@@ -514,13 +515,13 @@ template <class Form> static void weight(const Conv& s, const float* x, const fl
             p.group == 1 ? pick_rows<Form, 1>(row, &in, &gr) : pick_rows<Form, S % 2 ? 1 : S / 2>(row, &in, &gr);
             idx t0 = s.T * split / splits, end = s.T * (split + 1) / splits;
             bool more = false;
-            do {   // at least once: a split without tiles has to write zeros
+            do {   // at least once: even a split without tiles must write zeros
                 const idx len = std::min(p.tb, end - t0);
                 in(s, x, t0, len, zero, V, p.tb, p.vfs);
                 gr(s, dy, t0, len, zero, G, p.tb, p.mfs);
                 for (int f = 0; f < p.frequencies; ++f) {
                     const int r = row + f / S;
-                    const bool add = more || r >= W || f % S >= W;   // to what has that weight already
+                    const bool add = more || r >= W || f % S >= W;   // to earlier rows with the same weight
                     float* D = dU + (split * W * W + weight_of<Form>(r * S + f % S)) * p.ufs;
                     for (idx c = 0; c < s.cp; ++c)
                         for (idx k = 0; k < K; k += WROWS)
@@ -543,7 +544,7 @@ template <class F> static void with_form(int stride, int tile, bool back, F f) {
     else back ? f(StridedBack()) : f(Strided());
 }
 static idx strided(idx side, int stride) { return (side - 1) / stride + 1; }
-// The shape with H x W as the larger side: the input, or with `back` the output.
+// The shape, with H x W as the larger side: the input, or with `back` the output.
 template <class Form> static Conv shape(int stride, bool back, idx N, idx H, idx W, idx C, idx K) {
     const idx h = strided(H, stride), w = strided(W, stride);
     return back ? Conv(Form::O, N, h, w, C, H, W, K) : Conv(Form::O, N, H, W, C, h, w, K);
@@ -553,10 +554,10 @@ extern "C" {
 
 // In all of these, the convolution is from N images of H x W pixels to N of strided(H) x strided(W).
 
-// The side of a tile of outputs, 2 or 4, that is faster for maps of such a shape: 4 where the border
-// wastes little and tiles enough share the work on its larger weights (measured, winograd_forward
-// with weights = 0: 32 tiles of 512 channels 0.9 to 1 times as fast, 64 tiles 1.0 to 1.2, 128 tiles
-// 1.1 to 1.6 times; winograd_weight 1.1 to 1.5 times from 32 tiles on).
+// The faster side of output tiles, 2 or 4, for maps of this shape: 4 if the border wastes little and
+// enough tiles share the work on its larger weights (measured speed-up by 4, 512 channels:
+// winograd_forward 0.9 to 1 for 32 tiles, 1.0 to 1.2 for 64, 1.1 to 1.6 for 128; winograd_weight 1.1
+// to 1.5 from 32 tiles on).
 int winograd_tile(int weights, int stride, long N, long H, long W) {
     const idx two = N * up(H, 2) * up(W, 2), four = N * up(H, 4) * up(W, 4);
     return stride == 1 && 36 * four <= 12 * two && four >= (weights ? 32 : 64) ? 4 : 2;

@@ -1,4 +1,4 @@
-"""3x3 convolutions by winograd.cpp as operators of PyTorch, with their gradients."""
+"""3x3 convolutions from winograd.cpp as operators of PyTorch, with their gradients."""
 
 import ctypes
 import functools
@@ -24,10 +24,10 @@ CHANNEL_MULTIPLE = 16
 
 @functools.cache
 def load_winograd_kernels() -> ctypes.CDLL:
-    """Compile the kernels, unless that was done before, and load them.
+    """Compile the kernels, unless they are cached, and load them.
 
     Raises:
-        NativeKernelsError: That is not possible here.
+        NativeKernelsError: They cannot be compiled or loaded here.
     """
     library = load_library(Path(__file__).with_name("winograd.cpp"))
     pointer, number, count = ctypes.c_void_p, ctypes.c_int, ctypes.c_long
@@ -45,7 +45,7 @@ def load_winograd_kernels() -> ctypes.CDLL:
 
 
 def tile_side(stride: int, batch: int, height: int, width: int, *, weight_gradient: bool) -> int:
-    """Side of the tiles of outputs, 2 or 4, that is faster for images of that shape."""
+    """The faster side of output tiles, 2 or 4, for images of this shape."""
     library = load_winograd_kernels()
     side: int = library.winograd_tile(int(weight_gradient), stride, batch, height, width)
     return side
@@ -56,7 +56,7 @@ def _channels_last(tensor: Tensor) -> Tensor:
 
 
 def _like_images(*shape: int) -> Tensor:
-    # By name, since the defaults for new tensors are the user's to change.
+    # With dtype and device, since users may change the defaults for new tensors.
     return torch.empty(shape, dtype=torch.float32, device="cpu", memory_format=torch.channels_last)
 
 
@@ -92,15 +92,15 @@ def _run(
     *,
     back: bool,
 ) -> Tensor:
-    """The convolution, or with `back` the one by which gradients go back to its images.
+    """The convolution, or with `back` the gradient by its images.
 
     Args:
-        source: (N, C, H, W), what is read.
-        weight: Of the convolution.
-        result: (N, K, H, W) in channels_last, what is written.
-        stride: Of the convolution.
+        source: (N, C, H, W), the input: images, or with `back` the gradient of the output.
+        weight: Weight of the convolution.
+        result: (N, K, H, W) in channels_last, the tensor to write.
+        stride: Stride of the convolution.
         shape: N, height and width of the convolution's images, C and K.
-        back: See above.
+        back: Whether to compute the gradient by the images.
     """
     if not result.numel():
         return result
@@ -132,7 +132,7 @@ def _weight_gradient(grad_output: Tensor, images: Tensor, weight: Tensor, stride
 
 
 def _check(images: Tensor, weight: Tensor, stride: int) -> None:
-    """Raise a RuntimeError, as torch's convolution would, for what the kernels cannot compute."""
+    """Raise a RuntimeError, as torch's convolution would, for operands the kernels cannot take."""
     operator = "winograd_convolution"
     check_operand(operator, "images", images, (None, None, None, None))
     check_operand(operator, "weight", weight, (None, images.shape[1], 3, 3))
@@ -153,14 +153,14 @@ def winograd_convolution(images: Tensor, weight: Tensor, stride: int) -> Tensor:
 
     Args:
         images: (N, C, H, W), C a multiple of CHANNEL_MULTIPLE.
-        weight: (K, C, 3, 3), K likewise.
+        weight: (K, C, 3, 3), K a multiple of CHANNEL_MULTIPLE too.
         stride: 1 or 2.
 
     Returns:
         (N, K, (H - 1) // stride + 1, (W - 1) // stride + 1) in channels_last.
 
     Raises:
-        RuntimeError: A tensor has another shape or dtype, or lies on another device.
+        RuntimeError: A tensor has another shape or dtype, or is on another device.
     """
     _check(images, weight, stride)
     return _convolve(images, weight, stride)
@@ -179,17 +179,17 @@ def winograd_convolution_backward(
     """Gradients of `winograd_convolution` by images and by weight.
 
     Args:
-        grad_output: As the output.
+        grad_output: Gradient of the output, with the same shape.
         images: (N, C, H, W).
         weight: (K, C, 3, 3).
         stride: 1 or 2.
-        wanted: Which of the two are wanted; the other one is an empty tensor.
+        wanted: Whether to compute each of the two; a gradient that is not wanted is empty.
 
     Returns:
-        (N, C, H, W) in channels_last, and (K, C, 3, 3) with the strides of the weight.
+        The gradients (N, C, H, W) in channels_last and (K, C, 3, 3) with the strides of the weight.
 
     Raises:
-        RuntimeError: A tensor has another shape or dtype, or lies on another device.
+        RuntimeError: A tensor has another shape or dtype, or is on another device.
     """
     _check(images, weight, stride)
     size = [_output_size(side, stride) for side in images.shape[2:]]
@@ -200,7 +200,7 @@ def winograd_convolution_backward(
         grad_images = _image_gradient(grad_output, images, weight, stride)
     if wanted[1]:
         grad_weight = _weight_gradient(grad_output, images, weight, stride)
-        if weight.is_contiguous():  # DDP wants the strides of the parameter
+        if weight.is_contiguous():  # DDP needs the strides of the parameter
             grad_weight = grad_weight.contiguous()
     return grad_images, grad_weight
 

@@ -1,10 +1,10 @@
 """3x3 convolutions by Winograd's algorithm on CPUs: 2.25 to 4 times fewer multiplications.
 
-With a stride of 2 it is 1.44 times fewer.
+With a stride of 2, there are 1.44 times fewer.
 
 Lavin and Gray, "Fast algorithms for convolutional neural networks", arXiv 1509.09308. In fp32 the
-result is nearly as near to the exact one as that of an ordinary convolution: the largest error is
-up to 4 millionths of the largest value, where oneDNN's is up to 3 (docs/experiments.md).
+result is nearly as exact as that of an ordinary convolution: the largest error is up to 4
+millionths of the largest value, compared with 3 for oneDNN (docs/experiments.md).
 """
 
 import torch
@@ -15,16 +15,16 @@ from training_framework.kernels.winograd import CHANNEL_MULTIPLE, winograd_convo
 
 __all__ = ["SMALLEST_MAP", "WinogradConv2d", "winograd_applies"]
 
-# Below, the border is much of the map, and SmallMapConv2d is for that.
+# On smaller maps, much of the work is on the border; SmallMapConv2d handles them.
 SMALLEST_MAP = 3
 
 
 class WinogradConv2d(nn.Conv2d):
     """Conv2d that runs by Winograd's algorithm on CPUs in fp32.
 
-    Everywhere else it is `nn.Conv2d`, which also says what is wrong with an input. Its parameters
-    are the same in name, shape and gradient. Fastest in channels_last, since the kernels read
-    nothing else. It can be differentiated once, not twice.
+    Otherwise it runs `nn.Conv2d`, which also raises the errors for wrong inputs. Its parameters are
+    the same in name, shape and gradient. It is fastest in channels_last, the only layout that the
+    kernels read. It can be differentiated once, not twice.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -44,12 +44,13 @@ class WinogradConv2d(nn.Conv2d):
 
 
 def winograd_applies(convolution: nn.Conv2d, height: int, width: int) -> bool:
-    """Whether a convolution of such maps can be computed so, and is worth it.
+    """Whether the kernels can compute a convolution of such maps, and faster.
 
     Args:
-        convolution: 3x3, of stride 1 or 2, with a padding of 1 and no bias, groups or dilation.
-        height: Of the input, in pixels.
-        width: Of the input, in pixels.
+        convolution: It must be 3x3, of stride 1 or 2, with padding 1 and no bias, groups or
+            dilation.
+        height: Height of the input in pixels.
+        width: Width of the input in pixels.
     """
     return (
         convolution.kernel_size == (3, 3)

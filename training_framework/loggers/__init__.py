@@ -1,7 +1,7 @@
-"""Where a run's numbers go: one sink a module.
+"""Loggers of a run's metrics: one per module.
 
-The names of the values, their units and their order are COLUMNS; every sink takes any part of
-them. A value that is missing was not measured at that step.
+COLUMNS defines the names of the values, their units and their order; every logger accepts any
+subset. A missing value was not measured at that step.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -25,22 +25,22 @@ __all__ = [
 
 
 class Logger(Protocol):
-    """What every sink does."""
+    """The interface of a logger."""
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Write the values of a step; `step` counts the optimizer steps made, and increases."""
+        """Write the values of a step; `step` is the number of optimizer steps, and increases."""
 
     def message(self, text: str) -> None:
-        """Write a line for people, where the sink has a place for it."""
+        """Write a line for people, if the logger has a place for it."""
 
     def close(self) -> None:
-        """Write what is still held back and close; no call may follow but another close."""
+        """Write all pending values and close. Afterwards, only `close` may be called again."""
 
 
 class LoggerGroup:
-    """Several loggers as one, in their order; none of them (on ranks that do not log) is fine.
+    """Several loggers as one, in order; none at all on ranks that do not log.
 
-    Closing closes all of them, also where one fails; the error is raised afterwards. As a context
+    `close` closes all of them even if one fails, and raises its error afterwards. As a context
     manager it closes at the end.
     """
 
@@ -48,17 +48,17 @@ class LoggerGroup:
         self._loggers = tuple(loggers)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Log to each."""
+        """Write the values to each logger."""
         for logger in self._loggers:
             logger.log(step, values)
 
     def message(self, text: str) -> None:
-        """Give each the line."""
+        """Write the line to each logger."""
         for logger in self._loggers:
             logger.message(text)
 
     def close(self) -> None:
-        """Close each."""
+        """Close each logger."""
         with ExitStack() as stack:
             for logger in reversed(self._loggers):
                 stack.callback(logger.close)
@@ -74,8 +74,9 @@ LOGGERS: dict[str, Callable[[Path, int | None], Logger]] = {
     "csv": lambda folder, step: CsvLogger(folder / "metrics.csv", resume_step=step),
     "tensorboard": lambda folder, step: TensorBoardLogger(folder, resume_step=step),
 }
-"""What opens each logger of a run that writes files, in their order.
+"""How to open each logger that writes files, in order.
 
-Its arguments are the run's folder and, where a run is resumed, the steps made so far. A run opens
-all of them but those whose name is a setting that is off: a new one is a module and a line here.
+The arguments are the run's folder and, for a resumed run, the number of steps so far. A run opens
+all loggers, except one whose name is a setting that is off. A new logger is a module and a line
+here.
 """

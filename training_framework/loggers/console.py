@@ -1,4 +1,4 @@
-"""Progress for the person at the console: a bar on a terminal, plain lines elsewhere."""
+"""Show progress on the console: a bar on a terminal, plain lines elsewhere."""
 
 import sys
 from collections.abc import Mapping
@@ -14,21 +14,21 @@ _REDRAW_SECONDS = 0.5
 
 
 class ConsoleLogger:
-    """Shows progress on stderr, so that stdout is left for results.
+    """Shows progress on stderr, so that stdout only has results.
 
-    Where nobody can read it any more (a closed terminal, a pipe whose reader has left), it is
+    If the output can no longer be read (a closed terminal, a pipe whose reader has quit), it stays
     silent, and the run continues.
 
     On a terminal: a bar with the loss, accuracy, learning rate and images per second of the last
-    logged step and the time left, and a line for each evaluation. Elsewhere (a file, a batch
-    system's log): a line of at most 80 columns for each logged step and each evaluation.
+    logged step and the time left, and a line per evaluation. Elsewhere (a file, the log of a batch
+    system): a line of at most 80 columns per logged step and per evaluation.
 
     Args:
         total_steps: Optimizer steps of the whole run.
-        start_step: Steps made before this start, where a run is resumed.
-        total_epochs: Epochs of the whole run, to show beside the epoch; None: not shown.
-        terminal: Draw a bar; None: where `stream` is a terminal.
-        stream: Where to write; None: stderr as it is now.
+        start_step: Steps made before this start, if the run is resumed.
+        total_epochs: Epochs of the whole run, to show next to the epoch; None: not shown.
+        terminal: Whether to draw a bar; None: if `stream` is a terminal.
+        stream: Stream to write to; None: the present stderr.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class ConsoleLogger:
         stream: TextIO | None = None,
     ) -> None:
         stream = sys.stderr if stream is None else stream
-        self._stream: Any = _StreamThatMayGo(stream)
+        self._stream: Any = _StreamThatMayClose(stream)
         self._total_steps = total_steps
         self._total_epochs = total_epochs
         self._bar: tqdm | None = None
@@ -56,15 +56,15 @@ class ConsoleLogger:
             )
 
     def advance(self, step: int) -> None:
-        """Move the bar to `step` optimizer steps made; cheap enough for every step.
+        """Move the bar to `step` optimizer steps; cheap enough for every step.
 
-        tqdm learns how many steps make its redraw interval and only counts in between.
+        tqdm learns how many steps fit into its redraw interval and only counts in between.
         """
         if self._bar is not None:
             self._bar.update(step - self._bar.n)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Show the values of a step: training in the bar or a line, an evaluation in a line."""
+        """Show the values of a step: training in the bar or in a line, evaluations in a line."""
         position = self._position(step, values)
         if self._bar is not None:
             self.advance(step)
@@ -78,14 +78,14 @@ class ConsoleLogger:
             self.message(_line([*position, *_evaluation(values)]))
 
     def message(self, text: str) -> None:
-        """Write a line, above the bar where there is one."""
+        """Write a line, above the bar if there is one."""
         if self._bar is not None:
             self._bar.write(text, file=self._stream)
         else:
             print(text, file=self._stream, flush=True)
 
     def close(self) -> None:
-        """Leave the bar as it stands and end its line."""
+        """Leave the bar as it is and end its line."""
         if self._bar is not None:
             self._bar.close()
 
@@ -98,8 +98,8 @@ class ConsoleLogger:
         return f"epoch {int(values['epoch']) + 1}{total}"
 
 
-class _StreamThatMayGo:
-    """A text stream that may be lost without an error."""
+class _StreamThatMayClose:
+    """A text stream whose write errors are ignored."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -144,7 +144,7 @@ def _evaluation(values: Mapping[str, float]) -> list[str]:
 
 
 def _line(fields: list[str]) -> str:
-    """The fields side by side; those at the end, which matter least, only where they fit."""
+    """The fields joined; the last ones, which matter least, are dropped if they do not fit."""
     line = "  ".join(fields)
     while len(line) > _LINE_WIDTH and len(fields) > 1:
         fields = fields[:-1]

@@ -1,4 +1,4 @@
-"""Metrics as a CSV file: one row a logged step, complete after every row."""
+"""Metrics as a CSV file: one row per logged step, complete after every row."""
 
 import os
 from collections.abc import Mapping
@@ -15,9 +15,9 @@ __all__ = ["COLUMNS", "CsvLogger"]
 COLUMNS = {
     "epoch": "epoch that the step belongs to, counted from 0",
     "step": "optimizer steps made, counted from 1",
-    "train/loss": "mean training loss since the row before",
-    "train/acc1": "top-1 accuracy on the training images since the row before, percent",
-    "train/acc5": "top-5 accuracy on the training images since the row before, percent",
+    "train/loss": "mean training loss since the previous row",
+    "train/acc1": "top-1 accuracy on the training images since the previous row, percent",
+    "train/acc5": "top-5 accuracy on the training images since the previous row, percent",
     "val/loss": "mean loss on the validation set",
     "val/acc1": "top-1 accuracy on the validation set, percent",
     "val/acc5": "top-5 accuracy on the validation set, percent",
@@ -35,20 +35,20 @@ _HEADER = ",".join(COLUMNS)
 
 
 class CsvLogger:
-    """Appends a row for every call of `log`, at once; a missing value is an empty field.
+    """Appends a row for every call of `log`, immediately; a missing value is an empty field.
 
-    Whole numbers are written in full, others with the fewest digits that give back the same
-    float32. Messages are not kept.
+    Whole numbers are written in full, others with the fewest digits that identify the float32.
+    Messages are not written.
 
     Args:
         path: The file, in an existing directory.
-        resume_step: The steps made so far, where a run is resumed: rows after that step are
-            dropped, since they will be logged again, and so is a last row that a crash tore. The
-            file is replaced in one move, so a crash here loses nothing. None: a new run.
+        resume_step: For a resumed run, the number of steps so far. Rows after that step are
+            dropped, since they will be logged again, and so is an incomplete last row. The file
+            is replaced atomically, so a crash here loses nothing. None: a new run.
 
     Raises:
-        UserError: A new run's file exists already, the file to append to is of another kind, or it
-            cannot be written to.
+        UserError: The file of a new run already exists, the file to append to is of another kind,
+            or it cannot be written to.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, resume_step: int | None = None) -> None:
@@ -65,7 +65,7 @@ class CsvLogger:
             self._file = RecordFile(self._path, new=True)
         except FileExistsError:
             raise UserError(
-                f"{self._path} exists already", "choose another run directory or resume that run"
+                f"{self._path} already exists", "choose another run directory or resume that run"
             ) from None
         self._file.write(f"{_HEADER}\n".encode())
 
@@ -73,11 +73,11 @@ class CsvLogger:
         """Write a row.
 
         Args:
-            step: Optimizer steps made; above that of the row before.
-            values: Values by column; `step` itself may be left out.
+            step: Number of optimizer steps; greater than in the previous row.
+            values: Values by column; `step` itself may be missing.
 
         Raises:
-            UserError: A name that is not a column, or the row cannot be written.
+            UserError: A name is not a column, or the row cannot be written.
         """
         assert step > self._last_step, f"step {step} is logged after step {self._last_step}"
         unknown = sorted(values.keys() - COLUMNS.keys())
@@ -97,7 +97,7 @@ class CsvLogger:
         self._last_step = step
 
     def message(self, text: str) -> None:
-        """Nothing: the file holds numbers alone."""
+        """Do nothing: the file contains only numbers."""
 
     def close(self) -> None:
         """Close the file."""
@@ -113,17 +113,17 @@ def _number(value: float) -> str:
 
 
 def _rows_to_keep(path: Path, resume_step: int) -> list[str]:
-    # What a power cut leaves may not be text at all; such a row counts as torn.
+    # A power cut may leave bytes that are not text; such a row counts as incomplete.
     text = path.read_text(encoding="utf-8", errors="replace")
     header, *rows = text.split("\n")
     if _HEADER.startswith(header) and not any(rows):
         return []
     if header != _HEADER:
         raise UserError(
-            f"{path}: the first line does not name this version's columns",
+            f"{path}: the first line does not list the columns of this version",
             "move the file away to start a new one",
         )
-    # Behind the last line end is nothing, or a row whose last number may be cut short.
+    # After the last newline there is nothing, or a row whose last number may be incomplete.
     rows.pop()
     kept: list[str] = []
     last_step = -1
@@ -136,7 +136,7 @@ def _rows_to_keep(path: Path, resume_step: int) -> list[str]:
 
 
 def _step_of(row: str) -> int:
-    """The row's step; -1 where the row is torn."""
+    """The step of a row; -1 if the row is incomplete."""
     fields = row.split(",")
     step = fields[list(COLUMNS).index("step")] if len(fields) == len(COLUMNS) else ""
     return int(step) if step.isascii() and step.isdecimal() else -1

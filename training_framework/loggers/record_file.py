@@ -1,4 +1,4 @@
-"""A file that grows record by record, and says so where it cannot."""
+"""A file that grows record by record and reports every failed write."""
 
 import errno
 import os
@@ -10,17 +10,17 @@ __all__ = ["RecordFile"]
 
 
 class RecordFile:
-    """A file where each record is with the operating system when `write` returns.
+    """A file whose records have reached the operating system when `write` returns.
 
-    Nothing waits in this process, so a killed run loses no record that came before a checkpoint,
-    and closing after a failed write does not write again.
+    This process buffers nothing, so a killed run loses no record from before a checkpoint, and
+    `close` after a failed write does not write again.
 
     Args:
         path: The file, in an existing folder.
-        new: Make the file, which must not exist; otherwise append to it.
+        new: Create the file, which must not exist; otherwise append to it.
 
     Raises:
-        FileExistsError: A new file exists already.
+        FileExistsError: The file to create already exists.
         UserError: The file cannot be opened.
     """
 
@@ -37,11 +37,11 @@ class RecordFile:
         """Append a record.
 
         Raises:
-            UserError: It cannot be written, or the file was deleted. A part of the record may be
-                at the file's end.
+            UserError: The record cannot be written, or the file was deleted. The file may end in a
+                part of the record.
         """
         try:
-            # Writing to a file without a name succeeds, and the numbers are gone.
+            # Writing to a deleted file succeeds, but the numbers are lost.
             if os.fstat(self._file.fileno()).st_nlink == 0:
                 raise FileNotFoundError(errno.ENOENT, "it was deleted during the run")
             while record:
@@ -55,7 +55,7 @@ class RecordFile:
 
 
 def unwritable(path: Path, error: OSError) -> UserError:
-    """The user's error behind a write that failed."""
+    """The UserError for a failed write."""
     return UserError(
         f"{path}: cannot be written to ({error.strerror or error})",
         "fix that or free some space, then resume the run from its last checkpoint with --resume",

@@ -13,20 +13,20 @@ from training_framework.loggers.record_file import RecordFile, unwritable
 
 __all__ = ["TensorBoardLogger"]
 
-# What readers take for the beginning of an event file.
+# Readers expect this at the start of an event file.
 _FILE_VERSION = "brain.Event:2"
 
 
 class TensorBoardLogger:
     """Writes every value as a scalar under its own name, and messages as text.
 
-    An event is in its file when `log` returns, where torch's SummaryWriter keeps events back for
-    seconds, loses them with a killed process, and reports a full disk from another thread.
+    An event is in its file when `log` returns. By contrast, torch's SummaryWriter buffers events
+    for seconds, loses them if the process is killed, and reports a full disk from another thread.
 
     Args:
-        directory: Folder of the event files; made if it is missing.
-        resume_step: The steps made so far, where a run is resumed: TensorBoard hides what earlier
-            event files hold of later steps, since those will be logged again. None: a new run.
+        directory: Folder of the event files; created if it is missing.
+        resume_step: For a resumed run, the number of steps so far: TensorBoard hides later steps in
+            earlier event files, since they will be logged again. None: a new run.
 
     Raises:
         UserError: The folder cannot be written to.
@@ -35,7 +35,7 @@ class TensorBoardLogger:
     def __init__(
         self, directory: str | os.PathLike[str], *, resume_step: int | None = None
     ) -> None:
-        # Slow imports, which commands that log nothing need not wait for.
+        # Imported here, since the imports are slow and not all commands log.
         from tensorboard.compat.proto.event_pb2 import (
             Event,
             SessionLog,
@@ -66,10 +66,10 @@ class TensorBoardLogger:
         self._last_step = step
 
     def message(self, text: str) -> None:
-        """Write the line as text at the step that was logged last."""
+        """Write the line as text at the last logged step."""
         from torch.utils.tensorboard.summary import text as text_summary
 
-        encodable = text.encode(errors="backslashreplace").decode()  # a path may be no UTF-8
+        encodable = text.encode(errors="backslashreplace").decode()  # a path may not be UTF-8
         self._write(step=self._last_step, summary=text_summary("messages", encodable))
 
     def close(self) -> None:
@@ -77,15 +77,15 @@ class TensorBoardLogger:
         self._file.close()
 
     def _write(self, **fields: Any) -> None:
-        # The time of day is what TensorBoard shows beside an event; nothing is measured with it.
+        # TensorBoard shows the time of day next to an event; nothing is measured with it.
         event = self._event_type(wall_time=time.time_ns() / 1e9, **fields)
         self._records.write(event.SerializeToString())
 
 
 def _new_event_file(directory: Path) -> RecordFile:
-    """A file whose name sorts behind those of the runs before, as readers take them by name.
+    """A file whose name sorts after those of earlier runs, since readers go by name.
 
-    The clock's seconds alone would not do: a run may be resumed within a second, or after the
+    The seconds of the clock would not suffice: a run may be resumed within a second, or after the
     clock was set back.
     """
     try:
@@ -104,5 +104,5 @@ def _new_event_file(directory: Path) -> RecordFile:
         return RecordFile(directory / name, new=True)
     except FileExistsError:
         raise UserError(
-            f"{directory / name} exists already", "let one run alone write to that folder"
+            f"{directory / name} already exists", "let only one run write to that folder"
         ) from None

@@ -1,1 +1,1 @@
-"""What this machine is and can do, and the process on it: devices, memory, randomness, groups."""
+"""This machine and the processes on it: devices, memory, load, randomness, process groups."""

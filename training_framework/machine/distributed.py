@@ -1,4 +1,4 @@
-"""Several processes that train together: torchrun's environment and torch.distributed."""
+"""Processes that train together: torchrun's environment and torch.distributed."""
 
 import gc
 import importlib
@@ -20,7 +20,7 @@ from training_framework.errors import UserError
 __all__ = [
     "Processes",
     "gathered",
-    "is_first_to_say",
+    "is_first_to_report",
     "largest",
     "process_group",
     "share_buffers",
@@ -28,19 +28,19 @@ __all__ = [
 ]
 
 BOARD_TIMEOUT = timedelta(seconds=5)
-# Opening a large data set, and compiling kernels, may take one process longer than another.
+# One process may take longer than another to open a large data set or to compile kernels.
 FIRST_PROCESS_TIMEOUT = timedelta(minutes=10)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Processes:
-    """This process among those that train together.
+    """The position of this process among those that train together.
 
     Attributes:
         rank: Its number, from 0.
-        world_size: How many there are.
+        world_size: Number of processes.
         local_rank: Its number on this machine.
-        local_world_size: How many there are on this machine.
+        local_world_size: Number of processes on this machine.
     """
 
     rank: int = 0
@@ -50,10 +50,10 @@ class Processes:
 
     @classmethod
     def from_environment(cls) -> "Processes":
-        """As torchrun says in the environment; one process without it.
+        """Read from torchrun's environment variables; a single process without them.
 
         Raises:
-            UserError: The variables are set but make no sense.
+            UserError: A variable has an invalid value.
         """
         names = {
             "rank": "RANK",
@@ -81,21 +81,20 @@ class Processes:
 
 @contextmanager
 def process_group(processes: Processes, device: torch.device) -> Iterator[None]:
-    """Join the other processes: NCCL for CUDA devices, gloo elsewhere; alone, nothing happens.
+    """Join the other processes, by NCCL for CUDA devices and gloo elsewhere; a no-op for one.
 
-    A UserError of one process ends the others with the same UserError where they would otherwise
-    only report that it has left them.
+    A UserError in one process ends the others with the same UserError; otherwise they would only
+    report that the process is gone.
 
-    What uses the group, such as a DistributedDataParallel, must have gone out of scope where this
-    ends. Only with its last user gone do gloo's threads end, and one that still held a tensor of
-    Python's while the interpreter is taken down would abort the process (PyTorch's pull request
-    179291 describes it).
+    All users of the group, such as a DistributedDataParallel, must be out of scope at the end.
+    gloo's threads end only with the last user, and a thread that still owns a Python tensor while
+    the interpreter shuts down aborts the process (see PyTorch's pull request 179291).
     """
     if processes.world_size == 1:
         yield
         return
-    # It has the group of the time of its import as defaults of its functions; imported later, by
-    # DistributedDataParallel, it would hold this group for good.
+    # torch.distributed.nn binds the current group as default arguments at import. A later import,
+    # by DistributedDataParallel, would keep this group for ever.
     importlib.import_module("torch.distributed.nn.functional")
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -105,10 +104,10 @@ def process_group(processes: Processes, device: torch.device) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        traceback.clear_frames(error.__traceback__)  # what their variables hold uses the group
+        traceback.clear_frames(error.__traceback__)  # their variables may use the group
         if isinstance(error, UserError):
-            _leave_word(error)
-        elif isinstance(error, RuntimeError) and (cause := _word_left()) is not None:
+            _post_cause(error)
+        elif isinstance(error, RuntimeError) and (cause := _posted_cause()) is not None:
             raise cause from None
         raise
     finally:
@@ -117,7 +116,7 @@ def process_group(processes: Processes, device: torch.device) -> Iterator[None]:
 
 
 def largest(values: Sequence[float], device: torch.device) -> list[float]:
-    """The largest of each value over all processes, in fp32. Waits for the device.
+    """The maximum of each value over all processes, in fp32. Waits for the device.
 
     All processes must call it at the same point.
     """
@@ -128,7 +127,7 @@ def largest(values: Sequence[float], device: torch.device) -> list[float]:
 
 
 def gathered(value: Any) -> list[Any]:
-    """Every process's value, in the order of their ranks: plain values, a few.
+    """The values of all processes, in order of rank; meant for a few plain values.
 
     All processes must call it at the same point.
     """
@@ -141,7 +140,7 @@ def gathered(value: Any) -> list[Any]:
 
 @torch.no_grad()
 def share_buffers(model: nn.Module) -> None:
-    """Give every process rank 0's buffers, such as the running statistics of its batch norms.
+    """Copy rank 0's buffers, such as the running statistics of batch norms, to all processes.
 
     All processes must call it at the same point.
     """
@@ -150,21 +149,21 @@ def share_buffers(model: nn.Module) -> None:
             dist.broadcast(buffer, src=0)
 
 
-def is_first_to_say(text: str) -> bool:
-    """Whether no other process of this start has said the same; it is then taken as said.
+def is_first_to_report(text: str) -> bool:
+    """Whether this is the first process of this start to report a text. Marks it as reported.
 
-    The processes need not have formed a group yet. Where something else than torchrun started
-    them, none knows of the others, and each is the first.
+    The processes need not have formed a group yet. If something other than torchrun started them,
+    they do not know of each other, and each one is the first.
     """
     board = _board()
-    return board is None or board.add(f"said/{text}", 1) == 1
+    return board is None or board.add(f"reported/{text}", 1) == 1
 
 
 def value_of_first_process(key: str, value: str, processes: Processes) -> str:
-    """Rank 0's value of a text that each process has found for itself; all take that one.
+    """Rank 0's value of a text, for all processes to use instead of their own.
 
-    All processes must call it, each key once. They need not have formed a group yet. Where
-    something else than torchrun started them, each keeps its own.
+    All processes must call it, once per key. They need not have formed a group yet. If something
+    other than torchrun started them, each one keeps its own value.
 
     Raises:
         UserError: Rank 0 did not call it in time.
@@ -179,20 +178,20 @@ def value_of_first_process(key: str, value: str, processes: Processes) -> str:
         board.wait([f"value/{key}"], FIRST_PROCESS_TIMEOUT)
     except RuntimeError:
         raise UserError(
-            f"rank 0 has not said its {key} in {FIRST_PROCESS_TIMEOUT.seconds // 60} minutes",
-            "look for what keeps it, and start again",
+            f"rank 0 has not reported its {key} in {FIRST_PROCESS_TIMEOUT.seconds // 60} minutes",
+            "find out what delays it, and start again",
         ) from None
     return board.get(f"value/{key}").decode()
 
 
-def _leave_word(error: UserError) -> None:
+def _post_cause(error: UserError) -> None:
     board = _board()
     if board is not None:
-        # The first cause stays; those that follow may only be its consequences.
+        # Keep the first cause; later errors may only be its consequences.
         board.compare_set("cause", "", json.dumps([error.fault, error.cure]))
 
 
-def _word_left() -> UserError | None:
+def _posted_cause() -> UserError | None:
     board = _board()
     if board is None or not board.check(["cause"]):
         return None
@@ -200,9 +199,9 @@ def _word_left() -> UserError | None:
 
 
 def _board() -> dist.Store | None:
-    """Where processes can leave word for each other whatever state their group is in.
+    """A store that all processes can read and write, whatever the state of their group.
 
-    It is the store of torchrun itself, which outlives them; None without torchrun.
+    It is the store of torchrun itself, which outlives the processes; None without torchrun.
     """
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return None

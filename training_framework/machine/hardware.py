@@ -1,4 +1,4 @@
-"""What this machine is and can do: measured or asked, never assumed."""
+"""The properties of this machine: measured or queried, never assumed."""
 
 import importlib.metadata
 import os
@@ -31,10 +31,10 @@ __all__ = [
 CPU_QUOTA_FILE = Path("/sys/fs/cgroup/cpu.max")
 MEMORY_LIMIT_FILE = Path("/sys/fs/cgroup/memory.max")
 BF16_INSTRUCTIONS = frozenset({"avx512_bf16", "amx", "arm_bf16"})
-# Less would not repay the casts of the weights.
-BF16_PAYS_FROM = 1.1
+# A smaller speed-up would not outweigh the casts of the weights.
+MIN_BF16_SPEED = 1.1
 # The system counts in ticks of 10 ms.
-SHORTEST_WATCH_SECONDS = 0.08
+MIN_WATCH_SECONDS = 0.08
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,11 +43,11 @@ class Accelerator:
 
     Attributes:
         kind: PyTorch's device type (`cuda` also for ROCm, `mps`, `xpu`).
-        name: As its driver calls it.
+        name: Its name according to the driver.
         index: Its number among the devices of its kind.
-        memory_bytes: Its own memory; 0 where it shares the host's or is unknown.
-        bf16: Whether it computes bfloat16 itself.
-        fault: Why this PyTorch cannot use it, with the cure; empty where it can.
+        memory_bytes: Its own memory; 0 if it shares the host's or if unknown.
+        bf16: Whether it supports bfloat16 in hardware.
+        fault: Why this PyTorch cannot use it, with the cure; empty if it can.
     """
 
     kind: str
@@ -60,23 +60,22 @@ class Accelerator:
 
 @dataclass(frozen=True, kw_only=True)
 class Hardware:
-    """Facts of the machine that a plan rests on.
+    """The facts about the machine that a plan is based on.
 
     Attributes:
         cpu_name: Model of the processor.
-        cores: Cores this process may run on (affinity and container quota counted in).
-        instruction_sets: Those of the CPU that matter here: avx2, avx512, avx512_bf16, amx.
-        memory_bytes: Host memory this process may use (container limit counted in).
+        cores: Cores that this process may run on (within affinity and container quota).
+        instruction_sets: The relevant ones of the CPU: avx2, avx512, avx512_bf16, amx, arm_bf16.
+        memory_bytes: Host memory that this process may use (within the container limit).
         accelerators: All that were found, usable or not.
-        bf16_speed: How many times as fast as in fp32 a convolution in bf16 is on this CPU,
-            measured; None where that was not asked, or the CPU has no instructions for it.
-        cpp_compiler: Name of the C++ compiler, which kernels for this CPU need; None without one
-            that works.
-        cpp_compiler_fault: Why there is none, in a few words; read only where there is none.
-        glibc: Whether memory is allocated by glibc, which can be told to keep it.
-        thread_limit: The most threads that OpenMP may start (OMP_THREAD_LIMIT); None: no limit.
-        other_cpu_share: Share of the cores that other processes took while the machine was looked
-            at, 0 to 1; 0 where torchrun's other processes would count.
+        bf16_speed: Measured speed of a bf16 convolution on this CPU as a multiple of fp32; None if
+            not measured or if the CPU has no instructions for bf16.
+        cpp_compiler: Name of the C++ compiler for CPU kernels; None if there is no working one.
+        cpp_compiler_fault: Why there is none, in a few words.
+        glibc: Whether glibc allocates memory; glibc can be told to keep freed memory.
+        thread_limit: Largest number of threads of OpenMP (OMP_THREAD_LIMIT); None: no limit.
+        other_cpu_share: Share of the cores that other processes used during detection, 0 to 1; 0
+            under torchrun, whose other processes would count.
     """
 
     cpu_name: str
@@ -93,39 +92,39 @@ class Hardware:
 
     @property
     def usable(self) -> tuple[Accelerator, ...]:
-        """Accelerators that this PyTorch can compute on."""
+        """Accelerators that this PyTorch can use."""
         return tuple(gpu for gpu in self.accelerators if not gpu.fault)
 
     @property
     def cpu_bf16(self) -> bool:
-        """Whether the CPU computes bfloat16 itself; elsewhere it is emulated, and slower."""
+        """Whether the CPU supports bfloat16 in hardware; emulation is slower than fp32."""
         return bool(self.bf16_instructions)
 
     @property
     def cpu_bf16_pays(self) -> bool:
-        """Whether it does so faster than fp32; not every CPU with the instructions does."""
-        measured = self.bf16_speed is None or self.bf16_speed >= BF16_PAYS_FROM
+        """Whether bfloat16 is faster than fp32; not so on every CPU with the instructions."""
+        measured = self.bf16_speed is None or self.bf16_speed >= MIN_BF16_SPEED
         return self.cpu_bf16 and measured
 
     @property
     def bf16_instructions(self) -> tuple[str, ...]:
-        """The instruction sets for bfloat16 that the CPU has."""
+        """The CPU's instruction sets for bfloat16."""
         return tuple(name for name in self.instruction_sets if name in BF16_INSTRUCTIONS)
 
 
 def detect_hardware() -> Hardware:
-    """Look at this machine.
+    """Detect the properties of this machine.
 
-    Where the CPU has instructions for bfloat16, their worth is measured, once a process, in about
-    a tenth of a second. Meanwhile others' use of the cores is measured.
+    If the CPU has instructions for bfloat16, their speed is measured once per process, in about a
+    tenth of a second. Meanwhile, the use of the cores by other processes is measured.
 
     Raises:
-        UserError: The system does not tell.
+        UserError: The system does not provide them.
     """
     if sys.platform == "linux" and not Path("/proc/self").exists():
-        raise UserError("/proc is not mounted", "mount it: it says what memory and cores there are")
+        raise UserError("/proc is not mounted", "mount it: it describes memory and cores")
     watch = _started_watch()
-    thread_limit = _heed_thread_limit()
+    thread_limit = _apply_thread_limit()
     compiler = find_compiler()
     flags, cpu_name = _cpu_flags()
     sets = [
@@ -155,11 +154,11 @@ def detect_hardware() -> Hardware:
     )
 
 
-def _heed_thread_limit() -> int | None:
-    """The most threads that OpenMP may start; PyTorch is held to it.
+def _apply_thread_limit() -> int | None:
+    """Limit PyTorch's threads to OMP_THREAD_LIMIT, and return it.
 
-    Asked for more, PyTorch starts a parallel region with fewer threads than its parts wait for, and
-    hangs.
+    With more threads than OpenMP may start, a parallel region of PyTorch waits for threads that do
+    not exist, and hangs.
     """
     text = os.environ.get("OMP_THREAD_LIMIT", "").strip()
     limit = int(text) if text.isascii() and text.isdecimal() else 0
@@ -171,7 +170,7 @@ def _heed_thread_limit() -> int | None:
 
 
 def _started_watch() -> MachineWatch | None:
-    """None where the others are of the same training."""
+    """Start to watch other processes; None if they belong to the same training."""
     if "RANK" in os.environ:
         return None
     watch = MachineWatch()
@@ -180,10 +179,10 @@ def _started_watch() -> MachineWatch | None:
 
 
 def _other_cpu_share(watch: MachineWatch | None) -> float:
-    """Others' share of the cores since the watch was started, at least some ticks ago."""
+    """The share of the cores that others used, over at least a few ticks."""
     if watch is None:
         return 0.0
-    time.sleep(max(0.0, SHORTEST_WATCH_SECONDS - watch.seconds))
+    time.sleep(max(0.0, MIN_WATCH_SECONDS - watch.seconds))
     return watch.stop().other_cpu_share
 
 
@@ -201,7 +200,7 @@ def _cpu_flags() -> tuple[set[str], str]:
 
 
 def usable_cores() -> int:
-    """Cores this process may run on, affinity and a container's quota counted in."""
+    """Cores that this process may run on, within its affinity and the container's quota."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     try:  # a container's quota: "max 100000" or "150000 100000" (microseconds of CPU per period)
         quota, period = CPU_QUOTA_FILE.read_text(encoding="ascii").split()
@@ -222,7 +221,7 @@ def _usable_memory() -> int:
 def _accelerators() -> tuple[Accelerator, ...]:
     if torch.cuda.is_available():
         with warnings.catch_warnings():
-            # PyTorch warns of a GPU that it has no kernels for in several lines; ours is one line.
+            # PyTorch warns in several lines about a GPU that it does not support; we use one line.
             warnings.simplefilter("ignore")
             return tuple(_cuda_device(index) for index in range(torch.cuda.device_count()))
     current = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
@@ -239,7 +238,7 @@ def _accelerators() -> tuple[Accelerator, ...]:
 def _cuda_device(index: int) -> Accelerator:
     properties = torch.cuda.get_device_properties(index)
     capability = (properties.major, properties.minor)
-    # ROCm lists gfx names; there, PyTorch's own check at start-up is the one to trust.
+    # ROCm lists gfx names; there we trust PyTorch's own check at start-up.
     fault = "" if torch.version.hip else gpu_support_fault(capability, torch.cuda.get_arch_list())
     return Accelerator(
         kind="cuda",
@@ -252,15 +251,15 @@ def _cuda_device(index: int) -> Accelerator:
 
 
 def gpu_support_fault(capability: tuple[int, int], built_for: list[str]) -> str:
-    """Why a build of PyTorch has no kernels for a GPU, with the cure; empty if it has.
+    """Why a build of PyTorch has no kernels for a GPU, with the cure; empty if it has some.
 
-    Machine code (`sm_80`) runs on the same major version from its minor version on; PTX
-    (`compute_90`) is compiled by the driver for anything newer. Source: CUDA C++ Programming
-    Guide, "Binary compatibility" and "PTX compatibility".
+    Machine code (`sm_80`) runs on the same major version with the same or a later minor version.
+    The driver compiles PTX (`compute_90`) for the same or any later version. Source: CUDA C++
+    Programming Guide, "Binary compatibility" and "PTX compatibility".
 
     Args:
         capability: The GPU's compute capability, (6, 1) for 6.1.
-        built_for: As `torch.cuda.get_arch_list()` gives it.
+        built_for: The list from `torch.cuda.get_arch_list()`.
     """
     if not built_for:
         return ""
@@ -290,14 +289,14 @@ def gpu_support_fault(capability: tuple[int, int], built_for: list[str]) -> str:
 
 
 def _nvidia_devices_without_cuda() -> tuple[Accelerator, ...]:
-    """NVIDIA GPUs that the driver knows but this PyTorch does not see."""
+    """NVIDIA GPUs that the driver finds but this PyTorch cannot use."""
     try:
         import pynvml
     except ImportError:
         return ()
     try:
         pynvml.nvmlInit()
-    except pynvml.NVMLError:  # no NVIDIA driver: the ordinary machine without a GPU
+    except pynvml.NVMLError:  # no NVIDIA driver: an ordinary machine without a GPU
         return ()
     try:
         if torch.version.cuda is None:
@@ -326,7 +325,7 @@ def _nvidia_devices_without_cuda() -> tuple[Accelerator, ...]:
 
 
 def library_versions() -> dict[str, str]:
-    """Versions of what a result depends on, by distribution name."""
+    """Versions of the libraries that affect results, by distribution name."""
     names = ("torch", "numpy", "pillow", "simplejpeg")
     versions = {name: importlib.metadata.version(name) for name in names}
     return {"python": platform.python_version(), **versions}

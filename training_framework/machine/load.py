@@ -1,4 +1,4 @@
-"""Who used the processor while a sample was taken: this process, or others."""
+"""Measure the use of the CPU by this process and by others."""
 
 import contextlib
 import math
@@ -11,18 +11,18 @@ import psutil
 
 __all__ = ["MachineLoad", "MachineWatch", "neighbours_note"]
 
-# One busy process on four cores; less is the usual noise of a system.
+# Just below one busy process on four cores; less is the usual noise of a system.
 NOTEWORTHY_SHARE = 0.2
 
 
 @dataclass(frozen=True, kw_only=True)
 class MachineLoad:
-    """Use of the CPU over a window.
+    """The use of the CPU over a window of time.
 
     Attributes:
         cpu_seconds: CPU time of this process and its children.
-        other_cpu_share: Share of the cores this process may run on that everything else took, 0 to
-            1; what a hypervisor took away counts as others'.
+        other_cpu_share: Share of this process's cores that everything else used, 0 to 1. Time that
+            a hypervisor took away counts too.
     """
 
     cpu_seconds: float
@@ -32,7 +32,7 @@ class MachineLoad:
 class MachineWatch:
     """Measures the use of the CPU from `start` to `stop`.
 
-    The system counts in ticks of 10 ms, so windows should last some tenths of a second.
+    The system counts in ticks of 10 ms, so a window should last at least some tenths of a second.
     """
 
     def __init__(self) -> None:
@@ -40,17 +40,17 @@ class MachineWatch:
         self._cores = _usable_cores()
 
     def start(self) -> None:
-        """Begin a window."""
+        """Start a window."""
         self._own, self._busy = self._own_seconds(), self._busy_seconds()
         self._start = time.perf_counter()
 
     @property
     def seconds(self) -> float:
-        """Since the start of the window."""
+        """Seconds since the start of the window."""
         return time.perf_counter() - self._start
 
     def stop(self) -> MachineLoad:
-        """End the window."""
+        """End the window, and return the load."""
         seconds = self.seconds
         own, busy = self._own_seconds() - self._own, self._busy_seconds() - self._busy
         others = max(0.0, busy - own) / (seconds * len(self._cores))
@@ -60,7 +60,9 @@ class MachineWatch:
         times = self._process.cpu_times()
         total = times.user + times.system + times.children_user + times.children_system
         for child in self._process.children(recursive=True):
-            with contextlib.suppress(psutil.Error):  # it has ended and counts above from now on
+            with contextlib.suppress(
+                psutil.Error
+            ):  # it has ended, and now counts in the line above
                 child_times = child.cpu_times()
                 total += child_times.user + child_times.system
         return total
@@ -77,19 +79,19 @@ def _usable_cores() -> list[int]:
 
 
 def _busy(times: Any) -> float:
-    # A guest's time is part of user time already.
+    # User time already includes the time of guests.
     idle = times.idle + getattr(times, "iowait", 0.0)
     guests = getattr(times, "guest", 0.0) + getattr(times, "guest_nice", 0.0)
     return sum(times) - idle - guests
 
 
 def neighbours_note(other_cpu_share: float, cores: int, threads: int) -> str:
-    """What to tell of other processes that take the cores a training is to run on; empty if none.
+    """A note about other processes that use the cores of a training; empty if there are none.
 
     Args:
         other_cpu_share: As in `MachineLoad`.
-        cores: That this process may run on.
-        threads: Of the training.
+        cores: Number of cores that this process may run on.
+        threads: Number of threads of the training.
     """
     if other_cpu_share < NOTEWORTHY_SHARE:
         return ""

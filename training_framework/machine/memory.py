@@ -1,4 +1,4 @@
-"""Memory: how much is in use, and keeping what tensors free for the next step's tensors."""
+"""Measure memory in use, and keep freed memory for the tensors of the next step."""
 
 import contextlib
 import ctypes
@@ -14,36 +14,36 @@ __all__ = ["can_keep_freed_memory", "keep_freed_memory", "memory_in_use", "peak_
 
 # Parameters of glibc's mallopt (mallopt(3)).
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
-_LARGEST_INT = 2**31 - 1
+_MAX_INT = 2**31 - 1
 
 
 def can_keep_freed_memory() -> bool:
-    """Whether this process allocates by glibc, which can be told so."""
+    """Whether this process allocates with glibc, which can be told to keep freed memory."""
     return platform.libc_ver()[0] == "glibc"
 
 
 @functools.cache
 def keep_freed_memory() -> bool:
-    """Let this process keep freed memory, for good, instead of giving it back to the system.
+    """Make this process keep freed memory until its end instead of returning it to the system.
 
-    A step's activations are large, so that malloc gives them back when they are freed; the next
-    step then takes new pages, each of which the system must clear and map. The price: what the
-    process once needed it holds until its end.
+    The activations of a step are so large that malloc returns them to the system when they are
+    freed. The next step then needs new pages, each of which the system must clear and map. The
+    price: the process never uses less memory than it once needed.
 
     Returns:
-        Whether that could be done.
+        Whether it succeeded.
     """
     if not can_keep_freed_memory():
         return False
     mallopt = ctypes.CDLL(None).mallopt
-    settings = ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, _LARGEST_INT))
+    settings = ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, _MAX_INT))
     return all(mallopt(parameter, value) == 1 for parameter, value in settings)
 
 
 def memory_in_use(device: torch.device) -> int:
-    """Bytes: the peak of PyTorch's allocations on a CUDA device, else this process's resident set.
+    """Bytes in use: on a CUDA device, PyTorch's peak since the start of the process.
 
-    The peak is that since the start of the process.
+    On other devices, the present resident set of this process.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
@@ -52,15 +52,15 @@ def memory_in_use(device: torch.device) -> int:
 
 @functools.cache
 def _this_process(pid: int) -> psutil.Process:
-    """Kept, since finding a process takes longer than asking it; by its number, for forks."""
+    """Cached, since finding a process takes longer than querying it; by number, for forks."""
     return psutil.Process(pid)
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: the most that PyTorch had allocated on a CUDA device since its counter was reset.
+    """Peak memory in bytes: on a CUDA device, PyTorch's peak since its counter was reset.
 
-    Elsewhere the highest resident set of this process so far, or where the system keeps no such
-    count, the present one.
+    On other devices, the largest resident set of this process so far; if the system does not record
+    that, the present one.
     """
     if device.type != "cuda":
         with contextlib.suppress(OSError, IndexError, ValueError):

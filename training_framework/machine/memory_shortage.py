@@ -1,11 +1,11 @@
-"""Telling a memory that is full from every other error."""
+"""Recognize errors caused by full memory."""
 
 import re
 
 __all__ = ["memory_shortage"]
 
-# PyTorch's words for host memory, and for libraries of a CUDA device that find none. oneDNN says of
-# a kernel that it has no room for just that it could not create it.
+# PyTorch's messages for full host memory, and those of CUDA libraries. If oneDNN has no memory for
+# a kernel, its message is only that it could not create it.
 _SIGNS = (
     "can't allocate memory",
     "can't start new thread",
@@ -16,17 +16,17 @@ _ONEDNN_SIGN = "could not create a primitive"
 
 
 def memory_shortage(error: BaseException) -> str | None:
-    """What an error says of a memory that is full, with its numbers; None for any other error.
+    """The message of an error caused by full memory, with its numbers; None for other errors.
 
-    A host that overcommits its memory raises nothing: the kernel kills the process instead.
+    A host that overcommits memory raises no error: the kernel kills the process instead.
     """
     text = " ".join(str(error).split())
-    # Its name, since torch's class is found at several places and numpy has one of its own.
+    # By name: torch's class has several import paths, and numpy has its own class.
     known = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    said = text == _ONEDNN_SIGN or any(sign in text for sign in _SIGNS)
-    if not known and not (isinstance(error, RuntimeError) and said):
+    has_sign = text == _ONEDNN_SIGN or any(sign in text for sign in _SIGNS)
+    if not known and not (isinstance(error, RuntimeError) and has_sign):
         return None
     text = re.sub(r"^\[enforce fail at [^\]]*\][^:]*?(?=DefaultCPUAllocator)", "", text)
-    # What follows is advice on PyTorch's allocator and addresses in its code.
+    # Cut off advice on PyTorch's allocator and addresses in its code.
     text = re.split(r" Including non-PyTorch| Of the allocated| Error code| If reserved", text)[0]
     return text.rstrip(". ") or type(error).__name__

@@ -1,4 +1,4 @@
-"""How fast a device computes at best: cited for GPUs, measured on CPUs."""
+"""The peak speed of a device: from data sheets for GPUs, measured for CPUs."""
 
 import functools
 import time
@@ -13,8 +13,8 @@ __all__ = ["measure_bf16_speed", "measure_peak_flops"]
 PEAK_TRIAL_SECONDS = 0.1
 BF16_TRIALS = 5
 
-# Dense peak of the tensor cores in FLOP/s by a piece of the device's name: bf16 and fp16 are
-# equal on all of these. Sources: NVIDIA's data sheets of each part (without sparsity).
+# Dense peak of the tensor cores in FLOP/s, by a part of the device's name; bf16 and fp16 are
+# equally fast on all of these. Sources: NVIDIA's data sheets (without sparsity).
 CITED_PEAK_FLOPS = {
     "B200": 2250e12,
     "H200": 989e12,
@@ -37,18 +37,18 @@ def measure_peak_flops(
 ) -> tuple[float, Literal["cited", "measured", "n/a"]]:
     """Peak FLOP/s of a device in a dtype: the denominator of MFU.
 
-    GPUs in the cited table have their data sheet's dense tensor-core rate (half precision only);
-    CPUs are measured: the best of a few matrix products and a convolution, on the threads in use.
-    Elsewhere the peak is unknown, and MFU is not reported.
+    For GPUs in the table above, it is the dense tensor-core rate of the data sheet (half precision
+    only). For CPUs it is measured: the best of a few matrix products and a convolution, with the
+    threads in use. For other devices it is unknown, and MFU is not reported.
 
     Returns:
-        FLOP/s per device (0 if unknown), and where the figure comes from.
+        FLOP/s per device (0 if unknown), and the source of the figure.
     """
     if device_kind == "cpu":
         return _measured_cpu_peak(dtype), "measured"
     if dtype in (torch.bfloat16, torch.float16):
-        for piece, flops in CITED_PEAK_FLOPS.items():
-            if piece in device_name:
+        for name_part, flops in CITED_PEAK_FLOPS.items():
+            if name_part in device_name:
                 return flops, "cited"
     return 0.0, "n/a"
 
@@ -56,7 +56,7 @@ def measure_peak_flops(
 def _measured_cpu_peak(dtype: torch.dtype) -> float:
     """Best FLOP/s of a few matrix products and a convolution."""
     best = 0.0
-    # Its own: how much is drawn depends on the time it takes, and the run's generator must not.
+    # A separate generator: the number of draws depends on timing, and must not affect the run's.
     draws = torch.Generator().manual_seed(0)
 
     def numbers(*shape: int) -> torch.Tensor:
@@ -66,24 +66,24 @@ def _measured_cpu_peak(dtype: torch.dtype) -> float:
         a, b = numbers(size, size), numbers(size, size)
         seconds = _fastest_call(lambda a=a, b=b: torch.mm(a, b))  # type: ignore[misc]
         best = max(best, 2 * size**3 / seconds)
-        if seconds > PEAK_TRIAL_SECONDS:  # emulated: larger ones would take ever longer
+        if seconds > PEAK_TRIAL_SECONDS:  # emulated: larger products would take even longer
             return best
     seconds = _fastest_call(_convolution(dtype, draws))
-    # At the border fewer taps meet a pixel: 3 * 28 - 2 in each direction.
+    # At the border, fewer taps cover a pixel: 3 * 28 - 2 products in each direction.
     return max(best, 2 * 8 * 128 * 128 * (3 * 28 - 2) ** 2 / seconds)
 
 
 @functools.cache
 def measure_bf16_speed() -> float:
-    """How many times as fast as in fp32 a convolution in bf16 is on this CPU.
+    """The speed of a bf16 convolution on this CPU, as a multiple of fp32.
 
-    Having the instructions says little: Zen 4 doubles its speed by avx512_bf16, Sapphire Rapids
-    without AMX, as some virtual machines show it, halves it (docs/experiments.md).
+    Having the instructions is not enough: avx512_bf16 doubles the speed of Zen 4, but halves that
+    of Sapphire Rapids without AMX, as in some virtual machines (docs/experiments.md).
     """
     draws = torch.Generator().manual_seed(0)
     calls = [_convolution(dtype, draws) for dtype in (torch.float32, torch.bfloat16)]
     fastest = [float("inf"), float("inf")]
-    for _ in range(BF16_TRIALS):  # in turns, and the best of each, against a busy machine
+    for _ in range(BF16_TRIALS):  # alternating, and the best of each, to cope with a busy machine
         for index, call in enumerate(calls):
             start = time.perf_counter()
             call()
@@ -92,7 +92,7 @@ def measure_bf16_speed() -> float:
 
 
 def _convolution(dtype: torch.dtype, draws: torch.Generator) -> Callable[[], Tensor]:
-    """A convolution of the kind ResNets consist of, in channels_last."""
+    """A convolution that is typical of ResNets, in channels_last."""
     layout = torch.channels_last
     images = torch.randn(8, 128, 28, 28, generator=draws).to(dtype, memory_format=layout)
     weight = torch.randn(128, 128, 3, 3, generator=draws).to(dtype, memory_format=layout)

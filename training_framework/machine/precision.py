@@ -1,4 +1,4 @@
-"""The precisions that a forward pass can compute in."""
+"""The precisions of a forward pass."""
 
 import contextlib
 from typing import Any, Literal
@@ -19,7 +19,7 @@ def compute_dtype(precision: Precision) -> torch.dtype:
 
 
 def autocast(device_type: str, precision: Precision) -> contextlib.AbstractContextManager[Any]:
-    """The context of a forward pass; weights stay in fp32. Nothing at all for precision 32."""
+    """The context of a forward pass; weights stay in fp32. A no-op for precision 32."""
     if precision == "32":
         return _NO_CONTEXT
     return torch.autocast(device_type, dtype=_DTYPES[precision])

@@ -1,4 +1,4 @@
-"""Everything that makes two runs with one seed equal."""
+"""Make two runs with the same seed equal."""
 
 import random
 from typing import Any
@@ -17,8 +17,8 @@ __all__ = [
 def seed_everything(seed: int) -> None:
     """Seed Python's, NumPy's and PyTorch's own generators.
 
-    The framework draws order and augmentation from counters (`data.draws`), which need no seeding;
-    this is for the initial weights and for user code.
+    The framework draws order and augmentation from counters (`data.draws`), which need no seeding.
+    These generators are for the initial weights and for user code.
     """
     random.seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002
@@ -31,7 +31,7 @@ def random_states(device: torch.device) -> dict[str, Any]:
     User code may draw from them: dropout in a network, a loader that shuffles.
 
     Args:
-        device: Of the run; the state of its generator is among them where it is a CUDA device.
+        device: Device of the run; the state of its generator is included if it is a CUDA device.
     """
     name, key, *rest = np.random.get_state()  # noqa: NPY002
     return {
@@ -43,15 +43,15 @@ def random_states(device: torch.device) -> dict[str, Any]:
 
 
 def restore_random_states(states: dict[str, Any], device: torch.device) -> None:
-    """Set the generators to states that `random_states` gave.
+    """Set the generators to states from `random_states`.
 
-    The state of a CUDA device is left as it is where the states are from a run without one.
+    States from a run without a CUDA device leave the generator of a CUDA device unchanged.
 
     Raises:
-        ValueError, TypeError, KeyError, RuntimeError: They are no such states.
+        ValueError, TypeError, KeyError, RuntimeError: The states are invalid.
     """
     _, key, position, *_ = numpy = states["numpy"]
-    if not (len(key) == 624 and 0 <= position <= 624):  # numpy itself looks at the length alone
+    if not (len(key) == 624 and 0 <= position <= 624):  # numpy itself only checks the length
         raise ValueError("NumPy's generator cannot have this state")
     np.random.set_state(numpy)  # noqa: NPY002
     random.setstate(states["python"])
@@ -61,10 +61,10 @@ def restore_random_states(states: dict[str, Any], device: torch.device) -> None:
 
 
 def use_deterministic_algorithms(device_type: str) -> None:
-    """Let PyTorch refuse algorithms whose results vary from run to run.
+    """Make PyTorch refuse algorithms whose results vary from run to run.
 
-    On a CPU the algorithms in use are deterministic for a fixed number of threads. cuDNN's
-    benchmark mode picks kernels by their speed, which varies, so it is off then.
+    On a CPU, the algorithms in use are deterministic for a fixed number of threads. cuDNN's
+    benchmark mode chooses kernels by their speed, which varies, so it is turned off.
     """
     torch.use_deterministic_algorithms(True, warn_only=device_type == "mps")
     torch.backends.cudnn.benchmark = False

@@ -1,4 +1,4 @@
-"""ResNets: building them, loading and saving their weights, and changing them for speed."""
+"""ResNets: build them, load and save their weights, and change them for speed."""
 
 from training_framework.kernels.small_maps import keep_small_maps_from_compiler
 from training_framework.models.resnet import MODELS, ResNet, Stem, build_model

@@ -1,6 +1,6 @@
 """The two residual blocks of ResNet (He et al., arXiv 1512.03385, figure 5).
 
-Parameter and buffer names are those of torchvision, so that its weight files load.
+Parameters and buffers have torchvision's names, so that its weight files load.
 """
 
 from collections.abc import Iterator
@@ -29,9 +29,9 @@ def _conv1x1(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
 
 @contextmanager
 def _running_statistics_unchanged(block: nn.Module) -> Iterator[None]:
-    """Batch norm updates copies of its running statistics meanwhile.
+    """Within this context, batch norm updates copies of its running statistics.
 
-    Copies rather than none, since autograd wants the same tensors saved both times.
+    They cannot be switched off: autograd expects the same saved tensors both times.
     """
     norms = [module for module in block.modules() if isinstance(module, _BatchNorm)]
     buffers = [(norm, name, buffer) for norm in norms for name, buffer in norm.named_buffers()]
@@ -45,13 +45,13 @@ def _running_statistics_unchanged(block: nn.Module) -> Iterator[None]:
 
 
 class ResidualBlock(nn.Module):
-    """What both blocks share: the shortcut, and recomputation of activations.
+    """The common parts of both blocks: the shortcut, and the recomputation of activations.
 
     Attributes:
         expansion: Output channels as a multiple of `channels`.
-        recompute_activations: While training, keep only the block's input and compute the rest
-            again in the backward pass; set by `surgery.checkpoint_activations`.
-        downsample: The projection of the shortcut, or None where the shapes agree.
+        recompute_activations: In training, keep only the block's input and recompute the rest in
+            the backward pass; set by `surgery.checkpoint_activations`.
+        downsample: The projection of the shortcut, or None if the shapes agree.
     """
 
     expansion: ClassVar[int]
@@ -59,10 +59,10 @@ class ResidualBlock(nn.Module):
     downsample: nn.Module | None
 
     def _projection(self, in_channels: int, channels: int, stride: int) -> nn.Sequential | None:
-        """The shortcut's 1x1 convolution and norm, or None where the shapes agree.
+        """The shortcut's 1x1 convolution and norm, or None if the shapes agree.
 
-        Blocks build it first and register it last, so that one seed draws the same initial weights
-        and one order of parameters numbers them as in torchvision.
+        Blocks build it first, so that a seed draws the same initial weights as in torchvision, and
+        register it last, so that the parameters have the same order as there.
         """
         out_channels = channels * self.expansion
         if stride == 1 and in_channels == out_channels:
@@ -77,7 +77,7 @@ class ResidualBlock(nn.Module):
         raise NotImplementedError
 
     def residual(self, x: Tensor) -> Tensor:
-        """The branch beside the shortcut, up to the input of its last norm."""
+        """The branch parallel to the shortcut, up to the input of its last norm."""
         raise NotImplementedError
 
     def _add_shortcut(self, x: Tensor) -> Tensor:
@@ -93,8 +93,8 @@ class ResidualBlock(nn.Module):
         """(N, in_channels, H, W) to (N, channels * expansion, ceil(H / stride), ...)."""
         if not (self.recompute_activations and self.training and torch.is_grad_enabled()):
             return self._add_shortcut(x)
-        # A block draws no random numbers, so their state need not be kept. The compiler makes
-        # buffer updates part of the graph and never repeats them, so it needs no contexts.
+        # A block draws no random numbers, so the state of the generators need not be kept. The
+        # compiler never repeats buffer updates, so it needs no contexts.
         if torch.compiler.is_compiling():
             out = checkpoint(self._add_shortcut, x, use_reentrant=False, preserve_rng_state=False)
         else:
@@ -114,8 +114,8 @@ class BasicBlock(ResidualBlock):
 
     Args:
         in_channels: Channels of the input.
-        channels: Channels of both convolutions, and of the output.
-        stride: Of the first convolution and of the shortcut.
+        channels: Channels of both convolutions and of the output.
+        stride: Stride of the first convolution and of the shortcut.
     """
 
     expansion = 1
@@ -142,15 +142,15 @@ class BasicBlock(ResidualBlock):
 class Bottleneck(ResidualBlock):
     """1x1, 3x3 and 1x1 convolutions (ResNet-50, 101, 152, ResNeXt, wide ResNets).
 
-    The stride is on the 3x3 convolution, not on the first 1x1 as in the paper: "V1.5", as
-    torchvision has it.
+    As in torchvision ("V1.5"), the 3x3 convolution has the stride, not the first 1x1 convolution as
+    in the paper.
 
     Args:
         in_channels: Channels of the input.
         channels: Channels of the stage; the output has four times as many.
-        stride: Of the 3x3 convolution and of the shortcut.
-        groups: Of the 3x3 convolution (ResNeXt, Xie et al., arXiv 1611.05431).
-        base_width: Channels of a group where `channels` is 64; they grow with it.
+        stride: Stride of the 3x3 convolution and of the shortcut.
+        groups: Groups of the 3x3 convolution (ResNeXt, Xie et al., arXiv 1611.05431).
+        base_width: Channels per group if `channels` is 64; they grow in proportion to it.
     """
 
     expansion = 4

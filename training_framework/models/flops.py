@@ -1,7 +1,7 @@
 """Floating-point operations of a model, counted by torch.utils.flop_counter.
 
-A multiplication and an addition count as two. Only convolutions and matrix products count, as is
-usual; nothing is computed, since the counting runs on a copy without storage.
+A multiplication and an addition count as two operations. As usual, only convolutions and matrix
+products count. Nothing is computed, since the counting runs on a copy without storage.
 """
 
 import copy
@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 __all__ = ["forward_flops_per_image", "meta_copy", "training_flops_per_image"]
 
-# Their arguments are unknown to the type stubs of torch.
+# The type stubs of torch do not know their arguments.
 LAZY_BUFFER: Any = UninitializedBuffer
 LAZY_PARAMETER: Any = UninitializedParameter
 
@@ -23,8 +23,8 @@ def forward_flops_per_image(model: nn.Module, image_size: int) -> int:
     """FLOPs of one forward pass of one image.
 
     Args:
-        model: Any model from (N, 3, H, W) images to one tensor, on any device; not a compiled or
-            DDP wrapper of it. It is not changed.
+        model: Any model from (N, 3, H, W) images to one tensor, on any device, without a wrapper
+            of torch.compile or DDP. It is not changed.
         image_size: Side in pixels of the square images.
     """
     return _count(model, image_size, backward=False)
@@ -33,17 +33,17 @@ def forward_flops_per_image(model: nn.Module, image_size: int) -> int:
 def training_flops_per_image(model: nn.Module, image_size: int) -> int:
     """FLOPs of one forward and backward pass of one image.
 
-    These are the model's FLOPs, the numerator of model FLOPs utilization: activations computed a
-    second time do not count, nor does the optimizer. The first convolution needs no gradient of
-    its input, so this is a little below three forward passes.
+    These are the model's FLOPs, the numerator of model FLOPs utilization: neither recomputed
+    activations nor the optimizer count. The first convolution needs no gradient of its input, so
+    the result is slightly below three forward passes.
 
     Args:
-        model: As in `forward_flops_per_image`, or a user's own.
+        model: As in `forward_flops_per_image`, or a user's own model.
         image_size: Side in pixels of the square images.
 
     Returns:
-        0 where they cannot be counted: some networks do not run without data, such as scripted
-        ones, or take only images of another shape.
+        0 if they cannot be counted: some networks, such as scripted ones, do not run without data,
+        and some only accept images of another shape.
     """
     try:
         return _count(model, image_size, backward=True)
@@ -52,7 +52,7 @@ def training_flops_per_image(model: nn.Module, image_size: int) -> int:
 
 
 def _count(model: nn.Module, image_size: int, *, backward: bool) -> int:
-    # In evaluation mode neither norms that talk to other processes nor recomputation run.
+    # Evaluation mode, so that norms do not communicate and activations are not recomputed.
     shape_only = meta_copy(model).eval()
     image = torch.empty(1, 3, image_size, image_size, device="meta")
     with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(backward):
@@ -63,7 +63,7 @@ def _count(model: nn.Module, image_size: int, *, backward: bool) -> int:
 
 
 def meta_copy(model: nn.Module) -> nn.Module:
-    """A copy of the model on the meta device: shapes without storage, no weight is copied."""
+    """A copy of the model on the meta device: shapes without storage. No weight is copied."""
     copies: dict[int, object] = {}
     for parameter in model.parameters():
         copies[id(parameter)] = _meta_parameter(parameter)
@@ -73,7 +73,7 @@ def meta_copy(model: nn.Module) -> nn.Module:
             if isinstance(buffer, UninitializedBuffer)
             else torch.empty_like(buffer, device="meta")
         )
-    # Reparametrized modules keep the weight that they computed last as an attribute.
+    # Reparametrized modules keep the last computed weight as an attribute.
     for module in model.modules():
         for value in vars(module).values():
             if isinstance(value, Tensor):

@@ -1,8 +1,8 @@
-"""Bound how much memory a small weight file may ask for, which PyTorch's safe unpickler does not.
+"""Limit the memory that a small weight file can request; PyTorch's safe unpickler does not.
 
-`torch.load(weights_only=True)` runs no code of a file, but it calls the functions that it admits on
-whatever the file says, as often as it says, and unpacks what is compressed. So a file of a megabyte
-can ask for terabytes. `check_pickles` reads the file first, without calling anything.
+`torch.load(weights_only=True)` runs no code from a file. But it calls its allowed functions with
+any arguments in the file, any number of times, and it unpacks compressed parts. So a file of a
+megabyte can request terabytes. `check_pickles` first reads the file without calling anything.
 """
 
 import io
@@ -24,20 +24,20 @@ _PUTS = ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE")
 
 
 class Oversized(Exception):
-    """A file asks for more memory than its size explains; the text says how."""
+    """A file requests more memory than its size justifies; the text is the reason."""
 
 
 def check_pickles(path: Path) -> None:
-    """Go through the pickles of a file of torch.save, in its zip format or in the old one.
+    """Check the pickles in a file of torch.save, in the zip format or the old one.
 
-    A file of another kind passes: torch.load refuses it.
+    A file of another kind passes, since torch.load refuses it.
 
     Raises:
         Oversized: Loading it could take far more memory than its size.
         zipfile.BadZipFile, OSError: It cannot be read.
     """
     with path.open("rb") as stream:
-        if stream.read(len(_ZIP_START)) != _ZIP_START:  # how torch tells the formats apart
+        if stream.read(len(_ZIP_START)) != _ZIP_START:  # as torch distinguishes the formats
             stream.seek(0)
             for _ in range(_OLD_FORMAT_PICKLES):
                 if not _passes(stream):
@@ -46,11 +46,11 @@ def check_pickles(path: Path) -> None:
     with zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
-            raise Oversized("its parts are compressed, as torch.save never does")
+            raise Oversized("its parts are compressed, which torch.save never does")
         if sum(entry.file_size for entry in entries) > path.stat().st_size:
             raise Oversized("its parts are larger than the file")
         for entry in entries:
-            if not entry.filename.lower().endswith(".pkl"):  # torch finds it in either case
+            if not entry.filename.lower().endswith(".pkl"):  # torch ignores the case
                 continue
             if entry.file_size > _MAX_PICKLE_BYTES:
                 raise Oversized(f"{entry.filename} has {entry.file_size:,} bytes")
@@ -58,25 +58,25 @@ def check_pickles(path: Path) -> None:
 
 
 def _passes(stream: IO[bytes]) -> bool:
-    """Whether one pickle of the stream could be gone through to its end."""
+    """Whether one pickle of the stream could be simulated to its end."""
     simulation = _Simulation()
     try:
         for opcode, argument, position in pickletools.genops(stream):
             simulation.step(opcode, argument)
-            # Positions count from the stream's start; what came before only makes it laxer.
+            # Positions count from the start of the stream; earlier pickles only relax the limit.
             if simulation.spent > 4 * (position or 0) + 4096:
                 raise Oversized("its pickle copies its parts over and over")
             if simulation.written > _MAX_PICKLE_BYTES:
                 raise Oversized(f"its pickle has more than {_MAX_PICKLE_BYTES >> 20} MiB")
     except (ValueError, IndexError, KeyError, TypeError, AttributeError):
-        return False  # as far as it went, it was harmless; torch.load will say what is wrong
+        return False  # harmless up to here; torch.load will report the damage
     return True
 
 
 class _Simulation:
-    """A pickle's stack with the weights of its values: characters, elements, and those in them.
+    """A pickle's stack with the weights of its values: all their characters and elements.
 
-    A value is a list with its weight, so that what refers to a container sees it grow.
+    A value is a list of one weight, so that all references to a container see it grow.
     """
 
     def __init__(self) -> None:
@@ -107,7 +107,7 @@ class _Simulation:
             stack.append([1 + weight])
 
     def _combine(self, opcode: Any, start: int) -> None:
-        """Let one value take the place of those from `start` on."""
+        """Replace the values from `start` on by one value."""
         if start < 0:
             raise IndexError("the stack is empty")
         parts = self._stack[start:]
@@ -117,7 +117,7 @@ class _Simulation:
         if not opcode.stack_after:
             return
         result = [1]
-        if opcode.name in _CHANGES:  # what refers to it already sees it grow
+        if opcode.name in _CHANGES:  # existing references to it see it grow
             result = parts.pop(0)
         result[0] = min(result[0] + sum(weight for (weight,) in parts), _MAX_WEIGHT)
         self._stack.append(result)

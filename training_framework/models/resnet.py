@@ -1,4 +1,4 @@
-"""ResNet and its variants, with torchvision's parameter names and two stems."""
+"""ResNet and its variants, with torchvision's parameter names and a choice of two stems."""
 
 import difflib
 import functools
@@ -25,12 +25,12 @@ class ResNet(nn.Module):
     Deterministic given `torch.manual_seed`; the random numbers are drawn in torchvision's order.
 
     Args:
-        architecture: Its blocks, and how many and how wide they are.
-        num_classes: Width of the head.
+        architecture: Kind, number and width of its blocks.
+        num_classes: Number of outputs of the head.
         stem: `imagenet`: 7x7 convolution of stride 2 and 3x3 max-pool of stride 2; `cifar`: 3x3
             convolution of stride 1 and no pool.
-        share_early_weights: In every block of the first stage the second convolution uses the
-            first one's weight: one Parameter under both names. Only with `BasicBlock`.
+        share_early_weights: In every block of the first stage, both convolutions use the same
+            weight: one Parameter under two names. Only with `BasicBlock`.
         zero_init_last_norm: Start each block as the identity (Goyal et al., arXiv 1706.02677,
             section 5.1).
     """
@@ -82,8 +82,8 @@ class ResNet(nn.Module):
             if not isinstance(block, BasicBlock):
                 basic = [name for name, variant in MODELS.items() if variant.block == "basic"]
                 raise UserError(
-                    "share_early_weights needs two convolutions of one shape in a block, "
-                    "and a Bottleneck block has none",
+                    "share_early_weights needs two convolutions of the same shape in a block, "
+                    "which a bottleneck block lacks",
                     f"choose {', '.join(basic[:-1])} or {basic[-1]}, or turn it off",
                 )
             block.conv2.weight = block.conv1.weight
@@ -122,14 +122,14 @@ def build_model(
 
     Args:
         name: Key of `MODELS`.
-        num_classes: Width of the head, at least 1.
+        num_classes: Number of outputs of the head, at least 1.
         stem: `cifar` or `imagenet`; see `ResNet`.
         share_early_weights: See `ResNet`.
         zero_init_last_norm: See `ResNet`.
 
     Raises:
-        UserError: Unknown name or stem, `num_classes` below 1, or shared weights with a model
-            that has none to share.
+        UserError: Unknown name or stem, `num_classes` below 1, or `share_early_weights` with
+            bottleneck blocks.
     """
     if name not in MODELS:
         near = difflib.get_close_matches(name, MODELS, n=1)

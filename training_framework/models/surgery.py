@@ -1,8 +1,8 @@
-"""Changes to a model that keep its parameters, their names and what it computes.
+"""Changes to a model that keep its parameters, their names and its results.
 
-Each function changes the model in place and returns how many modules it changed; where that is
-none, it warns. A module that changes gets another class: it stays the same object with the same
-tensors, so whoever holds it goes on holding it. `plain_network` undoes all of these changes.
+Each function changes the model in place and returns the number of changed modules; it warns if
+there are none. Only the class of a module changes: it stays the same object with the same tensors,
+so references to it stay valid. `plain_network` undoes all of these changes.
 """
 
 import warnings
@@ -34,7 +34,7 @@ __all__ = [
     "use_winograd_convolutions",
 ]
 
-# What torch calls the class of each kind of module that surgery makes.
+# The torch class of each class that surgery uses.
 PLAIN_CLASSES: dict[type[nn.Module], type[nn.Module]] = {
     WinogradConv2d: nn.Conv2d,
     SmallMapConv2d: nn.Conv2d,
@@ -55,11 +55,11 @@ HOOKS = (
 
 
 def plain_network(model: nn.Module) -> nn.Module:
-    """Undo every change of this module: the network consists of torch's own modules again.
+    """Undo all changes of surgery, so that the network consists of torch's own modules again.
 
-    torch.export, torch.jit.trace and ONNX do not know the project's operators; they take what this
-    returns. The network is changed in place. Parameters, buffers, hooks, names in the state dict
-    and the layout in memory stay; outputs stay the same up to rounding.
+    torch.export, torch.jit.trace and ONNX do not know the project's operators, but accept the
+    result of this function. The network is changed in place. Parameters, buffers, hooks, names in
+    the state dict and memory layout stay; outputs stay the same up to rounding.
 
     Args:
         model: Any network, changed or not.
@@ -81,16 +81,16 @@ def plain_network(model: nn.Module) -> nn.Module:
 
 
 def synchronize_norms(model: nn.Module, device_type: str) -> int:
-    """Let batch norm take its statistics over the batches of all processes, not of its own alone.
+    """Compute the statistics of batch norm over the batches of all processes.
 
-    Call it before the model is wrapped in DDP. When to use it: small batches per process (below
-    about 16), or results that must not depend on the number of processes. Its price: two small
-    collectives a norm and step.
+    Call it before wrapping the model in DDP. When to use it: for small batches per process (below
+    about 16), or for results that must not depend on the number of processes. Its price: two small
+    collectives per norm and step.
 
     Args:
-        model: Its `BatchNorm2d` modules change, not those of a class derived from it.
-        device_type: `cuda` takes torch.nn.SyncBatchNorm; every other device takes
-            `SynchronizedBatchNorm2d`, since torch's refuses CPUs.
+        model: Its `BatchNorm2d` modules change, but not modules of derived classes.
+        device_type: `cuda` uses torch.nn.SyncBatchNorm; all others use `SynchronizedBatchNorm2d`,
+            since torch's refuses CPUs.
 
     Returns:
         Number of norms changed; 0 comes with a warning.
@@ -106,15 +106,14 @@ def synchronize_norms(model: nn.Module, device_type: str) -> int:
 def fuse_norms(model: nn.Module) -> int:
     """On CPUs, compute batch norm, the shortcut's addition and ReLU in one pass over memory.
 
-    When to use it: training on a CPU in fp32 and channels_last; what is measured is a CPU with
-    AVX-512. What it computes stays the same up to rounding, and so do the names in the state dict;
-    in other precisions and in evaluation torch's operators run. Its price: the kernels are
-    compiled once on each machine, which takes a few seconds and a C++ compiler, and the model can
-    be differentiated only once.
+    When to use it: for training on a CPU in fp32 and channels_last; measured on CPUs with AVX-512.
+    Results stay the same up to rounding, as do the names in the state dict. In other precisions and
+    in evaluation, torch's operators run. Its price: the kernels are compiled once on each machine,
+    which takes a few seconds and a C++ compiler, and the model can be differentiated only once.
 
     Args:
-        model: Its `BatchNorm2d` modules change. Norms that `synchronize_norms` changed, that have
-            hooks or stand in several places are left alone.
+        model: Its `BatchNorm2d` modules change, except norms that `synchronize_norms` changed,
+            that have hooks, or that occur in several places.
 
     Returns:
         Number of norms changed; 0 comes with a warning.
@@ -135,11 +134,12 @@ def fuse_norms(model: nn.Module) -> int:
 
 
 def checkpoint_activations(model: nn.Module) -> int:
-    """Keep only the inputs of residual blocks, and compute the rest again in the backward pass.
+    """Keep only the inputs of residual blocks, and recompute the rest in the backward pass.
 
-    When to use it: memory is short. Its price: about one more forward pass a step, a third of the
-    work. Losses and gradients stay the same, and batch norm's running statistics are still updated
-    once a step (Chen et al., "Training Deep Nets with Sublinear Memory Cost", arXiv 1604.06174).
+    When to use it: when memory is short. Its price: about one more forward pass per step, a third
+    of the work. Losses and gradients stay the same, and batch norm's running statistics are still
+    updated once per step (Chen et al., "Training Deep Nets with Sublinear Memory Cost", arXiv
+    1604.06174).
 
     Returns:
         Number of residual blocks changed; 0 comes with a warning.
@@ -154,15 +154,15 @@ def checkpoint_activations(model: nn.Module) -> int:
 def use_small_map_convolutions(model: nn.Module, image_size: int) -> int:
     """On CPUs, compute convolutions over maps of a few pixels as matrix products.
 
-    When to use it: training on a CPU with small images and the ImageNet stem, in channels_last.
-    What it computes stays the same up to rounding, and so do the names in the state dict; on other
-    devices and for other maps the ordinary convolution runs. Its price: the model can be
-    differentiated only once.
+    When to use it: for training on a CPU with small images and the ImageNet stem, in channels_last.
+    Results stay the same up to rounding, as do the names in the state dict. On other devices and
+    for other maps, the ordinary convolution runs. Its price: the model can be differentiated only
+    once.
 
     Args:
-        model: Its `Conv2d` modules that see small maps change; those that have hooks or stand in
-            several places are left alone.
-        image_size: Side in pixels of the square images it is to be used with.
+        model: Its `Conv2d` modules with small maps change, except those that have hooks or occur in
+            several places.
+        image_size: Side in pixels of the square input images.
 
     Returns:
         Number of convolutions changed; 0 comes with a warning.
@@ -170,7 +170,7 @@ def use_small_map_convolutions(model: nn.Module, image_size: int) -> int:
     replaced = _replace_convolutions(model, image_size, is_small_map, SmallMapConv2d)
     _warn_if_none(
         replaced,
-        f"use_small_map_convolutions: no convolution sees a small map at {image_size} px",
+        f"use_small_map_convolutions: no convolution has a small map at {image_size} px",
     )
     return replaced
 
@@ -178,16 +178,15 @@ def use_small_map_convolutions(model: nn.Module, image_size: int) -> int:
 def use_winograd_convolutions(model: nn.Module, image_size: int) -> int:
     """On CPUs, compute 3x3 convolutions of stride 1 and 2 by Winograd's algorithm.
 
-    When to use it: training on a CPU in fp32 and channels_last; what is measured is a CPU with
-    AVX-512. What it computes stays the same up to rounding, and so do the names in the state dict;
-    in other precisions the ordinary convolution runs. Its price: the kernels are
-    compiled once on each machine, which takes a few seconds and a C++ compiler, and the model can
-    be differentiated only once.
+    When to use it: for training on a CPU in fp32 and channels_last; measured on CPUs with AVX-512.
+    Results stay the same up to rounding, as do the names in the state dict. In other precisions,
+    the ordinary convolution runs. Its price: the kernels are compiled once on each machine, which
+    takes a few seconds and a C++ compiler, and the model can be differentiated only once.
 
     Args:
-        model: Its `Conv2d` modules of that kind change; those that have hooks or stand in several
-            places are left alone. Call `use_small_map_convolutions` first, where both are wanted.
-        image_size: Side in pixels of the square images it is to be used with.
+        model: Its `Conv2d` modules of that kind change, except those that have hooks or occur in
+            several places. To use both, call `use_small_map_convolutions` first.
+        image_size: Side in pixels of the square input images.
 
     Returns:
         Number of convolutions changed; 0 comes with a warning.
@@ -199,7 +198,7 @@ def use_winograd_convolutions(model: nn.Module, image_size: int) -> int:
     replaced = _replace_convolutions(model, image_size, winograd_applies, WinogradConv2d)
     _warn_if_none(
         replaced,
-        f"use_winograd_convolutions: no convolution is one for it at {image_size} px",
+        f"use_winograd_convolutions: no suitable convolution at {image_size} px",
     )
     return replaced
 
@@ -210,13 +209,14 @@ def _replace_convolutions(
     applies: Callable[[nn.Conv2d, int, int], bool],
     kind: type[nn.Conv2d],
 ) -> int:
-    """Change the convolutions for which `applies` holds with the size of their maps; how many."""
+    """Change the convolutions that `applies` accepts at the size of their maps; return how many."""
     try:
         map_sizes = _map_sizes(model, image_size)
-    except Exception as error:  # whatever a user's network raises on a meta image
+    except Exception as error:  # a user's network may raise anything on a meta image
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         warnings.warn(
-            f"the sizes of the network's maps are unknown ({reason}); nothing changed", stacklevel=3
+            f"the sizes of the network's maps are unknown ({reason}); nothing changed",
+            stacklevel=3,
         )
         return 0
     convolutions = [
@@ -234,11 +234,10 @@ def _turn_into(module: nn.Module, kind: type[nn.Module]) -> None:
 
 
 def _changeable(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Names and modules that nothing but their class decides the work of.
+    """Names and modules whose behaviour depends on nothing but their class.
 
-    A hook may read or change what the class keeps in `weight` (weight_norm, spectral_norm and
-    pruning do), an attribute may stand in for a method, and a module in several places would
-    change in all of them.
+    A hook may read or change `weight` (as weight_norm, spectral_norm and pruning do), an attribute
+    may replace a method, and a module in several places would change in all of them.
     """
     places = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
     for name, module in model.named_modules():
@@ -253,7 +252,7 @@ def _has_hooks(module: nn.Module) -> bool:
 
 
 def _map_sizes(model: nn.Module, image_size: int) -> dict[str, tuple[int, int]]:
-    """Height and width of each convolution's input, by module name."""
+    """Height and width of the input of each convolution, by module name."""
     sizes: dict[str, tuple[int, int]] = {}
 
     def record(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
@@ -275,7 +274,7 @@ def _map_sizes(model: nn.Module, image_size: int) -> dict[str, tuple[int, int]]:
 
 
 def _drop_hooks_of_users(module: nn.Module) -> None:
-    """A trial run must show a user's hooks nothing; torch's own compute weights."""
+    """Remove a user's hooks, which must not see a trial run; torch's own hooks compute weights."""
     for hooks in (module._forward_hooks, module._forward_pre_hooks):
         for key, hook in list(hooks.items()):
             if getattr(hook, "__module__", "").partition(".")[0] != "torch":

@@ -1,4 +1,4 @@
-"""Which of our networks a file's tensors belong to, for errors that say the cure."""
+"""Recognize the network of a weight file, to suggest a cure in errors."""
 
 from collections.abc import Mapping
 from typing import Final
@@ -14,11 +14,11 @@ HEAD: Final = "fc."
 
 
 def cure_of_mismatch(tensors: Mapping[str, Tensor]) -> str:
-    """Say which model a file's tensors belong to."""
+    """The cure for a weight file of another network: name the model that the file is for."""
     found = _recognize(tensors)
     if found is None:
         return f"give a file for this model; this one fits none of {', '.join(MODELS)}"
-    return f"the file holds a {found[0]} with the {found[1]} stem: choose that model and stem"
+    return f"the file is for {found[0]} with the {found[1]} stem: choose that model and stem"
 
 
 def _recognize(tensors: Mapping[str, Tensor]) -> tuple[str, Stem] | None:

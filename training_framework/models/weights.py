@@ -1,4 +1,4 @@
-"""Weight files: read those of other programs safely, write our own as safetensors."""
+"""Weight files: read the files of any program safely, and write safetensors."""
 
 import os
 import pickle
@@ -28,13 +28,13 @@ FIRST_TORCH_WITH_SAFE_PICKLE: Final = (2, 10)
 
 
 def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> list[str]:
-    """Load a weight file into a model, in place; nothing changes where it raises.
+    """Load a weight file into a model, in place; if it raises, the model is unchanged.
 
-    Reads `.safetensors`, a `.ckpt` of this framework (the weight average where it has one), and
-    `.pth`, `.pt` and `.ckpt` of other programs without running any code in them. A
-    state dict inside {"model": ...} or {"state_dict": ...} is found, and the prefixes that DDP,
-    torch.compile and Lightning put before names are taken off. A head (`fc`) of another size, or
-    none, is left as the model has it.
+    Reads `.safetensors`, a `.ckpt` of this framework (its weight average if it has one), and
+    `.pth`, `.pt` and `.ckpt` of other programs without running any code in them. Finds a state dict
+    inside {"model": ...} or {"state_dict": ...}, and removes the name prefixes of DDP,
+    torch.compile and Lightning. If the head (`fc`) is missing or has another size, the model keeps
+    its own.
 
     Args:
         model: A `ResNet`, or any module with a state dict of the same names.
@@ -44,9 +44,9 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> list[str]:
         Lines to show the user.
 
     Raises:
-        UserError: The file is missing, damaged, of another kind or holds code; or a tensor is
-            missing, unexpected, of another shape, not finite, or differs from one it is shared
-            with.
+        UserError: The file is missing, damaged, of another kind or contains code; or a tensor is
+            missing, unexpected, of another shape, not finite, or differs from one that it shares
+            a weight with.
     """
     path = Path(path)
     tensors = _read_tensors(path)
@@ -60,7 +60,7 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> list[str]:
     _check(tensors, expected, path)
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise UserError(f"{path}: {name} holds NaN or infinity", "take an earlier checkpoint")
+            raise UserError(f"{path}: {name} contains NaN or infinity", "use an earlier checkpoint")
     model.load_state_dict({**expected, **tensors})
     return [f"weights: {len(tensors)} tensors from {path}", *lines]
 
@@ -70,13 +70,13 @@ def save_weights(
     path: str | os.PathLike[str],
     metadata: Mapping[str, str],
 ) -> None:
-    """Write a state dict as safetensors; under `path` is either the old file or all of the new.
+    """Write a state dict as safetensors; `path` is either the old file or the complete new one.
 
     Args:
         model_state: Tensors by name, on any device, in any memory format. A tensor under two
             names is written twice, so that every reader finds both.
-        path: The file to write; its directory is made where it is missing.
-        metadata: Strings by name, as for example model, stem, num_classes, classes.
+        path: The file to write; a missing directory is created.
+        metadata: Strings by name, for example model, stem, num_classes and classes.
 
     Raises:
         UserError: The file cannot be written (no space, no permission).
@@ -96,12 +96,12 @@ def save_weights(
         save_file(tensors, temporary, metadata=dict(metadata))
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
-        temporary.chmod(0o644)  # safetensors writes for the owner alone
+        temporary.chmod(0o644)  # safetensors makes it readable by the owner alone
         temporary.replace(path)
     except (OSError, SafetensorError) as error:
         temporary.unlink(missing_ok=True)
         raise UserError(
-            f"{path}: the weights could not be written ({error})",
+            f"{path}: the weights cannot be written ({error})",
             "free some space or write to another directory",
         ) from error
 
@@ -123,7 +123,7 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
 
 def _require_file(path: Path) -> None:
     if not path.is_file():
-        what = "is a directory" if path.is_dir() else "there is no such file"
+        what = "is a directory" if path.is_dir() else "no such file"
         raise UserError(f"{path}: {what}", "give the path of a weight file")
 
 
@@ -158,7 +158,7 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
             content = content[wrapper]
     if not isinstance(content, Mapping) or not content:
         raise UserError(
-            f"{path}: holds a {type(content).__name__}, not tensors by name",
+            f"{path}: contains a {type(content).__name__}, not tensors by name",
             "save model.state_dict()",
         )
     tensors: dict[str, Tensor] = {}
@@ -170,17 +170,19 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
             )
         fault = _fault_of(value)
         if fault:
-            raise UserError(f"{path}: '{name}' {fault}", "take another weight file")
+            raise UserError(f"{path}: '{name}' {fault}", "use another weight file")
         tensors[_without_prefixes(name)] = value
     return tensors
 
 
 def _fault_of(tensor: Tensor) -> str:
-    """Why a tensor cannot be a weight; empty where it can."""
+    """Why a tensor cannot be a weight; empty if it can."""
     if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
         return "is not a plain tensor"
-    if tensor.nbytes > tensor.untyped_storage().nbytes():  # one number may stand for any size
-        return "is larger than what is stored of it"
+    if (
+        tensor.nbytes > tensor.untyped_storage().nbytes()
+    ):  # strides of 0 can give one number any shape
+        return "is larger than its stored data"
     return ""
 
 
@@ -205,7 +207,7 @@ def _read_pickle(path: Path) -> object:
         )
     except Oversized as error:
         raise UserError(
-            f"{path}: was not loaded, since that could take all memory ({error})",
+            f"{path}: was not loaded, since it could use up the memory ({error})",
             "save model.state_dict() alone, or give the weights as .safetensors",
         ) from None
     except pickle.UnpicklingError as error:
@@ -213,7 +215,7 @@ def _read_pickle(path: Path) -> object:
         if found is None:
             raise _damaged(path, error) from error
         raise UserError(
-            f"{path}: holds more than tensors ({found[1]}) and was not loaded, "
+            f"{path}: contains more than tensors ({found[1]}) and was not loaded, "
             "since loading it would run code",
             "save model.state_dict() alone, or give the weights as .safetensors",
         ) from error
@@ -224,7 +226,7 @@ def _read_pickle(path: Path) -> object:
 def _drop_other_head(
     tensors: dict[str, Tensor], expected: Mapping[str, Tensor], path: Path
 ) -> list[str]:
-    """Take a head of another size out of `tensors`; put the model's own in its place."""
+    """Replace a head of another size in `tensors` by the model's own head."""
     head = [name for name in expected if name.startswith(HEAD)]
     if all(name in tensors and tensors[name].shape == expected[name].shape for name in head):
         return []
@@ -242,7 +244,7 @@ def _drop_other_head(
 def _fill_in_aliases(
     tensors: dict[str, Tensor], expected: Mapping[str, Tensor], path: Path
 ) -> None:
-    """A weight the model has under two names may stand in the file under one or under both."""
+    """Complete shared weights: the file may have one of their names or both."""
     names_by_storage: dict[int, list[str]] = {}
     for name, tensor in expected.items():
         if tensor.numel():
@@ -255,7 +257,7 @@ def _fill_in_aliases(
         for name in names:
             if not torch.equal(tensors.setdefault(name, first), first):
                 raise UserError(
-                    f"{path}: {present[0]} and {name} differ, and the model shares one weight "
+                    f"{path}: {present[0]} and {name} differ, but the model shares one weight "
                     "between them",
                     "build the model without share_early_weights",
                 )

@@ -1,4 +1,4 @@
-"""Optimizers, the groups of parameters they see, learning-rate schedules and weight averages."""
+"""Optimizers, their parameter groups, learning-rate schedules and weight averages."""
 
 import functools
 from typing import Any
@@ -27,7 +27,7 @@ __all__ = [
     "parameter_groups",
 ]
 
-# `config.schema` has the names; each is that of its class in small letters.
+# The names in `config.schema` are those of the classes in lower case.
 _CLASSES: dict[type[torch.optim.Optimizer], type[torch.optim.Optimizer]] = {
     torch.optim.SGD: FusedSGDOnCpu,
     torch.optim.Adam: FusedAdamOnCpu,
@@ -56,27 +56,29 @@ def build_optimizer(
         model: The network, on the device it will train on.
         name: A key of OPTIMIZERS.
         lr: Peak learning rate, which a schedule multiplies.
-        momentum: For sgd; the others do not read it.
-        nesterov: Nesterov's momentum, for sgd alone.
+        momentum: For sgd; the others ignore it.
+        nesterov: Nesterov momentum, only for sgd.
         weight_decay: Weight decay: added to the gradient by sgd and adam, decoupled from it in
             adamw (arXiv 1711.05101).
-        decay_norm_and_bias: Apply it to norms and biases too; see `parameter_groups`.
+        decay_norm_and_bias: Apply weight decay to norms and biases too; see `parameter_groups`.
         beta1: Decay of the first moment, for adam and adamw.
         beta2: Decay of the second moment, for adam and adamw.
         eps: Keeps the denominators of adam and adamw above zero.
-        fused: torch's fused implementation: one pass over the weights instead of one for every
-            arithmetic operation. Without it, torch's foreach implementation.
+        fused: Use torch's fused implementation: one pass over the weights instead of one per
+            arithmetic operation. Otherwise, torch's foreach implementation.
 
     Raises:
-        UserError: Unknown optimizer, nesterov where it does not apply, nothing to train, or fused
-            on a device that has no such implementation.
+        UserError: Unknown optimizer, nesterov without sgd or momentum, nothing to train, or fused
+            on a device without such an implementation.
     """
     if name not in OPTIMIZERS:
         raise UserError(f"unknown optimizer {name!r}", f"choose one of {', '.join(OPTIMIZERS)}")
     if nesterov and name != "sgd":
-        raise UserError(f"nesterov is for sgd but optimizer is {name}", "drop nesterov or use sgd")
+        raise UserError(
+            f"nesterov is for sgd but optimizer is {name}", "remove nesterov or use sgd"
+        )
     if nesterov and momentum == 0:
-        raise UserError("nesterov needs momentum above 0", "raise momentum or drop nesterov")
+        raise UserError("nesterov needs momentum above 0", "raise momentum or remove nesterov")
     groups = parameter_groups(
         model, weight_decay=weight_decay, decay_norm_and_bias=decay_norm_and_bias
     )
@@ -88,7 +90,7 @@ def build_optimizer(
             f"fused_optimizer is on but this PyTorch has no fused {name} for {device_type}",
             "set fused_optimizer to auto or false",
         )
-    # foreach is spelled out because fused=False alone selects the loop over single tensors.
+    # foreach is explicit because fused=False alone selects the loop over single tensors.
     options: dict[str, Any] = {"lr": lr, "fused": True} if fused else {"lr": lr, "foreach": True}
     if name == "sgd":
         options |= {"momentum": momentum, "nesterov": nesterov}
@@ -105,9 +107,9 @@ def build_optimizer(
 def _start_momentum_at_zero(optimizer: torch.optim.Optimizer) -> None:
     """Make the first step like any other.
 
-    torch's fused SGD allocates its momentum in the first step and leaves it as the memory happens
-    to be where fp16's gradient scaling skips that step, which it often does. Zero gives the same
-    numbers as the first step's own start: momentum * 0 + gradient.
+    torch's fused SGD allocates its momentum in the first step. If fp16's gradient scaling skips
+    that step, which is common, the momentum stays uninitialized. Zeros give the same numbers as
+    torch's own first step: momentum * 0 + gradient.
     """
     for group in optimizer.param_groups:
         for parameter in group["params"]:
@@ -118,8 +120,8 @@ def _start_momentum_at_zero(optimizer: torch.optim.Optimizer) -> None:
 def has_fused_optimizer(name: str, device_type: str) -> bool:
     """Whether torch's fused implementation of the optimizer runs on that type of device.
 
-    Found by making one step of one weight: torch's own list of devices is private, and the
-    kernels came to the optimizers at different versions.
+    It is tried with one step of one weight: torch's own list of devices is private, and the
+    optimizers got their kernels in different versions.
 
     Args:
         name: A key of OPTIMIZERS.

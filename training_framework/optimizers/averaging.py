@@ -9,32 +9,34 @@ __all__ = ["WeightAverage"]
 
 
 class WeightAverage:
-    """Averaged copy of a model, to evaluate and to save (Polyak and Juditsky, 1992).
+    """An averaged copy of a model, to evaluate and to save (Polyak and Juditsky, 1992).
 
-    Averages all floating parameters and buffers alike: a batch norm's running statistics belong to
-    the averaged weights as little as the last step's do, so they are averaged too. Integer buffers
-    are copied. Parameters that the model shares stay shared.
+    It averages all floating-point parameters and buffers: the last step's running statistics of
+    batch norm would not fit the averaged weights, so they are averaged too. Integer buffers are
+    copied. Shared parameters stay shared.
 
-    Weights held in bf16 or fp16 are averaged in that precision, where small updates round to
-    nothing; keep the weights in fp32 and compute under autocast.
+    Weights in bf16 or fp16 are averaged in that precision, which loses small updates to rounding.
+    So keep the weights in fp32 and compute under autocast.
 
     Args:
-        model: The network, without DDP or torch.compile around it.
-        decay: Share of the average that a step keeps, 0 <= decay < 1, once warmed up.
+        model: The network, without a wrapper of DDP or torch.compile.
+        decay: Share of the average that a step keeps after the warm-up, 0 <= decay < 1.
 
     Attributes:
-        model: The averaged network, in evaluation mode, its parameters frozen. Its state_dict has
-            the names of the original's.
-        decay: As given.
+        model: The averaged network, in evaluation mode and with frozen parameters. Its state_dict
+            has the same names as the original's.
+        decay: See above.
     """
 
     def __init__(self, model: nn.Module, *, decay: float) -> None:
         self.decay = decay
-        with torch.no_grad():  # else a scripted module's copy is computed from the original
+        with (
+            torch.no_grad()
+        ):  # otherwise autograd connects the copy of a scripted module to the original
             self.model = copy.deepcopy(model).eval()
-        for parameter in self.model.parameters():  # a scripted module knows no requires_grad_
+        for parameter in self.model.parameters():  # a scripted module has no requires_grad_
             parameter.requires_grad_(False)
-        # A deep copy takes gradients along: as much memory again.
+        # A deep copy includes gradients, which would take as much memory again.
         self.model.zero_grad(set_to_none=True)
         self._averaged = _tensors(self.model)
 
@@ -43,15 +45,15 @@ class WeightAverage:
         """Move the average towards `model`. Does not synchronize.
 
         The decay is min(decay, (1 + step) / (10 + step)), as in TensorFlow's
-        ExponentialMovingAverage, so that the random first weights are soon forgotten.
+        ExponentialMovingAverage, so that the random initial weights soon lose their influence.
 
         Args:
-            model: The network after its step; DDP or torch.compile around it do no harm.
-            step: The optimizer step just made, counted from 0.
+            model: The network after its step, with or without a wrapper of DDP or torch.compile.
+            step: Number of this optimizer step, from 0.
         """
         weight = 1 - min(self.decay, (1 + step) / (10 + step))
         current = _tensors(model)
-        assert len(current) == len(self._averaged), "not the model that is averaged"
+        assert len(current) == len(self._averaged), "this is not the averaged model"
         averaged_floats, current_floats = [], []
         averaged_others, current_others = [], []
         for averaged, now in zip(self._averaged, current, strict=True):
@@ -66,11 +68,11 @@ class WeightAverage:
             torch._foreach_copy_(averaged_others, current_others)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The averaged model's state_dict: the live tensors, so save or copy them before a step."""
+        """The state_dict of the averaged model. The next update changes its tensors."""
         return self.model.state_dict()
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Go on from a state that `state_dict` gave.
+        """Continue from a state of `state_dict`.
 
         Raises:
             RuntimeError: Names or shapes differ from the model's.
@@ -79,5 +81,5 @@ class WeightAverage:
 
 
 def _tensors(model: nn.Module) -> list[Tensor]:
-    """All parameters, then all buffers, each once, in the model's order."""
+    """All parameters, then all buffers, each once, in the order of the model."""
     return [*model.parameters(), *model.buffers()]

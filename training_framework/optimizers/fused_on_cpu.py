@@ -1,9 +1,9 @@
-"""torch's fused optimizers on CPUs, without the copies that they make of channels_last gradients.
+"""torch's fused optimizers on CPUs, without their copies of channels_last gradients.
 
-The CPU kernels behind `fused=True` first make a contiguous copy of every gradient, which their
-arithmetic, the same for each element wherever it lies, has no use for. For ResNet-18's weights in
-channels_last that is more than half of the update (docs/experiments.md). The optimizers here hand
-the same memory over as views whose dimensions are in the order in which they lie there.
+The CPU kernels behind `fused=True` first make a contiguous copy of every gradient. Their arithmetic
+is elementwise, so it does not need one. For ResNet-18's weights in channels_last, the copies take
+more than half of the update (docs/experiments.md). The optimizers here pass the same memory as
+views whose dimensions are in memory order.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ __all__ = ["FusedAdamOnCpu", "FusedAdamWOnCpu", "FusedSGDOnCpu"]
 
 
 def _view_as_contiguous(lists: list[list[Tensor]]) -> None:
-    """Replace what is in channels_last in all of the lists at a place by contiguous views of it."""
+    """Where the tensors of all lists are in channels_last, replace them by contiguous views."""
     for place, tensors in enumerate(zip(*lists, strict=True)):
         if tensors[0].dim() == 4 and all(
             tensor.is_contiguous(memory_format=torch.channels_last) for tensor in tensors
@@ -31,7 +31,7 @@ class FusedSGDOnCpu(torch.optim.SGD):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step, as torch.optim.SGD makes it."""
+        """Make one step, like torch.optim.SGD."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -43,7 +43,7 @@ class FusedSGDOnCpu(torch.optim.SGD):
                 for parameter in params:
                     state = self.state[parameter]
                     if state.get("momentum_buffer") is None:
-                        # Gives what torch's own start does: momentum * 0 + gradient.
+                        # Same result as torch's own first step: momentum * 0 + gradient.
                         state["momentum_buffer"] = torch.zeros_like(parameter)
                 lists.append([self.state[parameter]["momentum_buffer"] for parameter in params])
             _view_as_contiguous(lists)
@@ -65,13 +65,15 @@ class FusedSGDOnCpu(torch.optim.SGD):
 
 
 class _ContiguousViews:
-    """Of an optimizer of Adam's kind."""
+    """Mixin for Adam and AdamW."""
 
     def _init_group(
         self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor], *rest: list[Tensor]
     ) -> Any:
         found = super()._init_group(group, params, grads, *rest)  # type: ignore[misc]
-        moments = [tensors for tensors in rest[:-1] if tensors]  # the last are numbers of steps
+        moments = [
+            tensors for tensors in rest[:-1] if tensors
+        ]  # the last list contains step counts
         _view_as_contiguous([params, grads, *moments])
         return found
 

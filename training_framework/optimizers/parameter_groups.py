@@ -1,4 +1,4 @@
-"""Which parameters weight decay applies to."""
+"""Choose the parameters that weight decay applies to."""
 
 import re
 from typing import Any
@@ -10,7 +10,7 @@ __all__ = ["parameter_groups"]
 
 # _NormBase is the base of every batch norm (lazy and synchronized ones too) and instance norm.
 _NORM_TYPES = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
-# Norms from elsewhere that derive from none of them: LayerNorm2d, FrozenBatchNorm2d.
+# Norms of other libraries that derive from none of them: LayerNorm2d, FrozenBatchNorm2d.
 _NORM_CLASS_NAME = re.compile(r"Norm(\dd)?$")
 
 
@@ -19,23 +19,23 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Parameter groups for a torch optimizer: weight decay, but not on norms and biases.
 
-    A norm's scale and shift and a bias do not make the function more complex as they grow, and
-    pulling them to zero costs accuracy (He et al., arXiv 1812.01187, section 3.1). They are known
-    by the type of their module and by their name. The usual short cut, "one dimension or fewer",
-    is wrong both ways: a norm's scale may have three dimensions (LayerNorm over C, H and W), and a
-    vector may be an ordinary weight (PReLU's slopes, a layer scale).
+    Larger scales and shifts of norms or larger biases do not make the function more complex, and
+    pulling them to zero costs accuracy (He et al., arXiv 1812.01187, section 3.1). They are
+    recognized by the type of their module and by their name. The usual shortcut, "one dimension or
+    fewer", is wrong both ways: a norm's scale may have three dimensions (LayerNorm over C, H and
+    W), and a vector may be an ordinary weight (PReLU's slopes, a layer scale).
 
-    Every trainable parameter is in exactly one group, also one that several modules share: its
-    first place in the model decides. Frozen parameters (requires_grad False) are in none.
+    Every trainable parameter is in exactly one group. For one that several modules share, its first
+    place in the model decides. Frozen parameters (requires_grad False) are in none.
 
     Args:
         model: The network; wrapped (DDP, torch.compile) or not.
-        weight_decay: Weight decay of the parameters that get it.
-        decay_norm_and_bias: Apply it to norms and biases too.
+        weight_decay: Weight decay of the decayed parameters.
+        decay_norm_and_bias: Decay norms and biases too.
 
     Returns:
         One or two groups, none of them empty, in the model's order: decayed, then not decayed.
-        An empty list where nothing is trainable.
+        An empty list if nothing is trainable.
     """
     decayed: list[nn.Parameter] = []
     not_decayed: list[nn.Parameter] = []

@@ -129,7 +129,9 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(
     full = fault_injector("packing.before_rename:1:ENOSPC")
     monkeypatch.setattr(packing, "fault_point", full)
     dest = tmp_path / "shards"
-    with pytest.raises(UserError, match=rf"^{dest}: cannot be written to \(No space left.*room"):
+    with pytest.raises(
+        UserError, match=rf"^{dest}: cannot be written to \(No space left.*free some space"
+    ):
         packing.pack_folder(source, dest)
     assert [path.name for path in tmp_path.iterdir()] == ["pets"]
 
@@ -212,5 +214,7 @@ def test_what_the_folder_says_of_itself_is_under_a_digest(source: Path, tmp_path
     content = json.loads(path.read_text())
     content["class_names"].reverse()
     path.write_text(json.dumps(content))
-    with pytest.raises(UserError, match=r"dataset\.json: is not as it was written \(SHA-256\)"):
+    with pytest.raises(
+        UserError, match=r"dataset\.json: has changed since it was written \(SHA-256\)"
+    ):
         open_shards(root=tmp_path / "shards")

@@ -109,5 +109,5 @@ def test_damaged_archives_are_refused(tmp_path: Path, cut: int) -> None:
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     archive = _archive(tmp_path / "archive.tar.gz", lambda tar: None)
-    with pytest.raises(UserError, match="lacks set/three; delete it"):
+    with pytest.raises(UserError, match="lacks set/three; delete it to download it again"):
         unpack_files(archive, tmp_path / "set", ("one", "three"))

@@ -82,7 +82,7 @@ def _pickle_of(body: bytes) -> bytes:
         pytest.param(
             b"c_codecs\nencode\nq\x00X\x00\x00\x01\x00" + b"a" * 65536
             + b"q\x01X\x06\x00\x00\x00latin1q\x02" + b"h\x00h\x01h\x02\x86R" * 1000,
-            "more memory than its size explains",
+            "more memory than its size justifies",
             id="one text encoded a thousand times",
         ),
         pytest.param(b"ios\nsystem\n(", "INST", id="an old instance"),

@@ -83,8 +83,8 @@ def _rename(path: str, other: str) -> Callable[[Path], Path]:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (_make("val/fox/7.jpg"), r"val/fox: a class that .*train lacks"),
-        (_make("train/dog/notes.txt"), r"dog/notes\.txt: not an image by its suffix"),
+        (_make("val/fox/7.jpg"), r"val/fox: this class is missing in .*train"),
+        (_make("train/dog/notes.txt"), r"dog/notes\.txt: does not have the suffix of an image"),
         (_make("train/labels.csv"), r"train/labels\.csv: not in a class folder"),
         (lambda root: (root / "train/fox").mkdir(), "train/fox: the class is empty"),
         (lambda root: (root / "val/emu").mkdir(), "val/emu: the class is empty"),
@@ -98,11 +98,11 @@ def _rename(path: str, other: str) -> Callable[[Path], Path]:
         (_link("train/fox", "fox"), r"train/fox: Too many levels"),
         (
             _link("train/dog/back", "."),
-            r"dog/back: the class holds this folder twice, through a link",
+            r"dog/back: the class contains this folder twice, through a link",
         ),
         (
             _link("train/cat/deep/up", "../.."),
-            r"cat/deep/up/?.*: the class holds this folder twice",
+            r"cat/deep/up/?.*: the class contains this folder twice",
         ),
         (_rename("train", "training"), "set/train: no such folder"),
         (_rename("val", "validation"), "set/val: no such folder"),
@@ -143,7 +143,7 @@ def test_links_cannot_multiply_a_class(root: Path) -> None:
     for level in range(39):
         for name in ("left", "right"):
             (folder / str(level) / name).symlink_to(folder / str(level + 1))
-    with pytest.raises(UserError, match="the class holds this folder twice, through a link"):
+    with pytest.raises(UserError, match="the class contains this folder twice, through a link"):
         open_folder(root=root)
 
 

@@ -105,7 +105,7 @@ def test_a_pickled_split_reads_the_same_samples(packed: Path) -> None:
 
 
 def test_shards_cannot_be_resident(packed: Path) -> None:
-    with pytest.raises(UserError, match=r"set holds files"):
+    with pytest.raises(UserError, match=r"the images in .*set are files"):
         build_loader(
             _train(packed),
             device="cpu",
@@ -140,9 +140,11 @@ def test_one_inverted_byte_of_an_image_is_found_by_training_and_by_verification(
         split, image_size=16, train=True, seed=0, bad_images=BadImages(train=6, val=3)
     )
     batches[0, np.array([1])]
-    with pytest.raises(StorageFault, match=rf"{name}: not as it was indexed.*pack again"):
+    with pytest.raises(
+        StorageFault, match=rf"{name}: has changed since it was indexed.*pack again"
+    ):
         batches[0, np.array([2])]
-    with pytest.raises(UserError, match=rf"1 of 9 images are not .*: {name}; restore"):
+    with pytest.raises(UserError, match=rf"1 of 9 images have changed .*: {name}; restore"):
         verify_shards(shards)
 
 
@@ -174,7 +176,9 @@ def test_a_flipped_label_in_a_shard_changes_no_training_and_is_found(shards: Pat
     with pytest.raises(UserError, match=r"1 of 9 images .*train-000000\.tar/class1/bild-ü-4\.jpg"):
         verify_shards(shards)
     (shards / INDEX_FILE).unlink()  # nor does it get into a new index
-    with pytest.raises(UserError, match=r"train-000000\.tar: is not as it was packed \(SHA-256\)"):
+    with pytest.raises(
+        UserError, match=r"train-000000\.tar: has changed since it was packed \(SHA-256\)"
+    ):
         open_shards(root=shards)
 
 
@@ -208,7 +212,9 @@ def test_a_shard_cut_short_is_named_with_the_member(shards: Path, kept: float) -
     split = _train(shards)
     size = path.stat().st_size
     os.truncate(path, kept if isinstance(kept, int) else int(kept * size))
-    with pytest.raises(UserError, match=r"train-000000\.tar: is (cut short at byte|not as it was)"):
+    with pytest.raises(
+        UserError, match=r"train-000000\.tar: (ends too early, at byte|has changed since it was)"
+    ):
         open_shards(root=shards)
     if kept != 0.999:
         batches = FileBatches(split, image_size=16, train=True, seed=0)
@@ -243,7 +249,7 @@ def test_a_folder_that_cannot_be_written_to_is_read_all_the_same(
         ({"class_names": 3}, "class_names"),
         ({"format_version": 2}, "format_version"),
         ({"shorter_side": 0}, "shorter_side"),
-        ({"shards": {"train-000000.tar": "x"}}, "not as it was written"),
+        ({"shards": {"train-000000.tar": "x"}}, "has changed since it was written"),
     ],
 )
 def test_a_folder_that_contradicts_itself_is_refused(
@@ -356,7 +362,7 @@ HOSTILE: dict[str, tuple[Callable[[], bytes], str]] = {
     "sparse by pax": (lambda: _pax(**{"GNU.sparse.major": "1"}), "sparse or huge"),
     "huge": (lambda: _header_only(tarfile.REGTYPE, 1 << 40), "not a plain file"),
     "huge by pax": (lambda: _pax(size=str(1 << 60)), "sparse or huge"),
-    "huge, but allowed": (lambda: _header_only(tarfile.REGTYPE, 1 << 29), "cut short"),
+    "huge, but allowed": (lambda: _header_only(tarfile.REGTYPE, 1 << 29), "ends too early"),
     "negative size": (lambda: _header_only(tarfile.REGTYPE, -512), "not a plain file"),
     "pax bomb": (lambda: _pax(comment="x" * (1 << 20)), "not a plain file"),
     "damaged pax": (
@@ -365,9 +371,15 @@ HOSTILE: dict[str, tuple[Callable[[], bytes], str]] = {
     ),
     "long name bomb": (lambda: _header_only(tarfile.GNUTYPE_LONGNAME, 1 << 30), "not a plain file"),
     "long links": (lambda: _header_only(tarfile.GNUTYPE_LONGLINK, 100), "not a plain file"),
-    "duplicate image": (lambda: _bytes_of(*GOOD, GOOD[0]), "two of them"),
-    "two formats": (lambda: _bytes_of(*GOOD, _member("a.png", b"x")), "two of them"),
-    "duplicate label": (lambda: _bytes_of(*GOOD, _member("a.cls", b"1")), "two of them"),
+    "duplicate image": (lambda: _bytes_of(*GOOD, GOOD[0]), "the second one with this key"),
+    "two formats": (
+        lambda: _bytes_of(*GOOD, _member("a.png", b"x")),
+        "the second one with this key",
+    ),
+    "duplicate label": (
+        lambda: _bytes_of(*GOOD, _member("a.cls", b"1")),
+        "the second one with this key",
+    ),
     "no label": (lambda: _bytes_of(GOOD[0]), r"a\.jpg: has no label"),
     "no image": (lambda: _bytes_of(*GOOD, _member("b.cls", b"1")), r"b\.cls: has no image"),
     "negative label": (lambda: _bytes_of(GOOD[0], _member("a.cls", b"-1")), "class number"),
@@ -381,7 +393,7 @@ HOSTILE: dict[str, tuple[Callable[[], bytes], str]] = {
     "two archives in one": (lambda: _bytes_of(*GOOD) + _bytes_of(*GOOD), "after its end"),
     "compressed": (lambda: b"\x1f\x8b" + bytes(range(256)) * 4, "damaged after its start"),
     "text": (lambda: b"text" * 1000, "damaged after its start"),
-    "empty": (lambda: b"", "cut short"),
+    "empty": (lambda: b"", "ends too early"),
     "no samples": (lambda: bytes(1024), "a split has no images"),
 }
 

@@ -1,1 +1,1 @@
-"""Packed data sets: many images in few files."""
+"""Packed data sets: many images in a few files."""

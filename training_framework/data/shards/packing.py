@@ -1,7 +1,7 @@
-"""Pack an image folder into tar shards, as WebDataset writes them.
+"""Pack an image folder into tar shards in the format of WebDataset.
 
 The images keep the order of the folder's listing, so the result does not depend on the number of
-workers. The folder of shards appears whole, or not at all; a packing that was stopped starts anew.
+workers. The folder of shards appears whole or not at all; a stopped packing has to start anew.
 """
 
 import io
@@ -39,7 +39,7 @@ _SHARD_IMAGES = 1024
 _IMAGES_AHEAD = 8
 _MIN_SIDE = 8
 _MAX_JPEG_SIDE = 65_500
-_JPEG_UNIT = 16  # pixels across of what a JPEG with halved chroma is coded by
+_JPEG_UNIT = 16  # width in pixels of a coding unit of a JPEG with halved chroma
 _CONTROLS = re.compile(r"[\x00-\x1f\x7f]")
 
 
@@ -56,24 +56,24 @@ def pack_folder(
     """Pack an image folder into a new folder of shards.
 
     Args:
-        source: Holds train/<class>/* and val/<class>/* (or test/).
+        source: Folder with train/<class>/* and val/<class>/* (or test/).
         dest: The new folder.
-        shorter_side: Scale images whose shorter side is longer down to it, in pixels, as JPEG of
-            quality 90. The others keep their bytes.
-        skip_bad: Leave out images that cannot be decoded, up to 1% of a split.
+        shorter_side: Scale images with a longer shorter side down to this one, in pixels, and save
+            them as JPEG of quality 90. The others keep their bytes.
+        skip_bad: Skip images that cannot be decoded, up to 1% of a split.
         workers: Threads that decode and encode.
-        report: Says a line about an image that was left out.
+        report: Shows a line about a skipped image.
         show_progress: Show a progress bar on standard error.
 
     Returns:
-        What the new folder says of itself, and its index.
+        The description of the new folder, and its index.
 
     Raises:
-        UserError: An argument or the folder is wrong, `dest` exists, an image cannot be decoded or
-            too many cannot, or the disk is full.
+        UserError: An argument or the folder is wrong, `dest` exists, an image (or with `skip_bad`,
+            too many of them) cannot be decoded, or the disk is full.
     """
     if dest.exists():
-        raise UserError(f"{dest}: exists", "name a new folder or remove it")
+        raise UserError(f"{dest}: already exists", "name a new folder or remove it")
     if shorter_side is not None and shorter_side < _MIN_SIDE:
         raise UserError(f"shorter-side is {shorter_side}", f"take at least {_MIN_SIDE}")
     if workers < 1:
@@ -116,7 +116,7 @@ def pack_folder(
     except OSError as error:
         raise UserError(
             f"{error.filename or dest}: cannot be written to ({error.strerror})",
-            "make room there, or name another folder",
+            "free some space there, or name another folder",
         ) from None
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -130,7 +130,7 @@ def _members(
     samples: range,
     bad: dict[str, str] | None,
 ) -> Iterator[tuple[str, bytes]]:
-    """Names and contents of a shard's members; reasons go to `bad` where images are left out."""
+    """Names and contents of a shard's members; `bad` receives the reasons for skipped images."""
     taken = set[str]()
     for begin in range(samples.start, samples.stop, _IMAGES_AHEAD):
         ahead = range(begin, min(begin + _IMAGES_AHEAD, samples.stop))
@@ -147,7 +147,7 @@ def _members(
 
 
 def _key_of(path: str, taken: set[str]) -> str:
-    """A key of a shard that is not taken yet: without dots in the file's name."""
+    """A key that is not yet taken in a shard, without dots in the name of the file."""
     folder, _, name = _CONTROLS.sub("_", _as_text(path)).rpartition("/")
     stem = key = f"{folder}/{Path(name).stem.replace('.', '_')}"
     number = 1
@@ -159,17 +159,16 @@ def _key_of(path: str, taken: set[str]) -> str:
 
 
 def _as_text(name: str) -> str:
-    """A file's name as UTF-8 can write it: names may hold any bytes."""
+    """A file's name in valid UTF-8: names may contain any bytes."""
     return os.fsencode(name).decode(errors="replace")
 
 
 def _stored(
     split: FileSplit, shorter_side: int | None, sample: int
 ) -> tuple[bytes, str] | UserError:
-    """What is stored of an image, with its suffix, or why it cannot be.
+    """The bytes to store for an image and their suffix, or the error of a bad image.
 
-    The whole image is decoded even where its bytes are kept: this is the time to find out that it
-    cannot be.
+    The whole image is decoded even if its bytes are kept, so that damage is found now.
     """
     path = Path(split.name_of(sample))
     try:
@@ -186,10 +185,10 @@ def _stored(
 
 
 def _jpeg(pixels: Pixels) -> bytes:
-    """Encode with restart markers, by which a part can be decoded without the rest.
+    """Encode with restart markers, so that a region can be decoded without the rest.
 
-    Every one to three units of 16 pixels there is one, as many as divide a row of them. They cost 1
-    to 4% in size.
+    There is a marker every one, two or three units of 16 pixels, the largest of these that divides
+    a row. The markers add 1 to 4% to the size.
     """
     units = -(-pixels.shape[1] // _JPEG_UNIT)
     interval = next(count for count in (3, 2, 1) if units % count == 0)
@@ -213,7 +212,7 @@ def _write_tar(path: Path, members: Iterator[tuple[str, bytes]]) -> None:
 
 
 def _finish(scratch: Path, dest: Path, info: ShardInfo) -> tuple[ShardInfo, ShardIndex]:
-    """Read the shards back for their checksums, and give their folder its name."""
+    """Read the shards back for their checksums, then rename the folder."""
     index, digests = build_index(scratch)
     info = info.model_copy(update={"shards": digests}).sealed()
     with (scratch / INFO_FILE).open("w", encoding="utf-8") as file:

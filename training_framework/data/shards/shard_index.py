@@ -1,9 +1,9 @@
-"""The index of a folder of tar shards: where each image is, its label and its checksum.
+"""The index of a folder of tar shards: the place of each image, its label and its checksum.
 
-It is made once, by reading every shard, and kept beside them as `index.safetensors`. It is only a
-cache: where it is missing, damaged or belongs to other shards, it is made again. `dataset.json`,
-which `efficient-resnet data pack` writes, holds the SHA-256 of each shard, so that a shard that
-changed since cannot get into a new index.
+It is built once, by reading every shard, and kept next to them as `index.safetensors`. It is only a
+cache: if it is missing, damaged or belongs to other shards, it is built again. `dataset.json`,
+which `efficient-resnet data pack` writes, contains the SHA-256 of each shard, so that a new index
+never includes a shard that has changed since.
 """
 
 import json
@@ -44,20 +44,21 @@ _CLASSES_FILE = "classes.txt"
 _MAX_INFO_BYTES = 64 << 20
 _SHARD = re.compile(r"(?:.*[-_.])?(train|val|valid|validation|test)(?:[-_.].*)?\.tar")
 _VAL = ("val", "valid", "validation")
-_RESTORE = "restore it, or pack again"
+_RESTORE = "restore it or pack again"
 
 
 class ShardInfo(BaseModel):
-    """What a folder of shards says of itself in `dataset.json`; all of it may be missing.
+    """The description of a folder of shards in `dataset.json`; every field is optional.
 
     Attributes:
-        format_version: Of this file.
+        format_version: Version of the format of this file.
         source: Name of the folder that was packed.
-        class_names: In label order; empty: the classes are called by their numbers.
+        class_names: In label order; empty: the names are the numbers.
         shards: SHA-256 of each shard, by file name.
-        shorter_side: Images with a longer shorter side were scaled down to it; None: none were.
+        shorter_side: Images with a longer shorter side were scaled down to this one; None: no
+            image was scaled.
         skipped: Images that could not be decoded, as `split/name`.
-        digest: SHA-256 of all of this; empty: it is not checked.
+        digest: SHA-256 of all other fields; empty: they are not checked.
     """
 
     model_config = ConfigDict(frozen=True, strict=True)
@@ -71,21 +72,21 @@ class ShardInfo(BaseModel):
     digest: str = ""
 
     def sealed(self) -> "ShardInfo":
-        """This, with its digest."""
+        """The description with its digest."""
         text = self.model_copy(update={"digest": ""}).model_dump_json()
         return self.model_copy(update={"digest": sha256_of(text)})
 
 
 @dataclass(frozen=True, eq=False)
 class ShardIndex:
-    """Every image of a folder of shards, those to train on first.
+    """Every image of a folder of shards, training images first.
 
     Attributes:
         shards: Names and sizes in bytes of the shards.
-        train_images: How many images are to train on.
-        table: (6, N) int64: each image's shard, offset in it and length in bytes, CRC-32, label,
-            and where its member's name ends in `names`.
-        names: (B,) uint8, all names.
+        train_images: Number of training images.
+        table: (6, N) int64. Rows: shard, offset in it in bytes, length in bytes, CRC-32, label,
+            and end of the member's name in `names`.
+        names: (B,) uint8, the joined names of all members.
     """
 
     shards: tuple[tuple[str, int], ...]
@@ -112,13 +113,13 @@ class ShardIndex:
         return self.table[4]
 
     def name_of(self, row: int) -> str:
-        """What to call an image in messages: shard and member."""
+        """The name of an image in messages: shard and member."""
         start = self.table[5, row - 1] if row else 0
         name = self.names[start : self.table[5, row]].tobytes()
         return f"{self.shards[self.table[0, row]][0]}/{os.fsdecode(name)}"
 
     def is_sound(self) -> bool:
-        """Whether every image lies within its shard, and every name within the names."""
+        """Whether every image is within its shard, and every name within `names`."""
         if self.table.dtype != np.int64 or self.table.ndim != 2 or len(self.table) != 6:
             return False
         shards, offsets, lengths, _, labels, ends = self.table
@@ -135,10 +136,10 @@ class ShardIndex:
 
 
 def shard_files(folder: Path) -> tuple[list[Path], list[Path]]:
-    """The shards to train on and those to evaluate on, each sorted by name.
+    """The training shards and the validation shards, each sorted by name.
 
-    A shard's name says what it is for: `train-000000.tar`, `val-000000.tar`, also with something
-    before it (`pets-train-0.tar`); `test` counts where there is no `val`.
+    The name of a shard contains its split: `train-000000.tar`, `val-000000.tar`, perhaps after a
+    prefix (`pets-train-0.tar`). `test` shards are used if there is no `val`.
     """
     found: dict[str, list[Path]] = {}
     for path in sorted(folder.glob("[!.]*.tar")):
@@ -149,12 +150,12 @@ def shard_files(folder: Path) -> tuple[list[Path], list[Path]]:
 
 
 def open_index(folder: Path) -> tuple[ShardInfo, ShardIndex, tuple[str, ...]]:
-    """What a folder says of itself, its index, and lines to show.
+    """The description of a folder, its index, and notes to show.
 
-    The index is made and kept where it is missing or stale.
+    A missing or stale index is built again.
 
     Raises:
-        UserError: The folder lacks shards, or one is damaged or not as it was packed.
+        UserError: A shard is missing, damaged, or has changed since it was packed.
     """
     info = _read_info(folder)
     index, notes = _kept(folder, timed=not info.shards), tuple[str, ...]()
@@ -165,23 +166,23 @@ def open_index(folder: Path) -> tuple[ShardInfo, ShardIndex, tuple[str, ...]]:
         index, digests = build_index(folder)
         for name in digests:
             if info.shards and info.shards.get(name) != digests[name]:
-                raise UserError(f"{folder / name}: is not as it was packed (SHA-256)", _RESTORE)
+                raise UserError(
+                    f"{folder / name}: has changed since it was packed (SHA-256)", _RESTORE
+                )
         if not write_index(folder, index, timed=not info.shards):
-            notes = (
-                f"note: {folder / INDEX_FILE} cannot be written: every start reads all shards",
-            )
+            notes = (f"note: cannot write {folder / INDEX_FILE}, so every start reads all shards",)
     row = int(index.labels.argmax())
     names = info.class_names or [str(label) for label in range(index.labels[row] + 1)]
     if index.labels[row] >= len(names):
         raise UserError(
             f"{folder / index.name_of(row)}: label {index.labels[row]} of {len(names)} classes",
-            f"name all classes in {_CLASSES_FILE}, or mend the label",
+            f"list all classes in {_CLASSES_FILE}, or correct the label",
         )
     return info.model_copy(update={"class_names": names}), index, notes
 
 
 def build_index(folder: Path) -> tuple[ShardIndex, dict[str, str]]:
-    """Read all shards of a folder: their index, and the SHA-256 of each by its name.
+    """Read all shards of a folder; return their index, and the SHA-256 of each by name.
 
     Raises:
         UserError: A shard is damaged, or a split has no images.
@@ -207,13 +208,16 @@ def build_index(folder: Path) -> tuple[ShardIndex, dict[str, str]]:
 
 
 def write_index(folder: Path, index: ShardIndex, *, timed: bool) -> bool:
-    """Keep an index beside its shards: whether that could be done.
+    """Write an index next to its shards.
 
     Args:
-        folder: Holds the shards.
-        index: Of them.
-        timed: Whether it is stale once a shard has another time of change; else another size alone
-            says so, which is enough where `dataset.json` has the shards' SHA-256.
+        folder: The folder of the shards.
+        index: Their index.
+        timed: Whether another modification time of a shard makes the index stale. Otherwise only
+            another size does, which suffices if `dataset.json` has the SHA-256 of the shards.
+
+    Returns:
+        Whether it could be written.
     """
     temporary = folder / f".{INDEX_FILE}.{os.getpid()}"
     about = json.dumps((index.shards, index.train_images, _times(folder) if timed else []))
@@ -223,7 +227,7 @@ def write_index(folder: Path, index: ShardIndex, *, timed: bool) -> bool:
         save_file(arrays, temporary, metadata={"index": json.dumps((about, digest))})
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
-        temporary.chmod(0o644)  # safetensors writes for the owner alone
+        temporary.chmod(0o644)  # safetensors makes it readable by the owner alone
         temporary.replace(folder / INDEX_FILE)
     except (OSError, SafetensorError):
         temporary.unlink(missing_ok=True)
@@ -236,7 +240,7 @@ def _times(folder: Path) -> list[int]:
 
 
 def _kept(folder: Path, *, timed: bool) -> ShardIndex | None:
-    """The index that is kept in a folder; None where it is damaged, or not that of the shards."""
+    """The stored index of a folder; None if it is damaged or belongs to other shards."""
     try:
         with safe_open(folder / INDEX_FILE, framework="numpy") as file:
             about, digest = json.loads((file.metadata() or {})["index"])
@@ -255,7 +259,7 @@ def _kept(folder: Path, *, timed: bool) -> ShardIndex | None:
 
 
 def _read_info(folder: Path) -> ShardInfo:
-    """What `dataset.json` or `classes.txt` says; nothing where there is neither."""
+    """The description in `dataset.json` or `classes.txt`; empty if there is neither."""
     for path in (folder / INFO_FILE, folder / _CLASSES_FILE):
         try:
             if not path.exists():
@@ -273,6 +277,6 @@ def _read_info(folder: Path) -> ShardInfo:
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{path}: cannot be read ({error})", _RESTORE) from None
         if info.digest and info.sealed() != info:
-            raise UserError(f"{path}: is not as it was written (SHA-256)", _RESTORE)
+            raise UserError(f"{path}: has changed since it was written (SHA-256)", _RESTORE)
         return info
     return ShardInfo()

@@ -1,7 +1,7 @@
-"""The samples of one tar shard, as WebDataset writes them: an image and its label for each key.
+"""The samples of one tar shard in the format of WebDataset: an image and its label per key.
 
 Nothing is unpacked: `tarfile` parses each header of 512 bytes, and the rest of the file is read
-once, in order, for checksums. A shard is refused where it is damaged or holds anything but plain
+once, in order, for checksums. A shard is refused if it is damaged or contains anything but plain
 files and folders.
 
 Format: https://github.com/webdataset/webdataset, and POSIX.1-2001, `pax`, ustar and pax formats.
@@ -23,7 +23,7 @@ __all__ = ["MAX_CLASSES", "Sample", "Shard", "read_shard"]
 
 MAX_CLASSES = 1_000_000
 _BLOCK = tarfile.BLOCKSIZE
-_MAX_EXTRA_BYTES = 16_384  # of a long name: twice the longest path of Linux, and owners and times
+_MAX_EXTRA_BYTES = 16_384  # for a long name: twice the longest path of Linux, owners and times
 _MAX_LABEL_BYTES = 32
 _READ_AT_ONCE = 1 << 20
 _FILES = (tarfile.REGTYPE, tarfile.AREGTYPE)
@@ -34,11 +34,11 @@ class Sample(NamedTuple):
     """One image of a shard.
 
     Attributes:
-        name: Of its member.
-        offset: Of its first byte in the shard.
-        length: In bytes.
-        checksum: CRC-32.
-        label: Its class.
+        name: Name of its member.
+        offset: Position of its first byte in the shard.
+        length: Length in bytes.
+        checksum: CRC-32 of its bytes.
+        label: Number of its class.
     """
 
     name: str
@@ -50,12 +50,12 @@ class Sample(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Shard:
-    """A shard that was read.
+    """The result of reading a shard.
 
     Attributes:
-        size: In bytes.
-        sha256: Of the whole file, as hexadecimal text.
-        samples: In the order of their images.
+        size: Size in bytes.
+        sha256: SHA-256 of the whole file, as hexadecimal text.
+        samples: The samples, in the order of their images.
     """
 
     size: int
@@ -67,8 +67,8 @@ def read_shard(path: Path) -> Shard:
     """Read a shard to its end.
 
     Raises:
-        UserError: It is damaged or cut short, is not a plain tar file, holds links, devices, sparse
-            files or names that lead out of it, or an image without exactly one label.
+        UserError: It is damaged or truncated, is not a plain tar file, contains links, devices,
+            sparse files or names that lead out of it, or an image without exactly one label.
     """
     images: dict[str, _Member] = {}
     labels: dict[str, int] = {}
@@ -83,7 +83,7 @@ def read_shard(path: Path) -> Shard:
                 if not stem or not (is_image or extension == "cls"):
                     continue  # other fields of a sample: captions, masks, metadata
                 if key in (images if is_image else labels):
-                    raise reader.fault(f"{member.name}: its key has two of them")
+                    raise reader.fault(f"{member.name}: the second one with this key")
                 if is_image:
                     images[key] = member
                 else:
@@ -105,11 +105,11 @@ class _Member(NamedTuple):
     offset: int
     length: int
     checksum: int
-    start: bytes  # its first bytes, as many as a label may have
+    start: bytes  # its first bytes, up to the longest label
 
 
 class _Reader:
-    """A shard's file, read in order."""
+    """Reads a shard in order."""
 
     def __init__(self, path: Path, file: BinaryIO) -> None:
         self.sha256 = hashlib.sha256()
@@ -144,13 +144,13 @@ class _Reader:
             if info.type not in _FILES or not 0 <= info.size <= MAX_IMAGE_BYTES:
                 raise self.fault(f"{name}: not a plain file of at most {MAX_IMAGE_BYTES:,} bytes")
             if name.startswith("/") or ".." in parts or "\0" in name:
-                raise self.fault(f"{name}: a name that leads out of the shard")
+                raise self.fault(f"{name}: this name leads out of the shard")
             self._last = name
             yield self._member(name, info.size)
         while rest := self._file.read(_READ_AT_ONCE):
             self._count(rest)
             if rest.strip(b"\0"):
-                raise self.fault(f"holds data after its end, which follows {self._last}")
+                raise self.fault(f"contains data after its end, which follows {self._last}")
 
     def label_in(self, member: _Member) -> int:
         text = member.start.decode("ascii", "replace").strip()
@@ -174,7 +174,7 @@ class _Reader:
         content = self._file.read(count)
         self._count(content)
         if len(content) < count:
-            raise self.fault(f"is cut short at byte {self.position:,}, after or in {self._last}")
+            raise self.fault(f"ends too early, at byte {self.position:,}, in or after {self._last}")
         return content
 
     def _count(self, content: bytes) -> None:
@@ -182,7 +182,7 @@ class _Reader:
         self.position += len(content)
 
     def _pax_path(self, records: bytes) -> str | None:
-        """The path in records `LENGTH KEY=VALUE\\n`, None where none has one."""
+        """The path in records `LENGTH KEY=VALUE\\n`; None if they have none."""
         path, begin = None, 0
         while begin < len(records):
             digits = records[begin : begin + 6].partition(b" ")[0]
@@ -193,6 +193,6 @@ class _Reader:
             if key == b"path":
                 path = value[:-1].decode("utf-8", "surrogateescape")
             elif key == b"size" or key.startswith(b"GNU.sparse"):
-                raise self.fault(f"holds a sparse or huge file after {self._last}")
+                raise self.fault(f"contains a sparse or huge file after {self._last}")
             begin = end
         return path

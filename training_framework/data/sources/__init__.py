@@ -1,1 +1,1 @@
-"""Where images come from: one module a data set."""
+"""The data sets: one module each."""

@@ -1,4 +1,4 @@
-"""Take files out of a downloaded archive."""
+"""Unpack files from a downloaded archive."""
 
 import shutil
 import tarfile
@@ -11,20 +11,20 @@ from training_framework.errors import UserError
 
 __all__ = ["unpack_files"]
 
-_MAX_FILE_BYTES = 256 << 20  # CIFAR's archives hold 186 MB
-_CURE = "delete it, and it is downloaded again"
+_MAX_FILE_BYTES = 256 << 20  # CIFAR's archives contain 186 MB
+_CURE = "delete it to download it again"
 
 
 def unpack_files(archive: Path, folder: Path, wanted: Sequence[str]) -> None:
-    """Take files out of a .tar.gz: `<name of folder>/<wanted>` becomes `folder/<wanted>`.
+    """Unpack files from a .tar.gz: `<name of folder>/<wanted>` becomes `folder/<wanted>`.
 
-    They are unpacked beside the final place, which is then made in one move, so that no
-    half-unpacked folder is ever found. Nothing in the archive decides where anything is written.
+    They are unpacked into a temporary folder, which is then renamed, so that a half-unpacked folder
+    never has the final name. The archive has no influence on where files are written.
 
     Args:
-        archive: The archive, whose digest was compared with the published one.
-        folder: The new folder, which must not exist.
-        wanted: Names of the files, all of which must be there.
+        archive: The archive, already checked against its published digest.
+        folder: The new folder; must not exist.
+        wanted: Names of the files; the archive must contain all of them.
 
     Raises:
         UserError: The archive is damaged or lacks a file.

@@ -1,7 +1,7 @@
-"""Pickles of arrays and plain containers, read without calling anything that they name.
+"""Read pickles of arrays and plain containers without calling anything that they name.
 
-Python's own unpickler, with only those opcodes that arrays, numbers, text and containers need. Its
-calls go to the checked functions below, and what they make is no larger than the file explains.
+This is Python's own unpickler with only the opcodes that arrays, numbers, text and containers need.
+Calls go to the checked functions below, whose results are no larger than the file justifies.
 """
 
 import io
@@ -42,12 +42,12 @@ _ALLOWANCE_BYTES = 1 << 20
 
 
 def unpickle_arrays(data: bytes) -> Any:
-    """What a pickle of Python 2 or 3 holds, with the text of Python 2 as bytes.
+    """The content of a pickle of Python 2 or 3; text of Python 2 comes back as bytes.
 
     Arrays of numbers come back as writable arrays.
 
     Raises:
-        pickle.UnpicklingError: It is damaged, or holds more than arrays, numbers, bytes, text,
+        pickle.UnpicklingError: It is damaged, or contains more than arrays, numbers, bytes, text,
             lists, tuples, and dictionaries whose keys are text, bytes or integers.
     """
     try:
@@ -59,7 +59,7 @@ def unpickle_arrays(data: bytes) -> Any:
 
 
 class _Refused(pickle.UnpicklingError):
-    """A pickle holds what is not allowed."""
+    """A pickle contains something that is not allowed."""
 
 
 class _Name(str):
@@ -67,7 +67,7 @@ class _Name(str):
 
 
 class _Dtype:
-    """A dtype of numbers; its byte order comes with its state."""
+    """A dtype of numbers; the byte order follows in its state."""
 
     def __init__(self, code: Any) -> None:
         if not re.fullmatch(r"b1|[iu][1248]|f[248]", _text(code)):
@@ -81,7 +81,7 @@ class _Dtype:
 
 
 class _ArrayUnpickler(pickle._Unpickler):
-    """Not the unpickler in C, whose memo takes as much memory as the pickle says."""
+    """Based on Python's unpickler in Python: a pickle can inflate the memo of the one in C."""
 
     stack: list[Any]
     append: Callable[[Any], None]
@@ -91,7 +91,7 @@ class _ArrayUnpickler(pickle._Unpickler):
     def __init__(self, data: bytes) -> None:
         super().__init__(io.BytesIO(data), encoding="bytes")
         self._size = len(data)
-        self._left = 2 * len(data) + _ALLOWANCE_BYTES  # text becomes bytes, and these an array
+        self._left = 2 * len(data) + _ALLOWANCE_BYTES  # text becomes bytes, which become an array
 
     def find_class(self, module: Any, name: Any) -> _Name:
         found = _NAMES.get(f"{module}.{name}")
@@ -102,7 +102,7 @@ class _ArrayUnpickler(pickle._Unpickler):
     def _spend(self, count: int) -> None:
         self._left -= count
         if self._left < 0:
-            raise _Refused("it would take more memory than its size explains")
+            raise _Refused("it would take more memory than its size justifies")
 
     def _array(self, dtype: Any, raw: Any, shape: Any, order: str = "C") -> NDArray[Any]:
         if type(dtype) is not _Dtype or type(raw) not in (bytes, bytearray):
@@ -110,13 +110,13 @@ class _ArrayUnpickler(pickle._Unpickler):
         if any(type(side) is not int or side < 0 for side in shape):
             raise _Refused("damaged: an array's shape is not a tuple of counts")
         if prod(shape) * dtype.dtype.itemsize != len(raw):
-            raise _Refused("damaged: an array's bytes are not those of its shape")
+            raise _Refused("damaged: the size of an array does not match its shape")
         self._spend(len(raw))
         flat: NDArray[Any] = np.ndarray(prod(shape), dtype.dtype, bytes(raw)).copy()
         return flat.reshape(shape, order="F" if order == "F" else "C")
 
     def _call(self) -> None:
-        """What a call would return, were it made."""
+        """Push the result that the requested call would have."""
         arguments, name = self.stack.pop(), self.stack.pop()
         made: Any
         if type(name) is not _Name or type(arguments) is not tuple:
@@ -156,7 +156,7 @@ class _ArrayUnpickler(pickle._Unpickler):
         items = self.pop_mark() if count is None else [self.stack.pop() for _ in range(count)][::-1]
         target = self.stack[-1]
         for key, value in zip(items[::2], items[1::2], strict=True):
-            # Others might take long to hash, or a stack deeper than the interpreter's.
+            # Other keys might take long to hash, or recurse too deeply.
             if type(key) not in (str, bytes, int) or type(target) is not dict:
                 raise _Refused(f"a key of type {type(key).__name__} is not allowed")
             target[key] = value
@@ -200,7 +200,7 @@ _CHECKED: dict[str, Callable[[Any], None]] = {
 
 
 def _loads() -> dict[int, Callable[[Any], None]]:
-    """What to do at each opcode."""
+    """The function for each opcode."""
     loads: dict[int, Callable[[Any], None]] = {}
     for opcode in pickletools.opcodes:
         name, code = opcode.name, ord(opcode.code)

@@ -1,4 +1,4 @@
-"""CIFAR-10 and CIFAR-100 from their standard Python files, downloaded where they are absent."""
+"""CIFAR-10 and CIFAR-100 from their standard Python files, downloaded if they are missing."""
 
 import contextlib
 import fcntl
@@ -44,16 +44,15 @@ _READ_SECONDS = 60
 def open_cifar(
     source: CifarFiles, *, root: Path | None = None, image_size: int | None = None
 ) -> Dataset:
-    """Open CIFAR-10 or CIFAR-100; where it is absent, download it (about 170 MB, MD5 checked).
+    """Open CIFAR-10 or CIFAR-100; if it is missing, download it (about 170 MB, MD5 checked).
 
     Args:
         source: `CIFAR10` or `CIFAR100`.
-        root: The folder that holds (or shall hold) the set's folder, or that folder itself; `data`
-            unless given.
-        image_size: Side in pixels, 32 unless given; other sizes are resized once, on opening.
+        root: The folder of the data set, or its (future) parent folder; None: `data`.
+        image_size: Side in pixels; None: 32. Other sizes are resized once, on opening.
 
     Raises:
-        UserError: The files are absent and cannot be downloaded, or are not what they should be.
+        UserError: The files are missing and cannot be downloaded, or their content is wrong.
     """
     root = root or Path("data")
     folder = cifar_folder(source, root)
@@ -92,7 +91,7 @@ def open_cifar(
 def _differences(
     source: CifarFiles, files: tuple[str, ...], contents: list[bytes]
 ) -> tuple[str, ...]:
-    """Say where files are not the published ones, which people may have good reasons for."""
+    """Note which files differ from the published ones; users may have good reasons for that."""
     differing = [
         name
         for name, content in zip(files, contents, strict=True)
@@ -102,13 +101,13 @@ def _differences(
         return ()
     which = "all files" if len(differing) == len(files) else ", ".join(differing)
     return (
-        f"note: {which} of {source.name} differ from the published ones: accuracies do not compare "
-        "with those of others",
+        f"note: {which} of {source.name} differ from the published ones: accuracies are not "
+        "comparable with published ones",
     )
 
 
 def cifar_folder(source: CifarFiles, root: Path) -> Path | None:
-    """The folder with the set's files: `root` or its subfolder; None where neither is one."""
+    """The folder with the files: `root` or its subfolder; None if neither has them."""
     for folder in (root, root / source.folder):
         if all((folder / name).is_file() for name in (source.train_files[0], source.val_file)):
             return folder
@@ -121,7 +120,7 @@ def _refuse_incomplete(source: CifarFiles, folder: Path) -> None:
         files = (source.train_files[0], source.val_file)
         name = next(name for name in files if not (folder / name).is_file())
         raise UserError(
-            f"{folder}: lacks {name}", "complete it, or move it away and it is downloaded"
+            f"{folder}: lacks {name}", "complete it, or move it away to download it again"
         )
 
 
@@ -147,11 +146,11 @@ def _read_batch(source: CifarFiles, path: Path, data: bytes) -> ArraySplit:
         pixels, listed = content[b"data"], content[source.labels_key]
     except (KeyError, TypeError):
         raise UserError(
-            f"{path}: does not hold 'data' and '{source.labels_key.decode()}'", cure
+            f"{path}: does not contain 'data' and '{source.labels_key.decode()}'", cure
         ) from None
     if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8:
         raise UserError(f"{path}: 'data' is not an array of uint8", cure)
-    # A list in a list could be as deep and, made an array, as large as it likes.
+    # Nested lists could be arbitrarily deep and, as an array, arbitrarily large.
     flat = type(listed) is list and {type(item) for item in listed} <= _INTEGERS
     if not flat and not (isinstance(listed, np.ndarray) and listed.dtype.kind in "iu"):
         raise UserError(f"{path}: the labels are not integers", cure)
@@ -180,7 +179,7 @@ def _file_bytes(path: Path) -> bytes:
         if not stat.S_ISREG(status.st_mode):
             raise UserError(f"{path}: not a file", cure)
         if status.st_size > _MAX_FILE_BYTES:
-            raise UserError(f"{path}: {status.st_size:,} bytes are more than such a file has", cure)
+            raise UserError(f"{path}: {status.st_size:,} bytes are too many for such a file", cure)
         return path.read_bytes()
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}", cure) from None
@@ -203,7 +202,7 @@ def _download(source: CifarFiles, root: Path) -> Path:
     try:
         root.mkdir(parents=True, exist_ok=True)
         with _one_process_at_a_time(root):
-            # Another process may have finished the download, or given it up, in the meantime.
+            # Meanwhile, another process may have finished the download or given it up.
             root.mkdir(parents=True, exist_ok=True)
             folder = cifar_folder(source, root)
             if folder is not None:
@@ -225,19 +224,20 @@ def _download(source: CifarFiles, root: Path) -> Path:
         raise
     except (OSError, ValueError) as error:
         if is_new:
-            with contextlib.suppress(OSError):  # there may be an archive in it by now
+            with contextlib.suppress(OSError):  # it may contain an archive by now
                 root.rmdir()
         raise UserError(
-            f"{source.name} is not in {root} and {source.url} gave none ({type(error).__name__})",
+            f"{source.name} is not in {root} and cannot be downloaded from {source.url} "
+            f"({type(error).__name__})",
             f"put {source.archive} (MD5 {source.md5}) or its folder {source.folder} into {root}",
         ) from None
 
 
 @contextlib.contextmanager
 def _one_process_at_a_time(folder: Path) -> Iterator[None]:
-    """Wait for the others of this run, or of other runs, that are in here with the same folder.
+    """Wait until no other process, of this or another run, works on the same folder.
 
-    The lock is the folder's own, so no file stays behind, and it ends with the process.
+    The lock is on the folder itself, so that no file remains, and it ends with the process.
     """
     descriptor = os.open(folder, os.O_RDONLY)
     try:

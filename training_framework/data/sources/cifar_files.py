@@ -1,4 +1,4 @@
-"""What CIFAR-10 and CIFAR-100 consist of as they were published."""
+"""The published files of CIFAR-10 and CIFAR-100."""
 
 from dataclasses import dataclass
 
@@ -7,10 +7,10 @@ __all__ = ["CIFAR10", "CIFAR100", "CifarFiles"]
 
 @dataclass(frozen=True, kw_only=True)
 class CifarFiles:
-    """Where a CIFAR set comes from and what its files are called.
+    """Address, names, digests and statistics of a CIFAR data set.
 
-    Source: A. Krizhevsky, Learning Multiple Layers of Features from Tiny Images, 2009. The files'
-    MD5 sums are those that torchvision checks (torchvision/datasets/cifar.py).
+    Source: A. Krizhevsky, Learning Multiple Layers of Features from Tiny Images, 2009. The MD5 sums
+    are those that torchvision checks (torchvision/datasets/cifar.py).
     """
 
     name: str

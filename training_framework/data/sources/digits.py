@@ -24,14 +24,14 @@ _DEFAULT_IMAGE_SIZE = 32
 def open_digits(*, image_size: int | None = None) -> Dataset:
     """Open the digits: 1,797 gray 8x8 images, resized, as three equal channels.
 
-    A fixed fifth of every class is held out. Digits are not mirrored; a crop padding of a sixteenth
-    of the side (2 px at 32 px, half an original pixel) moves them by no more than their strokes are
-    wide, for they fill the frame.
+    A fixed fifth of every class is held out. Digits are not mirrored. They fill the frame, so the
+    crop padding is a sixteenth of the side (2 px at 32 px, half an original pixel), which moves
+    them by less than the width of their strokes.
 
     Source: E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI, 1998.
 
     Args:
-        image_size: Side in pixels, 32 unless given.
+        image_size: Side in pixels; None: 32.
 
     Raises:
         UserError: `image_size` is below the originals' 8 px.
@@ -70,7 +70,7 @@ def open_digits(*, image_size: int | None = None) -> Dataset:
 
 def _read_table() -> NDArray[np.float64]:
     """(1797, 65): 64 pixels in 0..16 and the digit."""
-    # Importing sklearn takes a second, for scipy; its file alone takes milliseconds.
+    # Importing sklearn takes a second, because of scipy; reading its file takes milliseconds.
     package = find_spec("sklearn")
     for folder in (package.submodule_search_locations or []) if package else []:
         table = Path(folder, "datasets", "data", "digits.csv.gz")
@@ -85,7 +85,7 @@ def _read_table() -> NDArray[np.float64]:
 
 def _held_out(labels: NDArray[np.int64]) -> NDArray[np.bool_]:
     """A fixed random fifth of every class."""
-    # Of NumPy's generators only the raw bits are promised to stay the same in every version.
+    # NumPy promises only the raw bits of its generators to stay the same in every version.
     order = np.argsort(np.random.Philox(key=0).random_raw(len(labels)), kind="stable")
     held_out = np.zeros(len(labels), dtype=np.bool_)
     for label in np.unique(labels):

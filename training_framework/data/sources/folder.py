@@ -1,4 +1,4 @@
-"""Images in folders, as ImageNet is laid out: train/<class>/*, val/<class>/*."""
+"""Images in folders, in the layout of ImageNet: train/<class>/*, val/<class>/*."""
 
 import os
 from collections.abc import Iterator
@@ -31,21 +31,22 @@ _IGNORED = frozenset({"thumbs.db", "desktop.ini"})
 
 
 def open_folder(*, root: Path | None, image_size: int | None = None) -> Dataset:
-    """List an image folder; nothing is decoded yet.
+    """List an image folder, without decoding anything.
 
-    Classes are the folders of `root/train` in sorted order; `root/val` (or `root/test`) may lack
-    some of them. Images may lie in subfolders of their class. Hidden files are ignored.
+    The classes are the folders of `root/train` in sorted order; `root/val` (or `root/test`) may
+    lack some of them. Images may be in subfolders of their class. Hidden files are ignored.
 
     Args:
-        root: Holds `train` and `val`.
-        image_size: Side in pixels that images are cropped and resized to, 224 unless given.
+        root: Folder with `train` and `val`.
+        image_size: Side in pixels to which images are cropped and resized; None: 224.
 
     Raises:
         UserError: A folder is missing, a class is empty or unknown, a file is not an image.
     """
     if root is None:
         raise UserError(
-            "data is folder, but data_root is not set", "set data_root to the folder of the images"
+            "data is folder, but data_root is not set",
+            "set data_root to the folder of images",
         )
     train_folder, val = split_folder(root, "train"), val_folder(root)
     names = class_names(train_folder)
@@ -53,8 +54,8 @@ def open_folder(*, root: Path | None, image_size: int | None = None) -> Dataset:
     for name in class_names(val):
         if name not in labels_by_name:
             raise UserError(
-                f"{val / name}: a class that {train_folder} lacks",
-                "add training images of it or remove it",
+                f"{val / name}: this class is missing in {train_folder}",
+                "add training images for it or remove it",
             )
     train_split = _list_split(train_folder, labels_by_name)
     val_split = _list_split(val, labels_by_name)
@@ -77,13 +78,13 @@ def split_folder(root: Path, name: str) -> Path:
     folder = root / name
     if not folder.is_dir():
         raise UserError(
-            f"{folder}: no such folder", f"{root} must hold train/<class>/* and val/<class>/*"
+            f"{folder}: no such folder", "name a folder with train/<class>/* and val/<class>/*"
         )
     return folder
 
 
 def val_folder(root: Path) -> Path:
-    """`root/val`, or `root/test` where only that is there."""
+    """`root/val`, or `root/test` if only that exists."""
     has_only_test = (root / "test").is_dir() and not (root / "val").is_dir()
     return split_folder(root, "test" if has_only_test else "val")
 
@@ -92,20 +93,22 @@ def class_names(folder: Path) -> tuple[str, ...]:
     """The class folders of a split's folder, sorted.
 
     Raises:
-        UserError: There is none, or there is a file beside them.
+        UserError: There is none, or there is a file next to them.
     """
     names = []
     for entry in _visible(folder):
         if not _is_folder(entry):
-            raise UserError(f"{entry.path}: not in a class folder", "move it into one, or away")
+            raise UserError(f"{entry.path}: not in a class folder", "move it into one or away")
         names.append(entry.name)
     if not names:
-        raise UserError(f"{folder}: has no class folders", f"expected {folder}/<class>/<image>")
+        raise UserError(
+            f"{folder}: has no class folders", f"arrange images as {folder}/<class>/<image>"
+        )
     return tuple(sorted(names))
 
 
 def class_files(folder: Path) -> list[str]:
-    """The images of a class's folder and its subfolders, sorted, as paths.
+    """Sorted paths of the images in the folder of a class and its subfolders.
 
     Raises:
         UserError: There is none, or a file is not an image by its suffix.
@@ -126,17 +129,17 @@ def _files_below(folder: Path | str) -> Iterator[str]:
                 ahead.append(entry.path)
             elif os.path.splitext(entry.name)[1].lower() not in IMAGE_SUFFIXES:  # noqa: PTH122
                 raise UserError(
-                    f"{entry.path}: not an image by its suffix",
+                    f"{entry.path}: does not have the suffix of an image",
                     f"move it away; images end in {', '.join(sorted(IMAGE_SUFFIXES))}",
                 )
             elif entry.is_file():
                 yield entry.path
-            else:  # a link that leads nowhere; a pipe or device, which would block
+            else:  # a broken link, or a pipe or device, which would block
                 raise UserError(f"{entry.path}: not a file", "remove it, or repair the link")
 
 
 def _refuse_second_visit(folder: str, seen: set[tuple[int, int]]) -> None:
-    """Refuse a folder that links lead to twice, or in circles."""
+    """Refuse a folder that is reached twice, or in a cycle, through links."""
     try:
         status = os.stat(folder)  # noqa: PTH116
     except OSError as error:
@@ -144,7 +147,7 @@ def _refuse_second_visit(folder: str, seen: set[tuple[int, int]]) -> None:
     place = (status.st_dev, status.st_ino)
     if place in seen:
         raise UserError(
-            f"{folder}: the class holds this folder twice, through a link", "remove the link"
+            f"{folder}: the class contains this folder twice, through a link", "remove the link"
         )
     seen.add(place)
 

@@ -1,4 +1,4 @@
-"""Tar shards as WebDataset writes them (`train-000000.tar`, `val-000000.tar`), read at random."""
+"""Tar shards in the format of WebDataset (`train-000000.tar`, `val-000000.tar`), read at random."""
 
 import os
 import zlib
@@ -36,8 +36,8 @@ class ShardSplit(EncodedSplit):
     """Images in tar shards.
 
     Attributes:
-        folder: Holds the shards.
-        index: Of all of them.
+        folder: The folder of the shards.
+        index: Index of all shards.
         rows: (N,) int64, positions in the index.
         labels: (N,) int64.
     """
@@ -53,17 +53,17 @@ class ShardSplit(EncodedSplit):
         return self.folder
 
     def name_of(self, sample: int) -> str:
-        """What to call a sample in messages: folder, shard and member."""
+        """The name of a sample in messages: folder, shard and member."""
         return f"{self.folder}/{self.index.name_of(int(self.rows[sample]))}"
 
     def take(self, samples: Tensor) -> "ShardSplit":
-        """The split of these samples alone: (n,) int64 positions, in their order."""
+        """The split of these samples: (n,) int64 positions, in their order."""
         return replace(self, rows=self.rows[samples.numpy()], labels=self.labels[samples])
 
     def digest(self) -> str:
         """SHA-256 of the images' checksums and sizes, in order, and of the labels, as text.
 
-        It covers the contents and costs no reading, but not what the members are called.
+        It covers the contents without reading them, but not the names of the members.
         """
         index = self.index
         return sha256_of(index.checksums[self.rows], index.lengths[self.rows], self.labels.numpy())
@@ -73,10 +73,10 @@ class ShardSplit(EncodedSplit):
         return _ShardImages(self)
 
     def refuse_empty(self) -> None:
-        """Refuse empty members, which else would be met only after an epoch.
+        """Refuse empty members, which otherwise might only be found at the end of an epoch.
 
         Raises:
-            UserError: There is one.
+            UserError: A member is empty.
         """
         empty = np.flatnonzero(self.index.lengths[self.rows] == 0)
         if len(empty):
@@ -84,10 +84,10 @@ class ShardSplit(EncodedSplit):
 
 
 class _ShardImages:
-    """Reads the images of a split, and compares the checksum of each.
+    """Reads the images of a split and checks the checksum of each.
 
-    By position rather than through a mapping: of a failing disk, or a shard that became shorter,
-    `pread` tells by an error, a mapping by a signal that ends the process.
+    It uses `pread` rather than a memory mapping: on a failing disk, or in a shard that became
+    shorter, `pread` raises an error, whereas a mapping ends the process by a signal.
     """
 
     def __init__(self, split: ShardSplit) -> None:
@@ -101,7 +101,7 @@ class _ShardImages:
     def read(self, sample: int) -> bytes:
         shard, offset, length, checksum = self._index.table[:4, self._rows[sample]].tolist()
         try:
-            # Opened for each image, which costs 3 us: there may be more shards than open files.
+            # Opened for each image, which costs 3 us: there may be too many shards to keep open.
             descriptor = os.open(self._shards[shard], os.O_RDONLY)
             try:
                 data = os.pread(descriptor, length, offset)
@@ -113,14 +113,14 @@ class _ShardImages:
             raise StorageFault(f"{self.name_of(sample)}: the shard has become shorter", _RESTORE)
         if zlib.crc32(data) != checksum:
             raise StorageFault(
-                f"{self.name_of(sample)}: not as it was indexed (checksum)",
-                f"{_RESTORE}; if it was changed on purpose, delete {INDEX_FILE}",
+                f"{self.name_of(sample)}: has changed since it was indexed (checksum)",
+                f"{_RESTORE}; if the change was intended, delete {INDEX_FILE}",
             )
         return data
 
 
 def verify_shards(folder: Path) -> None:
-    """Read all shards of a folder, and compare every image, name and label with its index.
+    """Read all shards of a folder and compare every image, name and label with the index.
 
     Raises:
         UserError: Something differs, or a shard is damaged.
@@ -147,27 +147,27 @@ def verify_shards(folder: Path) -> None:
     if wrong:
         more = ", ..." if len(wrong) > _MAX_NAMED else ""
         raise UserError(
-            f"{folder}: {len(wrong)} of {len(index)} images are not as they were indexed: "
+            f"{folder}: {len(wrong)} of {len(index)} images have changed since they were indexed: "
             f"{', '.join(wrong[:_MAX_NAMED])}{more}",
             _RESTORE,
         )
 
 
 def open_shards(*, root: Path | None, image_size: int | None = None) -> Dataset:
-    """Open a folder of tar shards; no image is decoded yet.
+    """Open a folder of tar shards, without decoding any image.
 
     Each sample is an image (`KEY.jpg`, `.png`, `.webp`, ...) and its class number in text
-    (`KEY.cls`); other members are passed over. Class names come from `dataset.json` or
-    `classes.txt` (one a line); without them classes are called by their numbers. The first time,
-    all shards are read to make an index, which is kept beside them.
+    (`KEY.cls`); other members are skipped. Class names come from `dataset.json` or `classes.txt`
+    (one per line); without them, the names are the numbers. The first time, all shards are read to
+    build an index, which is then kept next to them.
 
     Args:
         root: The folder.
-        image_size: Side in pixels of the images that training sees; 224 unless given, or the side
-            that they were scaled down to if that is less.
+        image_size: Side in pixels of the network's input images; None: 224, or the side to which
+            the images were scaled down if that is smaller.
 
     Raises:
-        UserError: A shard is missing, damaged, or holds what no such shard does.
+        UserError: A shard is missing, damaged, or has content of another kind.
     """
     if root is None:
         raise UserError("data is shards, but data_root is not set", "set data_root to their folder")

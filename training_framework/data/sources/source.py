@@ -1,4 +1,4 @@
-"""What a data set's module offers: how to open it, and how to tell it by its files."""
+"""The interface of a data set's module: how to open it and how to recognize its files."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ __all__ = ["DataSource", "DatasetRequest"]
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetRequest:
-    """What `open_dataset` was asked for; each source reads what concerns it."""
+    """The arguments of `open_dataset`; each source reads those that concern it."""
 
     root: Path | None = None
     image_size: int | None = None
@@ -26,9 +26,9 @@ class DataSource:
     """A data set that can be opened by name.
 
     Attributes:
-        open: Opens it. Raises UserError where its files are missing or wrong.
-        recognizes: Whether a folder holds it; None where it reads no files.
-        layout: What such a folder holds, for messages.
+        open: Opens it. Raises UserError if its files are missing or wrong.
+        recognizes: Whether a folder contains it; None if it reads no files.
+        layout: Description of such a folder's content, for messages.
     """
 
     open: Callable[[DatasetRequest], Dataset]

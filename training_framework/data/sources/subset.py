@@ -1,4 +1,4 @@
-"""A small random part of an image folder."""
+"""Copy a small random part of an image folder."""
 
 import json
 import shutil
@@ -20,13 +20,13 @@ __all__ = ["SubsetSummary", "make_subset"]
 
 @dataclass(frozen=True, kw_only=True)
 class SubsetSummary:
-    """What `make_subset` wrote.
+    """The folder that `make_subset` wrote.
 
     Attributes:
         dest: The new folder.
         classes: Names of its classes, sorted.
-        train_images: Training images in all.
-        val_images: Validation images in all.
+        train_images: Number of training images.
+        val_images: Number of validation images.
     """
 
     dest: Path
@@ -40,18 +40,18 @@ def make_subset(
 ) -> SubsetSummary:
     """Copy a random part of an image folder into a new one, with the same layout.
 
-    The folder appears whole or not at all; its `subset.json` lists what was chosen.
+    The folder appears whole or not at all; its `subset.json` lists the chosen images.
 
     Args:
-        source: Holds train/<class>/* and val/<class>/* (or test/).
+        source: Folder with train/<class>/* and val/<class>/* (or test/).
         dest: The new folder; it may exist if it is empty.
-        classes: Classes to take.
-        train_per_class: Training images to take of each, at least 1.
-        val_per_class: Validation images of each, at least 1.
+        classes: Number of classes to take.
+        train_per_class: Training images per class, at least 1.
+        val_per_class: Validation images per class, at least 1.
         seed: Draws classes and images; the same seed takes the same ones.
 
     Raises:
-        UserError: `dest` holds something, or `source` has too few classes or images.
+        UserError: `dest` is not empty, or `source` has too few classes or images.
     """
     for key, value in (
         ("classes", classes),
@@ -67,7 +67,7 @@ def make_subset(
     if len(found) < classes:
         raise UserError(
             f"{train_folder}: has {len(found)} classes, not {classes}",
-            f"ask for {len(found)} at most",
+            f"ask for at most {len(found)}",
         )
     generator = keyed_generator(seed, Purpose.SUBSET)
     names = tuple(sorted(found[row] for row in generator.permutation(len(found))[:classes]))
@@ -95,11 +95,11 @@ def make_subset(
 
 
 def _class_files_in(folder: Path, count: int) -> list[str]:
-    """The class's images relative to its folder, at least `count`."""
+    """The images of a class relative to its folder, at least `count`."""
     files = [Path(path).relative_to(folder).as_posix() for path in class_files(folder)]
     if len(files) < count:
         raise UserError(
-            f"{folder}: has {len(files)} images, not {count}", f"ask for {len(files)} at most"
+            f"{folder}: has {len(files)} images, not {count}", f"ask for at most {len(files)}"
         )
     return files
 
@@ -110,7 +110,7 @@ def _copy(
     chosen: dict[str, dict[str, list[str]]],
     record: str,
 ) -> None:
-    """Copy beside `dest`, then rename, so that an interrupted copy leaves nothing behind."""
+    """Copy to a temporary folder, then rename it: an interrupted copy leaves nothing behind."""
     try:
         dest.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=dest.parent, prefix=f".{dest.name}-") as scratch:
@@ -127,5 +127,5 @@ def _copy(
             complete.rename(dest)
     except OSError as error:
         raise UserError(
-            f"{error.filename or dest}: {error.strerror}", "make room, or name another folder"
+            f"{error.filename or dest}: {error.strerror}", "free some space, or name another folder"
         ) from None

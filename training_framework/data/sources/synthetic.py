@@ -1,4 +1,4 @@
-"""Made-up images of any size and class count: for measuring, and for trying things out."""
+"""Synthetic images of any size and number of classes, for measuring and for trying things out."""
 
 from dataclasses import dataclass, replace
 
@@ -19,14 +19,14 @@ _GENERATED_BYTES_AT_ONCE = 1 << 28
 
 @dataclass(frozen=True)
 class SyntheticSplit(Split):
-    """Images made up on the device: a coarse pattern a class, under noise, so it can be learnt.
+    """Images made on the device: a coarse pattern per class, under noise, so they can be learnt.
 
     Attributes:
-        count: Images; the classes take turns.
-        num_classes: Classes.
+        count: Number of images; the classes alternate.
+        num_classes: Number of classes.
         image_size: Side in pixels.
-        seed: Draws the classes' patterns; splits of one set share it.
-        stream: Draws the noise; splits of one set differ in it.
+        seed: Draws the patterns of the classes; the splits of a data set share it.
+        stream: Draws the noise; the splits of a data set differ in it.
     """
 
     count: int
@@ -39,7 +39,7 @@ class SyntheticSplit(Split):
         return self.count
 
     def digest(self) -> str:
-        """SHA-256 of the arguments that the images are made from, as hexadecimal text."""
+        """SHA-256 of the parameters that determine the images, as hexadecimal text."""
         return sha256_of(repr(self))
 
     @property
@@ -48,7 +48,7 @@ class SyntheticSplit(Split):
         return torch.arange(self.count) % self.num_classes
 
     def limited(self, count: int, *, seed: int) -> "SyntheticSplit":
-        """The first `count` images, in which the classes take turns too."""
+        """The first `count` images, in which the classes alternate too."""
         return replace(self, count=count)
 
     def take(self, samples: Tensor) -> ArraySplit:
@@ -66,7 +66,7 @@ class SyntheticSplit(Split):
         patterns = 80 + 96 * torch.rand(
             (self.num_classes, 3, 4, 4), generator=generator, device=device
         )
-        # Where a seed is so large, its product goes round: PyTorch takes 63 bits.
+        # PyTorch takes 63 bits, so the product of a large seed wraps around.
         generator.manual_seed(((self.seed + 1) * 1_000_003 + self.stream) % 2**63)
         labels = torch.arange(self.count, device=device) % self.num_classes
         images = torch.empty((self.count, side, side, 3), dtype=torch.uint8, device=device)
@@ -81,11 +81,11 @@ class SyntheticSplit(Split):
 
 
 def open_synthetic(request: DatasetRequest) -> Dataset:
-    """Describe a synthetic set; its pixels are made on the device when a loader is built.
+    """Describe a synthetic data set; building a loader makes its pixels on the device.
 
     Args:
-        request: Numbers of images, side in pixels (32 unless given), classes (10 unless given),
-            and the seed, which draws patterns and noise.
+        request: Numbers of images, side in pixels (default 32), number of classes (default 10), and
+            the seed, which draws patterns and noise.
     """
     train_images, val_images = request.synthetic_train_images, request.synthetic_val_images
     size = request.image_size or _DEFAULT_IMAGE_SIZE
