@@ -24,7 +24,7 @@ check: setup
 	$(BIN)/mypy
 
 test: check
-	$(BIN)/python -m pytest --durations=10
+	$(BIN)/python -m pytest -n auto --durations=10
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache build ./*.egg-info

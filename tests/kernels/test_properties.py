@@ -1,6 +1,6 @@
 """Kernels against torch over shapes, layouts, dtypes and settings that nobody listed.
 
-Some seconds of it run in the suite. `LONG_TESTS=1` tries a hundred times as many; what it finds is
+Some seconds of it run in the suite. `pytest --long` tries a hundred times as many; what it finds is
 kept here as an example.
 """
 

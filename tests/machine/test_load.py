@@ -85,7 +85,7 @@ def test_peak_memory_is_at_least_what_was_touched():
 def test_a_busy_neighbour_is_told_with_what_it_costs_and_what_to_do():
     assert neighbours_note(0.1, cores=2, threads=2) == ""
     note = neighbours_note(0.5, cores=2, threads=2)
-    assert note.startswith("other processes keep 1.0 of the 2 cores busy: ")
+    assert note.startswith("other processes keep 1.0 of the 2 cores busy, ")
     assert note.endswith("; end them or set threads to 1")
     assert neighbours_note(0.5, cores=8, threads=8).endswith("set threads to 4")
     assert neighbours_note(1.0, cores=2, threads=1).endswith("end them to train faster")

@@ -18,6 +18,7 @@ from training_framework.machine.hardware import Hardware, detect_hardware
 from training_framework.plan import TrainPlan, make_plan, planned_run, resumed_plan
 from training_framework.plan.resumption import FREE_FIELDS
 from training_framework.train import main
+from training_framework.training import resuming
 
 FACTS = DatasetFacts(
     name="cifar10",
@@ -168,6 +169,16 @@ def test_every_choice_that_a_plan_makes_stays():
 def test_settings_that_may_differ_at_a_resumption_are_fields_that_do():
     fields = {field.name for field in dataclasses.fields(TrainPlan)}
     assert TRAJECTORY_FREE_KEYS & fields <= FREE_FIELDS <= fields
+
+
+def test_processes_that_planned_differently_do_not_train_together(monkeypatch):
+    slower = dataclasses.replace(CPU, bf16_speed=1.09, cpu_name="another CPU")
+    other = plan_on(slower).as_dict()
+    monkeypatch.setattr(resuming, "gathered", lambda values: [values, other])
+    with pytest.raises(UserError, match="precision is bf16-mixed and 32; set precision for all"):
+        resuming.refuse_different_plans(plan_on())
+    monkeypatch.setattr(resuming, "gathered", lambda values: [values, values])
+    resuming.refuse_different_plans(plan_on())
 
 
 TINY: dict[str, Any] = {

@@ -1,6 +1,6 @@
 """Any image folder (names, links, formats, modes, sizes): read as Pillow reads it, or one line.
 
-`FOLDER_EXAMPLES=5000 pytest tests/reliability/test_folder_properties.py` looks for longer.
+`pytest --long tests/reliability/test_folder_properties.py` tries many more.
 """
 
 import os
@@ -22,7 +22,7 @@ from training_framework.data.shards.packing import pack_folder
 from training_framework.data.sources.shards import ShardSplit, open_shards, verify_shards
 from training_framework.errors import UserError
 
-EXAMPLES = int(os.environ.get("FOLDER_EXAMPLES", "60"))
+EXAMPLES = 5000 if "LONG_TESTS" in os.environ else 60
 MODES = {
     ".png": ("1", "L", "LA", "P", "RGB", "RGBA", "I;16"),
     ".jpg": ("L", "RGB", "CMYK"),
@@ -204,7 +204,7 @@ def _entry(
 @settings(
     max_examples=EXAMPLES,
     deadline=None,
-    derandomize="FOLDER_EXAMPLES" not in os.environ,
+    derandomize="LONG_TESTS" not in os.environ,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
     database=None,
 )

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -66,7 +67,9 @@ def train(
         "save_every_n_steps": 1, **settings,
     }  # fmt: skip
     trainer = EfficientResNet18Trainer(TrainConfig(**settings), network=network)
-    return trainer.train(DataLoader(TensorDataset(images, labels), batch_size=8), val)
+    # Hooks count the passes of the training, without the one that tries the network before it.
+    with mock.patch("training_framework.train.try_user_network"):
+        return trainer.train(DataLoader(TensorDataset(images, labels), batch_size=8), val)
 
 
 def last(name: str = "run") -> dict[str, Any]:
@@ -255,7 +258,8 @@ class Hanging:
             yield images[8 * number :][:8], labels[8 * number :][:8]
 
 
-@pytest.mark.parametrize("batches", [0, 2])
+# The first batch is looked at before the run begins, when there is nothing to save yet.
+@pytest.mark.parametrize("batches", [1, 2])
 def test_a_signal_ends_the_wait_for_a_loader_that_hangs(in_tmp_path, batches):
     trainer = EfficientResNet18Trainer(
         epochs=1, lr=0.1, num_classes=3, threads=1, tensorboard=False, network=Network(),

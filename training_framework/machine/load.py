@@ -97,6 +97,6 @@ def neighbours_note(other_cpu_share: float, cores: int, threads: int) -> str:
     free = max(1, cores - math.ceil(taken - NOTEWORTHY_SHARE))
     cure = f"end them or set threads to {free}" if threads > free else "end them to train faster"
     return (
-        f"other processes keep {taken:.1f} of the {cores} cores busy: threads wait for the "
-        f"slowest at every layer, so a step can take three times as long; {cure}"
+        f"other processes keep {taken:.1f} of the {cores} cores busy, which can make a step take "
+        f"three times as long; {cure}"
     )

@@ -1,6 +1,7 @@
 """What a run says of itself: its opening lines, and run.json."""
 
 import dataclasses
+import textwrap
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -75,7 +76,7 @@ def opening_lines(
     lines = [f"note: {gpu.name} {gpu.fault}" for gpu in hardware.accelerators if gpu.fault]
     busy = busy_machine_note(plan, hardware)
     if busy:
-        lines.append(f"note: {busy}")
+        lines += textwrap.wrap(f"note: {busy}", 80, subsequent_indent="      ")
     layout = "channels_last" if plan.channels_last else "contiguous"
     compiled = f", compiled ({plan.compile_mode})" if plan.compile else ""
     lines.append(

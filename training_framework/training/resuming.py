@@ -12,15 +12,24 @@ from pydantic import TypeAdapter, ValidationError
 from training_framework.checkpoint import CheckpointKeeper
 from training_framework.data import Loader, UserLoader
 from training_framework.errors import UserError, shown
+from training_framework.machine.distributed import gathered
 from training_framework.machine.randomness import random_states, restore_random_states
 from training_framework.plan import PlannedRun, TrainPlan, resumed_plan
+from training_framework.plan.resumption import FREE_FIELDS
 from training_framework.runs.directory import next_version
 from training_framework.runs.identity import identity_of
 from training_framework.runs.progress import EpochRecord, Progress
 from training_framework.runs.start import Start, changed_settings
 from training_framework.training.parts import Parts
 
-__all__ = ["checkpoint_extras", "open_keeper", "plan_resumption", "restore", "restore_draws"]
+__all__ = [
+    "checkpoint_extras",
+    "open_keeper",
+    "plan_resumption",
+    "refuse_different_plans",
+    "restore",
+    "restore_draws",
+]
 
 
 class _EpochShape(NamedTuple):
@@ -45,6 +54,24 @@ def _shape_in(state: Mapping[str, Any]) -> _EpochShape | None:
     if type(batches) is not int or type(accumulate) is not int or min(batches, accumulate) < 1:
         return None
     return _EpochShape(batches, accumulate)
+
+
+def refuse_different_plans(plan: TrainPlan) -> None:
+    """Refuse to train together on different plans, which only others than torchrun can start.
+
+    All processes must call it at the same point.
+
+    Raises:
+        UserError: In one of the processes a choice fell differently.
+    """
+    plans = gathered({k: v for k, v in plan.as_dict().items() if k not in FREE_FIELDS})
+    for key in plans[0]:
+        values = list(dict.fromkeys(str(values[key]) for values in plans))
+        if len(values) > 1:
+            raise UserError(
+                f"the processes planned differently: {key} is {' and '.join(values)}",
+                f"set {key} for all of them, or start them with torchrun",
+            )
 
 
 def plan_resumption(planned: PlannedRun, start: Start) -> tuple[PlannedRun, Start]:

@@ -25,6 +25,7 @@ from training_framework.training.resuming import (
     checkpoint_extras,
     open_keeper,
     plan_resumption,
+    refuse_different_plans,
     restore,
     restore_draws,
 )
@@ -143,6 +144,7 @@ class TrainingRun:
     def _start(self, stack: ExitStack) -> Start:
         """Where to start from, in a place that can be written to."""
         plan, processes = self.plan, self.planned.processes
+        refuse_different_plans(plan)
         start = choose_start(self.planned, self._identity, processes)
         if start.lock is not None:
             stack.callback(start.lock.release)

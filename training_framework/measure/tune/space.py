@@ -15,6 +15,8 @@ from training_framework.switches.methods import SMALLEST_TRIED_BATCH
 __all__ = ["tuning_space"]
 
 BATCH = "batch"
+# What tends to gain most, so that a search with few trials meets it; then the entries' order.
+TRIED_FIRST = ("precision", BATCH, "compile", "loading")
 
 
 def tuning_space(
@@ -54,7 +56,7 @@ def tuning_space(
         own_network=plan.own_network is not None,
         chosen=plan.switch_values(),
     )
-    found: dict[str, list[Trial]] = {}
+    found: dict[str, list[Trial]] = {name: [] for name in TRIED_FIRST}
     for switch in SWITCHES:
         found.setdefault(switch.dimension, []).extend(switch.trials(situation))
     if allow_batch_change:
