@@ -77,7 +77,7 @@ def demo_output() -> str:
 
 def runs() -> str:
     """The recorded training runs as a table."""
-    rows = ["| run | data | top-1 | time, all in | training images/s |", "|---|---|---|---|---|"]
+    rows = ["| run | data | top-1 | total time | training images/s |", "|---|---|---|---|---|"]
     for experiment in ("demo", "cifar10-short", "imagenet-tiny"):
         result = newest(experiment)
         reached = result["results"]
