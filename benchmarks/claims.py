@@ -1,8 +1,8 @@
-"""The claims of the projects before this one, held against result files: see docs/claims.md.
+"""What other projects claimed, compared with our result files: see docs/claims.md.
 
-Each claim names the result file that could decide it and reads a figure with its interval there. A
-claimed range is confirmed where the whole interval lies at or above its lower end, refuted where it
-lies below it, and open where it holds the lower end itself.
+Each claim names the result file that can decide it, and reads a figure with its interval from it.
+A claimed range is confirmed if the whole interval lies at or above its lower end, and refuted if
+the whole interval lies below it. Otherwise it is open.
 """
 
 from collections.abc import Callable, Mapping
@@ -32,8 +32,8 @@ class Claim:
     Attributes:
         what: What it is about.
         theirs: What was claimed.
-        find: Looks the finding up among the newest result files by experiment; None: the file that
-            could decide it is not there.
+        find: Looks the finding up in the newest result files, by experiment; None if the file that
+            can decide it is missing.
     """
 
     what: str

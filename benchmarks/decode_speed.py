@@ -1,19 +1,19 @@
-"""From files to uint8 batches: how fast a core decodes, and what loading with all cores keeps.
+"""From files to uint8 batches: how fast one core decodes, and how close loading comes on all cores.
 
     python benchmarks/decode_speed.py --photos FOLDER
 
-FOLDER holds photographs as JPEG files, such as pictures of ImageNet; subfolders do not matter. On
-one thread these take turns, each making batches of random-resized crops of all photographs:
+FOLDER holds photographs as JPEG files, such as images of ImageNet; subfolders do not matter. The
+following take turns on one thread. Each makes batches of random-resized crops of all photographs:
 
-- `pillow`: the reference, written below as a DataLoader's data set is: Pillow opens, decodes, crops
-  and resizes one picture at a time, and the samples are stacked;
+- `pillow`: the reference, a typical data set for a DataLoader: Pillow opens, decodes, crops and
+  resizes one image at a time, and the samples are stacked;
 - `files`: the framework, from the same files;
 - `packed`: the framework, from a copy that `data pack --shorter-side 256` made;
-- `pillow, packed`: the reference on the pictures of that copy, to tell what smaller pictures give;
-- `pillow again`: the reference once more, the A/A control.
+- `pillow, packed`: the reference on the images of that copy, to show what smaller images gain;
+- `pillow again`: the reference once more, as an A/A control.
 
-With all cores, the framework's loader takes turns with the limit: as many processes that decode the
-same batches and hand nothing over.
+On all cores, the framework's loader takes turns with its limit: as many processes, which decode
+the same batches but do not hand them over.
 
 Result: benchmarks/results/decode-speed_<device>_<torch>_<date>.json. Its ratios are medians of the
 paired ratios over the rounds, with bootstrap 95% intervals.
@@ -73,7 +73,7 @@ CLOCK = (
 
 
 class PlainPhotographs:
-    """The reference: a data set as one writes it for a DataLoader, with torchvision's semantics."""
+    """The reference: a typical data set for a DataLoader, with torchvision's semantics."""
 
     def __init__(self, read: Sequence[Callable[[], bytes]]) -> None:
         self.read = read
@@ -141,7 +141,7 @@ def main() -> None:
 
 
 def packed_copy(files: Sequence[Path], folder: Path) -> EncodedSplit:
-    """The photographs packed; a set needs a validation split, which nobody reads here."""
+    """The packed photographs, with the validation split that a set needs; nothing reads it here."""
     for name, chosen in (("train", files), ("val", files[:1])):
         (folder / name / "photograph").mkdir(parents=True)
         for number, file in enumerate(chosen):
@@ -221,7 +221,7 @@ def in_turns(sides: dict[str, Callable[[int], object]], rounds: int) -> dict[str
 
 
 def pillow_crop(data: bytes, *, size: int, rng: np.random.Generator) -> Pixels:
-    """The crop that the framework draws, of a picture that Pillow decodes whole."""
+    """The crop that the framework draws, from an image that Pillow decodes completely."""
     image = Image.open(io.BytesIO(data)).convert("RGB")
     box = random_crop_box(image.height, image.width, rng=rng)
     corners = (box.left, box.top, box.left + box.width, box.top + box.height)
@@ -229,7 +229,7 @@ def pillow_crop(data: bytes, *, size: int, rng: np.random.Generator) -> Pixels:
 
 
 def pixel_errors(files: Sequence[Path]) -> dict[str, float]:
-    """Of the framework's crops from Pillow's of the same boxes: mean, and of the worst picture."""
+    """Errors of the framework's crops against Pillow's: the mean, and that of the worst image."""
     errors = []
     for number, file in enumerate(files):
         data = file.read_bytes()
@@ -240,7 +240,7 @@ def pixel_errors(files: Sequence[Path]) -> dict[str, float]:
 
 
 def all_cores(split: FileSplit, *, rounds: int, repeats: int) -> dict[str, Any]:
-    """The loader's images per second with as many processes as cores, beside the limit's."""
+    """Images per second of the loader, with one process a core, and of its limit."""
     cores = detect_hardware().cores
     many = FileSplit(split.root, split.paths * repeats, labels(len(split) * repeats))
     plan = BatchPlan(sample_count=len(many), global_batch_size=BATCH_SIZE, train=True, seed=0)
@@ -269,7 +269,7 @@ def all_cores(split: FileSplit, *, rounds: int, repeats: int) -> dict[str, Any]:
 
 
 class DecodeOnly:
-    """Processes that each decode every n-th batch of an epoch, and throw it away."""
+    """Processes that each decode every n-th batch of an epoch and discard it."""
 
     def __init__(self, split: FileSplit, plan: BatchPlan, processes: int) -> None:
         context = multiprocessing.get_context("fork")
@@ -323,7 +323,7 @@ def readable(result: dict[str, Any]) -> list[str]:
     errors, loaded = result["mean_absolute_error_of_255"], result["all_cores"]
     lines.append(
         f"difference from Pillow's pixels: {errors['mean']:.2f} of 255, "
-        f"{errors['worst_picture']:.2f} for the worst picture"
+        f"{errors['worst_picture']:.2f} for the worst image"
     )
     lines.append(
         f"loader with {loaded['processes']} processes: "

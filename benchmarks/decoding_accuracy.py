@@ -2,12 +2,12 @@
 
     python benchmarks/decoding_accuracy.py --data-root FOLDER      # such as Imagenette
 
-Trains the same small network over several seeds, once on the framework's pictures and once on
-Pillow's, which decodes all of each and resizes with antialiasing. A seed gives both sides the same
-weights, order and crops, so the accuracies are paired. Nothing here is timed.
+Trains the same small network with several seeds: once on the framework's images, and once on
+images that Pillow decodes completely and resizes with antialiasing. A seed gives both sides the
+same weights, order and crops, so the accuracies form pairs. Nothing here is timed.
 
-Result: benchmarks/results/decoding-accuracy-<size>px_<device>_<torch>_<date>.json. It ends with 1
-where the interval of the differences leaves out 0.
+Result: benchmarks/results/decoding-accuracy-<size>px_<device>_<torch>_<date>.json. The exit
+status is 1 if the interval of the differences does not contain 0.
 """
 
 import argparse
@@ -41,12 +41,12 @@ STUDENT_T = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 
 def pillow_random_crop(
     data: bytes, _path: Path | str, *, size: int, rng: np.random.Generator, out: Pixels
 ) -> None:
-    """The crop that the framework draws, of a picture decoded whole."""
+    """The crop that the framework draws, from an image decoded completely."""
     out[:] = pillow_crop(data, size=size, rng=rng)
 
 
 def pillow_center_crop(data: bytes, _path: Path | str, *, size: int, out: Pixels) -> None:
-    """The middle of a picture decoded whole."""
+    """The middle of an image decoded completely."""
     pixels = np.array(Image.open(io.BytesIO(data)).convert("RGB"))
     out[:] = resize_and_center_crop(pixels, size)
 
@@ -107,7 +107,7 @@ def main() -> int:
         epochs=options.epochs,
         val_check_interval=float(options.epochs),
         batch_size=64,
-        num_workers=0,  # so that both sides decode in this process
+        num_workers=0,  # both sides decode in this process
         accelerator="cpu",
         tensorboard=False,
         save_top_k=0,

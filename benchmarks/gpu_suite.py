@@ -1,11 +1,11 @@
-"""Everything worth running where a GPU is at hand, each part with a result file.
+"""Everything worth running on a machine with a GPU; each part writes a result file.
 
-    python benchmarks/gpu_suite.py                               # what needs no data from elsewhere
+    python benchmarks/gpu_suite.py                               # the parts that need no data
     python benchmarks/gpu_suite.py --cifar10 DIR --imagenette DIR
     python benchmarks/gpu_suite.py --rows                        # the step's speed alone, 8 minutes
     python benchmarks/gpu_suite.py --accelerator cpu --only demo # try the script without a GPU
 
-It goes on where a part fails, and ends with 1 if one did.
+If a part fails, the others still run, and the exit status is 1.
 """
 
 import argparse
@@ -49,7 +49,7 @@ def main() -> int:
 
 
 def rows() -> dict[str, Callable[..., None]]:
-    """What the step is worth on this GPU, against the loops of others."""
+    """The parts that compare the step on this GPU with other loops."""
     quick = ["--rounds", "6", "--rounds-per-process", "6", "--seconds", "1"]
     speeds = {
         f"step-speed-{row}": script("step_speed.py", row, *quick)
@@ -65,7 +65,7 @@ def rows() -> dict[str, Callable[..., None]]:
 
 
 def script(name: str, *flags: str) -> Callable[[str, list[str]], None]:
-    """A part that is a script of its own; it takes the GPU where there is one."""
+    """A part that is a script of its own; it uses the GPU if there is one."""
 
     def part(_name: str, _device: list[str]) -> None:
         command = [sys.executable, str(Path(__file__).parent / name), *flags]
@@ -117,7 +117,7 @@ def run(*flags: str) -> Callable[[str, list[str]], None]:
 
 
 def resume(_name: str, device: list[str]) -> None:
-    """Stopped and resumed against straight through, with deterministic algorithms."""
+    """Compare a stopped and resumed run with an uninterrupted one, both deterministic."""
     flags = [*SMALL, "--batch-size", "256", "--deterministic", "--tensorboard", "false", *device]
     with tempfile.TemporaryDirectory() as folder:
         train(folder, "straight", flags)

@@ -1,4 +1,4 @@
-"""The training loops of other libraries, at the settings of `B1 in fp32`: the same plain network,
+"""Training loops of other libraries, with the settings of `B1 in fp32`: the same plain network,
 data on the device, channels_last, no logging and no checkpoints.
 
     pip install pytorch-lightning
@@ -20,7 +20,7 @@ __all__ = ["LightningLoop"]
 
 
 class _Batches:
-    """What B1 makes its batches with, as a loader of so many of them."""
+    """A loader that yields a number of B1's batches."""
 
     def __init__(self, loop: B1, count: int) -> None:
         self.loop, self.count = loop, count

@@ -1,15 +1,15 @@
-"""Does `compare` find a slowdown of 10% that is known to be there, and none where there is none?
+"""Does `compare` find a planted slowdown of 10%, and none where there is none?
 
 Three variants of a tiny network take turns in processes of their own: plain, plain again (the A/A
-control), and one that sleeps for a tenth of its time after every step. Repeated --repeats times.
-Prints a line each time and ends with 1 if a slowdown was missed or one was found that is not there;
-the result goes to benchmarks/results/ (or --output).
+control), and one that sleeps for a tenth of its time after every step. This is repeated --repeats
+times, with a printed line each time. The exit status is 1 if `compare` missed a slowdown or found
+one that does not exist. The result goes to benchmarks/results/ (or --output).
 
     python benchmarks/planted_slowdown.py --repeats 3
 
-With --record FILE, one process takes many short samples of three such variants of a few
-convolutions in turns instead, and keeps them as CSV; the recorded samples of
-tests/measure/compare/ were made so.
+With --record FILE, one process instead takes many short samples, in turns, of three such variants
+of a few convolutions, and writes them as CSV. The recorded samples in tests/measure/compare/ were
+made this way.
 """
 
 import argparse
@@ -56,7 +56,7 @@ BASE: dict[str, Any] = {
 
 
 class SlowedSampler(StepSampler):
-    """Sleeps for a tenth of each step's time after it."""
+    """Sleeps after each step, for a tenth of the step's time."""
 
     def optimizer_step(self) -> int:
         started = time.perf_counter()
@@ -84,7 +84,7 @@ def open_worker(variant: Variant, config: TrainConfig, order: Any) -> workers.Pr
 
 
 def run_live(repeats: int, rounds: int, seconds: float) -> tuple[list[dict[str, Any]], Result]:
-    """What each repetition found, as times and not as speeds, and the last comparison."""
+    """What each repetition found, as ratios of times (not of speeds), and the last comparison."""
     runs = []
     for repeat in range(repeats):
         with tempfile.TemporaryDirectory() as folder:
@@ -143,7 +143,7 @@ def write_result(path: Path, runs: list[dict[str, Any]], last: Result) -> None:
 
 
 def record(path: Path, pairs: int, steps: int) -> None:
-    """Samples of training steps of three small convolutions, which take turns in one process."""
+    """Samples of steps that train three small convolutions; variants take turns in one process."""
     torch.set_num_threads(1)
     network = nn.Sequential(
         nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.ReLU(), nn.Conv2d(16, 4, 12)

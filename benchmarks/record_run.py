@@ -28,8 +28,8 @@ MACHINE_PATH = re.compile(r"(?<![\w.])/[\w./-]+")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("experiment", help="name of the result")
-    parser.add_argument("--dataset", help="how the data must be called where the result is quoted")
-    parser.add_argument("flags", nargs="+", help="flags of `efficient-resnet train`, behind --")
+    parser.add_argument("--dataset", help="name of the data to show with the result")
+    parser.add_argument("flags", nargs="+", help="flags of `efficient-resnet train`, after --")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         result = record(options.experiment, options.flags, options.dataset, Path(folder))
@@ -40,7 +40,7 @@ def main() -> None:
 
 
 def record(experiment: str, flags: list[str], dataset: str | None, folder: Path) -> dict[str, Any]:
-    """Run `efficient-resnet train` with the flags and gather what it left."""
+    """Run `efficient-resnet train` with the flags and collect what it wrote."""
     others_busy = psutil.cpu_percent(interval=2.0)
     date = time.strftime("%Y-%m-%d", time.gmtime())
     start = time.perf_counter()

@@ -2,8 +2,8 @@
 
 B0 is what a tutorial teaches: fp32, NCHW, torch.optim.SGD, a DataLoader that crops, flips and
 normalizes image by image. B1 is what a good engineer writes by hand: data on the device, augmented
-a batch at a time there, channels_last, autocast to bf16, eager. B1 in fp32 stands beside it, since
-on a CPU without bf16 instructions that engineer would leave autocast out.
+there a batch at a time, channels_last, autocast to bf16, eager. There is also B1 in fp32, since on
+a CPU without bf16 instructions that engineer would leave autocast out.
 """
 
 from collections.abc import Iterator
@@ -42,7 +42,7 @@ class Basic(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3 (which carries the stride) and 1x1 convolutions and a shortcut."""
+    """1x1, 3x3 (with the stride) and 1x1 convolutions, and a shortcut."""
 
     expansion = 4
 
@@ -91,7 +91,7 @@ def plain_resnet(name: str, stem: str, num_classes: int) -> nn.Sequential:
 
 
 class AugmentedImages(Dataset[tuple[Tensor, int]]):
-    """Each image cropped, flipped and normalized by itself, as transforms usually are."""
+    """Crops, flips and normalizes each image by itself, as transforms usually do."""
 
     def __init__(self, images: Tensor, labels: Tensor) -> None:
         self.images, self.labels = images, labels
@@ -201,7 +201,7 @@ class B1:
         if len(self.order) < self.batch_size:
             self.order = torch.randperm(len(self.labels), device=self.device)
         chosen, self.order = self.order[: self.batch_size], self.order[self.batch_size :]
-        # One offset and one side a batch: the cheap augmentation of a hand-written loop.
+        # One offset and one flip for a whole batch: the cheap augmentation of a hand-written loop.
         top, left, flips = torch.randint(self.offsets, (3,)).tolist()
         images = self.images[chosen, :, top : top + self.side, left : left + self.side]
         if flips % 2:

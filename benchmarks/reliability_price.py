@@ -1,19 +1,19 @@
-"""What it costs that nothing is lost: whole epochs as `train` makes them against bare steps.
+"""What the guarantees cost: whole epochs, as `train` runs them, against bare optimizer steps.
 
     python benchmarks/reliability_price.py              # an epoch as long as CIFAR-10's
-    python benchmarks/reliability_price.py --short      # four epochs of an eighth of it
+    python benchmarks/reliability_price.py --short      # four epochs an eighth as long
 
-Two variants take turns in the engine of `compare`, in one process and with the same network, data
-and optimizer in memory, so that nothing but the loop differs:
+Two variants take turns in the engine of `compare`. They run in one process, with the same network,
+data and optimizer in memory, so that only the loop differs:
 
-- bare: the optimizer steps of an epoch, and no more;
-- all of it: Trainer.fit() over the same epoch: signals heard, losses, gradients and weights watched
-  for NaN, a digest of the samples, rows of metrics.csv, and a checkpoint at each epoch's end. The
-  clock stops when the last of them is on the disk, flushed.
+- bare: only the optimizer steps of an epoch;
+- all of it: Trainer.fit() over the same epoch. It listens for signals, checks losses, gradients and
+  weights for NaN, and makes a digest of the samples, rows of metrics.csv, and a checkpoint at the
+  end of each epoch. The clock stops when the last checkpoint is flushed to the disk.
 
-The ratio says what part of its speed an epoch keeps; the result file is one of `compare`. What an
-epoch pays in seconds hardly depends on its length, so short epochs tell it more exactly; several
-one after the other, as in a run, where a checkpoint is written beside the next epoch.
+The ratio says what share of its speed an epoch keeps. The result file has the format of `compare`.
+The seconds that an epoch loses hardly depend on its length, so short epochs measure them more
+exactly. Several follow one another, since in a run a checkpoint is written during the next epoch.
 """
 
 import argparse
@@ -63,7 +63,7 @@ CLOCK = (
 
 
 class BareWorker:
-    """Steps alone."""
+    """Runs only the steps."""
 
     def __init__(self, sampler: StepSampler) -> None:
         self._sampler = sampler
@@ -74,16 +74,16 @@ class BareWorker:
         return self._sampler.sample(round_number)
 
     def close(self) -> None:
-        """The sampler belongs to whoever made it."""
+        """No-op: whoever made the sampler closes it."""
 
 
 class GuardedWorker(BareWorker):
-    """The same steps as a run makes them.
+    """Makes the same steps as part of a whole run.
 
     Args:
-        sampler: Whose network, data and optimizer are used.
+        sampler: Provides network, data and optimizer.
         config: What it was made from.
-        folder: On the disk that checkpoints are to be written to.
+        folder: Where to write checkpoints.
     """
 
     def __init__(self, sampler: StepSampler, config: TrainConfig, folder: Path) -> None:
@@ -152,7 +152,7 @@ def measure(experiment: Experiment, *, path: Path, command: str) -> Result:
                 sampler = StepSampler(
                     config, steps=steps, seconds=1.0, warmup_steps=order["warmup_steps"]
                 )
-                sampler.parts.loaders.val = None  # evaluations are not what is asked about
+                sampler.parts.loaders.val = None  # evaluations are not measured here
             if variant.name == ALL:
                 return GuardedWorker(sampler, config, Path(folder))
             return BareWorker(sampler)
@@ -166,12 +166,12 @@ def measure(experiment: Experiment, *, path: Path, command: str) -> Result:
 
 
 def readable(result: Result) -> list[str]:
-    """What the guarantees take of an epoch, in a few lines."""
+    """What the guarantees cost an epoch, in a few lines."""
     lines = []
     for name, label in ((ALL, "of an epoch they take"), (CONTROL, "A/A control")):
         ratio = result.ratio_of(name)
         if ratio is not None and ratio.low is not None and ratio.high is not None:
-            # The ratio is of speeds: what is lost of the speed is what they take of the epoch.
+            # The ratio is of speeds: the share of speed lost is the share of the epoch they take.
             share, low, high = (
                 100 * (1 - value) for value in (ratio.median, ratio.high, ratio.low)
             )
@@ -223,7 +223,7 @@ def main() -> int:
         variants=(Variant(name=BARE), Variant(name=ALL)),
         rounds=options.rounds,
         isolation="shared",
-        patience=0.3,  # a sample is long: taking it again would cost more than the noise does
+        patience=0.3,  # a sample is long: repeating it would cost more than the noise does
     )
     name = result_file_name(experiment.name, device_label(experiment), torch.__version__)
     path = options.output or unused_path(RESULTS / name)

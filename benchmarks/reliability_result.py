@@ -1,4 +1,4 @@
-"""The result files of the scripts that break things: what ran, on what, and what came of it."""
+"""Result files of the reliability experiments: what ran, on what machine, and what happened."""
 
 import json
 import platform
@@ -22,9 +22,9 @@ def write_result(
 
     Args:
         experiment: Its name.
-        folder: For the file; made where it is missing.
-        fields: What the experiment found, of plain values.
-        device: As file names call it.
+        folder: For the file; created if it is missing.
+        fields: What the experiment found, as plain values.
+        device: The device's name in the file's name.
     """
     versions, date = library_versions(), time.strftime("%Y-%m-%d", time.gmtime())
     result = {
@@ -40,7 +40,7 @@ def write_result(
     release = versions["torch"].partition("+")[0]
     path = folder / f"{experiment}_{device}_{release}_{date}.json"
     text = json.dumps(result, indent=1)
-    # Messages name files in the temporary folder, whose path says nothing and is this machine's.
+    # Messages name files in a temporary folder of this machine; its path means nothing elsewhere.
     text = re.sub(r"(?<![\w.])/[\w./-]*/(?=[\w.=-]+)", "", text)
     path.write_text(text + "\n", encoding="utf-8")
     return path

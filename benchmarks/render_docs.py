@@ -1,10 +1,10 @@
-"""Fill the generated blocks of README and docs, and the picture, from the result files.
+"""Fill the generated blocks of README and docs, and draw the chart, from the result files.
 
-    python benchmarks/render_docs.py          # rewrite them
-    python benchmarks/render_docs.py --check  # exit with 1 where a block differs from its source
+    python benchmarks/render_docs.py          # rewrite what is stale
+    python benchmarks/render_docs.py --check  # change nothing; exit with 1 if anything is stale
 
-A block stands between `<!-- generated: NAME -->` and `<!-- end -->`. The newest result file of an
-experiment counts.
+A block stands between `<!-- generated: NAME -->` and `<!-- end -->`. It shows the newest result
+file of its experiment.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from result_tables import (
     step_overhead,
     step_phases,
 )
-from switches import switch_cards, switch_picture, switch_table, switch_worths
+from switches import switch_cards, switch_chart, switch_table, switch_worths
 
 from training_framework.measure.compare.result import Result
 from training_framework.measure.compare.table import result_lines
@@ -41,7 +41,7 @@ BLOCK = re.compile(r"(<!-- generated: ([\w-]+) -->\n)(.*?)(<!-- end -->)", re.DO
 
 
 def newest_or_none(experiment: str) -> dict[str, Any] | None:
-    """The result file of the latest date; None without any."""
+    """The newest result file; None if there is none."""
     files = sorted(RESULTS.glob(f"{experiment}_*.json"), key=lambda file: file.stem.split("_")[-1])
     if not files:
         return None
@@ -50,7 +50,7 @@ def newest_or_none(experiment: str) -> dict[str, Any] | None:
 
 
 def newest(experiment: str) -> dict[str, Any]:
-    """The result file of the latest date."""
+    """The newest result file."""
     result = newest_or_none(experiment)
     if result is None:
         sys.exit(f"no result of {experiment} in {RESULTS.relative_to(ROOT)}")
@@ -58,7 +58,7 @@ def newest(experiment: str) -> dict[str, Any]:
 
 
 def machine(result: dict[str, Any]) -> str:
-    """What it ran on, in a few words."""
+    """What a run ran on, in a few words."""
     plan, hardware = result["plan"], result["environment"]["hardware"]
     where = plan["device_name"]
     if plan["device"] == "cpu":
@@ -67,7 +67,7 @@ def machine(result: dict[str, Any]) -> str:
 
 
 def demo_output() -> str:
-    """What the demo printed, without the rows between evaluations."""
+    """What the demo printed, without the rows logged between evaluations."""
     result = newest("demo")
     lines = [
         line for line in result["output"] if "images/s  data wait" not in line and line.strip()
@@ -77,7 +77,7 @@ def demo_output() -> str:
 
 def runs() -> str:
     """The recorded training runs as a table."""
-    rows = ["| run | data | top-1 | time, all in | training images/s |", "|---|---|---|---|---|"]
+    rows = ["| run | data | top-1 | total time | training images/s |", "|---|---|---|---|---|"]
     for experiment in ("demo", "cifar10-short", "imagenet-tiny"):
         result = newest(experiment)
         reached = result["results"]
@@ -108,33 +108,33 @@ def comparison(experiment: str) -> str:
 
 
 def guarantees() -> str:
-    """What guarantees cost an epoch in seconds."""
+    """What the guarantees cost, in seconds an epoch."""
     short, whole = (newest_or_none(f"reliability-price{kind}") for kind in ("-short", ""))
     return NOT_RECORDED if short is None or whole is None else guarantees_price(short, whole)
 
 
 def table(experiment: str) -> str:
-    """A result file of a form of its own, as its script's table."""
+    """The table of a result file that is not a comparison; each such script has its own form."""
     result = newest_or_none(experiment)
     return NOT_RECORDED if result is None else OTHERS[experiment](result)
 
 
 def decoding() -> str:
-    """What decoding does to accuracy, of every recorded size of images."""
+    """What decoding does to accuracy, for every recorded image size."""
     files = sorted(RESULTS.glob("decoding-accuracy-*px_*.json"))
     results = [json.loads(file.read_text(encoding="utf-8")) for file in files]
     return "\n".join(decoding_accuracy(result) for result in results) or NOT_RECORDED
 
 
 def phases() -> str:
-    """Where the time of a step goes, in both of ResNet-18's stems."""
+    """Where the time of a step goes, for both stems of ResNet-18."""
     profiles = (newest_or_none(f"profile-{stem}-stem") for stem in ("cifar", "imagenet"))
     found = [profile for profile in profiles if profile is not None]
     return step_phases(*found) if found else NOT_RECORDED
 
 
 def tuned_grid() -> str:
-    """How near `tune` came to the best of an exhaustive grid."""
+    """How close `tune` came to the best of an exhaustive grid."""
     result = newest_or_none("tune-against-grid")
     if result is None:
         return NOT_RECORDED
@@ -162,7 +162,7 @@ def controls() -> str:
 
 
 def planted() -> str:
-    """What was found of a slowdown that was planted."""
+    """What `compare` found of a planted slowdown."""
     result = newest_or_none("planted-slowdown")
     if result is None:
         return NOT_RECORDED
@@ -180,7 +180,7 @@ def planted() -> str:
 
 
 def switches() -> str:
-    """What each switch is worth."""
+    """What each switch gains."""
     result = newest_or_none("ablation")
     if result is None:
         return NOT_RECORDED
@@ -192,12 +192,12 @@ def switches() -> str:
     return f"{switch_table(switch_worths(result))}\n{where}\n"
 
 
-def picture() -> str | None:
-    """The picture of the switches; None before there is a result."""
+def chart() -> str | None:
+    """The chart of the switches; None if there is no result."""
     result = newest_or_none("ablation")
     if result is None:
         return None
-    return switch_picture(switch_worths(result), machine_of_comparison(result))
+    return switch_chart(switch_worths(result), machine_of_comparison(result))
 
 
 COMPARISONS = (
@@ -227,7 +227,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     **{name: functools.partial(comparison, name) for name in COMPARISONS},
     **{name: functools.partial(table, name) for name in OTHERS},
 }
-PICTURES: dict[Path, Callable[[], str | None]] = {ROOT / "docs" / "switches.svg": picture}
+CHARTS: dict[Path, Callable[[], str | None]] = {ROOT / "docs" / "switches.svg": chart}
 REPORTS = (
     "ablation", "baseline-vs-optimized", "batch-sweep", "framework-check", "hardware-ladder",
     "switch-accuracy",
@@ -243,7 +243,7 @@ def reports() -> dict[Path, str]:
 
 
 def says_the_same(path: Path, text: str) -> bool:
-    """Whether a file holds the text; lines of charts may be those of another matplotlib."""
+    """Whether a file holds the text; charts may differ, since another matplotlib may draw them."""
     if not path.exists():
         return False
     held = path.read_text(encoding="utf-8")
@@ -262,7 +262,7 @@ def main() -> int:
     stale = []
     texts = {document: document.read_text(encoding="utf-8") for document in DOCUMENTS}
     fresh = {document: rendered(text) for document, text in texts.items()}
-    fresh |= {path: text for path, draw in PICTURES.items() if (text := draw()) is not None}
+    fresh |= {path: text for path, draw in CHARTS.items() if (text := draw()) is not None}
     fresh |= reports()
     for path, text in fresh.items():
         if not says_the_same(path, text):

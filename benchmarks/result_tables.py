@@ -1,4 +1,4 @@
-"""Markdown of the result files that scripts write in a form of their own."""
+"""Markdown tables for the result files that are not comparisons; each script has its own form."""
 
 import statistics
 from collections.abc import Mapping
@@ -26,7 +26,7 @@ def _ratio(ratio: Mapping[str, Any]) -> str:
 
 
 def input_speed(result: Result) -> str:
-    """How fast images become batches, of `decode_speed.py`."""
+    """How fast images become batches, measured by `decode_speed.py`."""
     speeds = result["images_per_second_of_one_core"]
     rows = ["| one core | images/s | against Pillow [95%] |", "|---|---|---|"]
     for name, turns in speeds.items():
@@ -42,8 +42,8 @@ def input_speed(result: Result) -> str:
         f"side at {result['packed_shorter_side']} px. With {loaded['processes']} processes the "
         f"loader gives {statistics.median(loaded['images_per_second']['loader']):.0f} images/s, "
         f"{share['median']:.0%} [{share['low']:.0%}, {share['high']:.0%}] of what they decode "
-        f"where nothing is handed over. Pixels differ from Pillow's by {errors['mean']:.2f} of "
-        f"255, by {errors['worst_picture']:.2f} in the worst image.",
+        f"if they hand nothing over. Pixels differ from Pillow's by {errors['mean']:.2f} of 255 "
+        f"on average, and by {errors['worst_picture']:.2f} in the worst image.",
         "",
         f"({result['environment']['cpu_name']}, {result['date']})",
     ]
@@ -51,7 +51,7 @@ def input_speed(result: Result) -> str:
 
 
 def decoding_accuracy(result: Result) -> str:
-    """What decoding a part of each image does to accuracy, of `decoding_accuracy.py`."""
+    """How decoding a part of each image affects accuracy, measured by `decoding_accuracy.py`."""
     rows = ["| seed | framework's pixels | Pillow's pixels |", "|---|---|---|"]
     rows += [
         f"| {seed} | {row['framework']:.2f}% | {row['pillow']:.2f}% |"
@@ -61,14 +61,14 @@ def decoding_accuracy(result: Result) -> str:
     rows += [
         "",
         f"Top-1 at {result['config']['img_size']} px; the mean difference is {mean:+.2f} points "
-        f"[{low:+.2f}, {high:+.2f}], seeds differ by {result['spread_over_seeds']:.2f} (one "
+        f"[{low:+.2f}, {high:+.2f}]. Seeds differ by {result['spread_over_seeds']:.2f} (one "
         f"standard deviation). `{result['command']}`",
     ]
     return "\n".join(rows) + "\n"
 
 
 def step_phases(*profiles: Result) -> str:
-    """Where the time of a step goes, of `efficient-resnet profile`."""
+    """Where the time of a step goes, measured by `efficient-resnet profile`."""
     titles = [
         f"{profile['config']['model']}, {profile['plan']['stem']} stem, "
         f"batch {profile['config']['batch_size']}"
@@ -88,7 +88,7 @@ def step_phases(*profiles: Result) -> str:
 
 
 def startup_time(result: Result) -> str:
-    """From the command to the first step, of `startup_time.py`."""
+    """From the command to the first step, measured by `startup_time.py`."""
     median, low, high = result["beyond_importing_torch_seconds"]
     imported = statistics.median(result["samples"]["importing torch"])
     return (
@@ -99,24 +99,24 @@ def startup_time(result: Result) -> str:
 
 
 def step_overhead(result: Result) -> str:
-    """What the framework adds to a step's time, of `step_overhead.py`."""
+    """What the framework adds to a step's time, measured by `step_overhead.py`."""
     median, low, high = result["overhead_microseconds_per_step"]
     control, control_low, control_high = result["control_microseconds_per_step"]
     return (
         f"Trainer.fit() adds {median:.0f} microseconds [{low:.0f}, {high:.0f}] a step to a bare "
-        f"loop of the same operators, a tiny network's step of "
-        f"{result['bare_microseconds_per_step']:.0f}; that loop against itself {control:.0f} "
-        f"[{control_low:.0f}, {control_high:.0f}] "
+        f"loop of the same operators. With a tiny network, a step of that loop takes "
+        f"{result['bare_microseconds_per_step']:.0f} microseconds. Against itself, the loop "
+        f"differs by {control:.0f} [{control_low:.0f}, {control_high:.0f}] "
         f"({result['device_name']}, one thread, {result['date']}).\n"
     )
 
 
 def guarantees_price(result: Result, whole_epoch: Result) -> str:
-    """What guarantees cost an epoch in seconds, of `reliability_price.py --short`.
+    """What the guarantees cost an epoch in seconds, by `reliability_price.py --short`.
 
     Args:
-        result: Of short epochs.
-        whole_epoch: Of epochs as long as CIFAR-10's.
+        result: The result for short epochs.
+        whole_epoch: The result for epochs as long as CIFAR-10's.
     """
     bare, guarded, control = (
         np.array([measurement["seconds"] for measurement in variant["measurements"]])
@@ -127,9 +127,9 @@ def guarantees_price(result: Result, whole_epoch: Result) -> str:
     added, low, high = median_with_interval(list((guarded - bare) / epochs))
     other, other_low, other_high = median_with_interval(list((control - bare) / epochs))
     return (
-        f"In seconds: an epoch and its checkpoint take {added:.2f} [{low:.2f}, {high:.2f}] more, "
-        f"the A/A control {other:.2f} [{other_low:.2f}, {other_high:.2f}] (runs of {epochs} epochs "
-        f"of {np.median(bare) / epochs:.1f} s). Of the {whole:.0f} s of an epoch as long as "
-        f"CIFAR-10's that is {added / whole:.2%} [{low / whole:.2%}, {high / whole:.2%}]. "
-        f"`{result['command']}`\n"
+        f"An epoch with its checkpoint takes {added:.2f} s [{low:.2f}, {high:.2f}] more than bare "
+        f"steps; the A/A control differs by {other:.2f} s [{other_low:.2f}, {other_high:.2f}] "
+        f"(runs of {epochs} epochs of {np.median(bare) / epochs:.1f} s). An epoch as long as "
+        f"CIFAR-10's takes {whole:.0f} s, so that is {added / whole:.2%} of it "
+        f"[{low / whole:.2%}, {high / whole:.2%}]. `{result['command']}`\n"
     )

@@ -3,11 +3,12 @@
     python benchmarks/same_bits.py record
     python benchmarks/same_bits.py check
 
-Fourteen trainings of 30 steps each (same_bits_trainings.py) run in processes of their own; kept are
-each step's loss, the validation losses and a digest of the final weights. The bits depend on the
-processor and on torch, so each pair of them has a file: results/same-bits/<cpu>_<torch>.json. They
-do not depend on how busy the machine is. `check` prints one line for each difference. Exit status:
-0 all equal, 1 differences or a failed training, 2 nothing recorded for this machine.
+Fourteen trainings of 30 steps each (same_bits_trainings.py) run in processes of their own. The
+record holds each step's loss, the validation losses and a digest of the final weights. The bits
+depend on the processor and on torch, so each pair of them has its own file:
+results/same-bits/<cpu>_<torch>.json. They do not depend on how busy the machine is. `check` prints
+one line for each difference. Exit status: 0 all equal, 1 differences or a failed training,
+2 nothing recorded for this machine.
 """
 
 import argparse
@@ -36,11 +37,11 @@ CPU_FIELDS = ("model name", "cpu family", "model")
 
 
 def compare(recorded: Mapping[str, Outcome], found: Mapping[str, Outcome | str]) -> list[str]:
-    """One line for each difference; none where all is equal.
+    """One line for each difference; none if everything is equal.
 
     Args:
         recorded: Outcomes by name of the training.
-        found: Outcomes of now; a text says why a training failed.
+        found: The outcomes now; a string says why a training failed.
     """
     differences = []
     for name in [*recorded, *(name for name in found if name not in recorded)]:
@@ -86,14 +87,14 @@ def _loss_difference(what: str, count: str, then: Sequence[str], now: Sequence[s
 
 
 def record_path(folder: Path = RECORDS) -> Path:
-    """The file of this kind of processor and this torch."""
+    """The file for this kind of processor and this version of torch."""
     release = importlib.metadata.version("torch").partition("+")[0]
     name = re.sub(r"[^a-z0-9]+", "-", _cpu().lower()).strip("-")
     return folder / f"{name}_{release}.json"
 
 
 def _cpu() -> str:
-    """Name, family and model: clouds give the same name to different processors."""
+    """Name, family and model, since clouds give the same name to different processors."""
     path = Path("/proc/cpuinfo")
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     fields = dict(re.findall(r"^([^\t:]+)\t*: (.*)$", text.partition("\n\n")[0], re.MULTILINE))
@@ -102,7 +103,7 @@ def _cpu() -> str:
 
 
 def _conditions() -> dict[str, str]:
-    """What else may change the bits."""
+    """What else can change the bits."""
     compiler = shutil.which("c++") or shutil.which("g++")
     command = [compiler, "-dumpfullversion"] if compiler else ["true"]
     version = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
@@ -134,7 +135,7 @@ def _run_all(names: Sequence[str]) -> dict[str, Outcome | str]:
 
 
 def _inner_differences(found: Mapping[str, Outcome | str]) -> list[str]:
-    """Where trainings that must equal each other do not."""
+    """Differences between trainings that must equal each other."""
     lines = []
     for name, outcome in found.items():
         other = found.get(TRAININGS[name].equals)
@@ -168,7 +169,7 @@ def _record(without: Sequence[str]) -> int:
 
 
 def write_record(path: Path, head: Mapping[str, Any], outcomes: Mapping[str, Outcome]) -> None:
-    """Write a record with one line for each training, so that a diff shows which have changed."""
+    """Write a record with one line for each training, so that a diff shows which changed."""
     rows = ",\n".join(
         f'  "{name}": {json.dumps(asdict(outcome))}' for name, outcome in outcomes.items()
     )

@@ -1,4 +1,4 @@
-"""A user's own network and DataLoaders, trained by the trainer: a part of same_bits.py."""
+"""Trains a user's own network with DataLoaders; part of same_bits.py."""
 
 import json
 import sys

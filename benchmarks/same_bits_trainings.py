@@ -1,7 +1,7 @@
-"""The short trainings of same_bits.py, and what is kept of each: losses and a digest of weights.
+"""The short trainings of same_bits.py, and what it records: losses and a digest of the weights.
 
-Only public faces are used: the commands, `main`, the trainer, and the files of a run directory.
-Every setting that could follow a measured speed is fixed, and so are the threads.
+They use only public interfaces: the commands, `main`, the trainer, and the files of a run
+directory. Every setting that could depend on a measured speed is fixed, and so are the threads.
 """
 
 import csv
@@ -51,8 +51,8 @@ FOLDER = {
     "data": "folder", "data_root": "images", "limit_train_images": None, "img_size": 32,
     "batch_size": 16, "num_workers": 2, "flip": "random",
 }  # fmt: skip
-# Keys of BASE that keep their defaults where these are the subject; precision is not among them,
-# since its `auto` follows a measured speed.
+# Keys of BASE that some trainings leave at their defaults, to test these. Precision is not among
+# them, since its `auto` depends on a measured speed.
 DEFAULTED = ("model", "lr", "compile", "num_workers")
 
 
@@ -61,12 +61,12 @@ class Training:
     """One training of 30 optimizer steps, evaluated after 15 and 30.
 
     Attributes:
-        settings: By key of the configuration, above BASE; None leaves a key of BASE out.
+        settings: By key of the configuration; they override BASE, and None removes a key of BASE.
         threads: CPU threads of each process.
-        processes: More than one are started by torchrun.
-        stop_after: Stop after so many steps and resume; None: train straight through.
-        face: What starts it: the command, `main` or the trainer with a user's network and loaders.
-        equals: The training that this one must equal to the bit; empty: none.
+        processes: Number of processes; torchrun starts more than one.
+        stop_after: Stop after this many steps and resume; None: train without a stop.
+        face: What starts it: the command, `main`, or the trainer with a user's network and loaders.
+        equals: The training that this one must equal bit for bit; empty: none.
     """
 
     settings: dict[str, Any] = field(default_factory=dict)
@@ -123,8 +123,8 @@ class Outcome:
     """What a training computed.
 
     Attributes:
-        losses: Of each step in order, as float.hex of the single-precision value that is logged.
-        val_losses: Of each evaluation in order, likewise.
+        losses: The loss of each step in order, as float.hex of the logged single-precision value.
+        val_losses: The loss of each evaluation in order, likewise.
         weights_sha256: Over names, types, shapes and bytes of the final weights.
     """
 
@@ -134,7 +134,7 @@ class Outcome:
 
 
 class TrainingFailedError(Exception):
-    """A training ended with an error, or wrote other files than it should."""
+    """A training ended with an error, or did not write the files that it should."""
 
 
 def run_training(training: Training, folder: Path) -> Outcome:
@@ -142,7 +142,7 @@ def run_training(training: Training, folder: Path) -> Outcome:
 
     Args:
         training: What to run.
-        folder: An empty one, for its data and its run directory.
+        folder: An empty folder, for its data and its run directory.
 
     Raises:
         TrainingFailedError: It failed, or did not log what it should.
@@ -240,7 +240,7 @@ def _outcome(folder: Path) -> Outcome:
 
 
 def _hex(text: str) -> str:
-    # The log has the shortest digits that give the single-precision value back.
+    # The log has the fewest digits that identify the single-precision value.
     return float(np.float32(text)).hex()
 
 

@@ -1,10 +1,10 @@
-"""From the command to the end of its first optimizer step, beyond importing torch.
+"""How long a command takes until the end of its first optimizer step, beyond importing torch.
 
     python benchmarks/startup_time.py
 
-`efficient-resnet train --config digits` is started and kills itself right after its first step; in
-turns with it, a process that only imports torch. Both read warm files, and the native kernels lie
-compiled in their cache, as on any start but a machine's first. The answer is the median difference.
+`efficient-resnet train --config digits` starts and kills itself right after its first step. A
+process that only imports torch takes turns with it. Files are cached and the native kernels are
+compiled, as on any start but the first on a machine. The answer is the median difference.
 
 Result: benchmarks/results/startup-time_<device>_<torch>_<date>.json.
 """
@@ -29,7 +29,7 @@ FIRST_STEP = {"TRAINING_FRAMEWORK_FAULT": "step.after_update:1:kill"}
 
 
 def seconds_of(command: list[str], *, expected: int, **environment: str) -> float:
-    """How long a process takes that must end with a status."""
+    """Seconds that a process takes; it must end with the given status."""
     started = time.perf_counter()
     done = subprocess.run(
         command, env={**os.environ, **environment}, capture_output=True, text=True, check=False

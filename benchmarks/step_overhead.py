@@ -3,13 +3,14 @@
     python benchmarks/step_overhead.py --threads 1
 
 Both sides train the same tiny network on the same batches with the same fused SGD, from images that
-lie on the device as bytes, and must end with the same weights. What the framework does beyond the
-bare loop is its own cost: it draws the order, counts loss and hits, asks the schedule, listens for
-signals, measures times, memory and gradient norm, and logs to a CSV file at the default interval.
+are on the device as bytes. They must end with the same weights. Whatever the framework does beyond
+the bare loop is its own cost: it draws the order, counts loss and hits, reads the schedule, listens
+for signals, measures times, memory and gradient norm, and logs to a CSV file at the default
+interval.
 
-They take turns in one process (bare, framework, framework, bare); beside them the bare loop takes
-turns with itself as an A/A control. The answer is the median over the rounds of the difference per
-step. The result goes to benchmarks/results/step-overhead_<device>_<torch>_<date>.json.
+Both take turns in one process (bare, framework, framework, bare). The bare loop also takes turns
+with itself, as an A/A control. The answer is the difference per step, as the median over the
+rounds. The result goes to benchmarks/results/step-overhead_<device>_<torch>_<date>.json.
 """
 
 import argparse
@@ -93,7 +94,7 @@ def main() -> None:
 
 
 class Comparison:
-    """Both sides, built once: equal networks, optimizers and batches.
+    """Both sides, built once, with equal networks, optimizers and batches.
 
     Attributes:
         steps: Steps of one turn.
@@ -105,7 +106,7 @@ class Comparison:
         self._plan, facts, dataset = planned.plan, planned.facts, planned.source
         self.steps = self._plan.total_steps
         self._parts = build_parts(planned, network=tiny_network(config.seed))
-        self._parts.loaders.val = None  # an evaluation is no part of a step
+        self._parts.loaders.val = None  # an evaluation is not part of a step
         self.device = self._parts.device
         bare = prepare_network(self._plan, tiny_network(config.seed), self.device)
         self._bare = build_step(self._plan, bare, self.device)
@@ -153,7 +154,7 @@ class Comparison:
             return self._now() - start
 
     def largest_weight_difference(self) -> float:
-        """Between the two sides, relative to the largest weight; they should have done the same."""
+        """Between the two sides, relative to the largest weight; both should have done the same."""
         ours, theirs = (
             torch.cat([parameter.detach().flatten() for parameter in step.model.parameters()])
             for step in (self._parts.step, self._bare)
@@ -167,7 +168,7 @@ class Comparison:
 
 
 def tiny_network(seed: int = 0) -> nn.Module:
-    """Two linear layers: little enough that the loop around them shows."""
+    """Two linear layers: so little work that the loop around them shows."""
     torch.manual_seed(seed)
     return nn.Sequential(
         nn.Flatten(),
@@ -221,7 +222,7 @@ def compare(config: TrainConfig, *, rounds: int) -> dict[str, Any]:
 
 
 def _round(sides: Comparison) -> dict[str, list[float]]:
-    """Seconds of the turns: bare, framework, framework, bare, with the control around it."""
+    """Seconds of the turns: bare, framework, framework, bare, with the control around them."""
     control, bare, framework = [sides.bare()], [sides.bare()], [sides.framework()]
     framework.append(sides.framework())
     bare.append(sides.bare())
@@ -242,7 +243,7 @@ def median_with_interval(differences: Sequence[float], *, resamples: int = 10_00
 
 
 def _busy_seconds() -> float:
-    """CPU seconds that everything but this process has used."""
+    """CPU seconds that all other processes have used."""
     times, own = psutil.cpu_times(), psutil.Process().cpu_times()
     idle = times.idle + getattr(times, "iowait", 0.0)
     return sum(times) - idle - getattr(times, "guest", 0.0) - own.user - own.system

@@ -1,18 +1,18 @@
-"""The framework's step against hand-written loops, in turns on this machine.
+"""Compares the framework's step with hand-written loops, in turns, on this machine.
 
     python benchmarks/step_speed.py cifar-stem          # ResNet-18, 32 px, batch 64
     python benchmarks/step_speed.py imagenet-stem       # ResNet-18, ImageNet stem, 32 px, batch 128
     python benchmarks/step_speed.py resnet50            # ResNet-50, 224 px, batch 8
-    python benchmarks/step_speed.py memory              # the preset memory-efficient, as cifar-stem
+    python benchmarks/step_speed.py memory              # as cifar-stem, the preset memory-efficient
     python benchmarks/step_speed.py gpu-small           # on a GPU: ResNet-18, 32 px, batch 128
     python benchmarks/step_speed.py gpu-large-batch     # on a GPU: ResNet-18, 32 px, batch 1024
     python benchmarks/step_speed.py gpu-resnet50        # on a GPU: ResNet-50, 224 px, batch 256
     python benchmarks/step_speed.py lightning           # Lightning's Trainer, as cifar-stem
     python benchmarks/step_speed.py lightning-tiny      # ResNet-10, 8 px, batch 8: the loop shows
 
-B0 and B1 are the loops of reference_loops.py; Lightning's is in peer_loops.py. All sides train on
-the same made-up images, each in processes of its own; the engine of `compare` gives them turns,
-intervals, a control and marks. The result goes to benchmarks/results/step-speed-<row>_….json.
+B0 and B1 are the loops of reference_loops.py; Lightning's is in peer_loops.py. All train on the
+same made-up images, each in its own processes. The engine of `compare` provides turns, intervals, a
+control and marks. The result goes to benchmarks/results/step-speed-<row>_….json.
 """
 
 import argparse
@@ -61,7 +61,7 @@ ROWS: dict[str, dict[str, Any]] = {
         "model": "resnet50", "stem": "imagenet", "batch_size": 8,
     },
 }  # fmt: skip
-# In parts of so many images, the preset's, the same images make a step.
+# A step has as many images as in cifar-stem, in parts of the preset's size.
 ROWS["memory"] = ROWS["cifar-stem"]
 MEMORY_EFFICIENT = {
     key: setting.value for key, setting in read_config_file("memory-efficient").items()
@@ -85,7 +85,7 @@ ON_GPU = (
         overrides={**RECORDED, "compile": True, "compile_mode": "default"},
     ),
 )  # fmt: skip
-# What is left is the loop: the operators are the peer's.
+# With the peer's operators, only the loop differs.
 SAME_KERNELS = {
     "precision": "32",
     "channels_last": True,
@@ -150,7 +150,7 @@ class LoopSampler:
         load = self._watch.stop()
         return Measurement(
             round=round_number,
-            seconds=sum(steps),  # a peer's start is in its loop's way, and no part of a step
+            seconds=sum(steps),  # a peer's start is not part of a step
             steps=self._steps,
             images=images,
             step_seconds=steps,

@@ -1,4 +1,4 @@
-"""What each switch is (its card), and what it is worth (an ablation, as table and picture)."""
+"""What each switch is (its card), and what it gains (an ablation, as a table and a chart)."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from typing import Any
 
 from training_framework.switches import SWITCHES, Switch
 
-__all__ = ["Worth", "switch_cards", "switch_picture", "switch_table", "switch_worths"]
+__all__ = ["Worth", "switch_cards", "switch_chart", "switch_table", "switch_worths"]
 
 RESULTS = {"same": "same bits", "rounding": "other rounding", "different": "different"}
 
@@ -18,14 +18,15 @@ COLORS = {"alone": "#2b6cb0", "among the others": "#c05621"}
 
 @dataclass(frozen=True, kw_only=True)
 class Worth:
-    """How many times as fast a switch makes a step: above 1 is a gain.
+    """How many times as fast a step is with a switch: above 1 is a gain.
 
     Attributes:
         switch: Its name.
-        alone, among: Median and ends of the 95% interval with all other switches off, and among
-            the others as `all on` has them; None where it could not be measured here.
-        memory: Peak memory with it alone over that with all off.
-        startup_seconds: What it adds to the start, alone.
+        alone, among: Median and ends of the 95% interval: with all other switches off, and with the
+            others as in `all on`; None where it could not be measured here.
+        memory: Peak memory with this switch alone, divided by that with all switches off.
+        startup_seconds: Seconds that this switch alone adds to the start.
+        marks: Reasons not to trust the two ratios, from the rows that they compare.
         missing: Why it could not be measured; empty where it was.
     """
 
@@ -34,6 +35,7 @@ class Worth:
     among: tuple[float, float, float] | None
     memory: float | None
     startup_seconds: float | None
+    marks: tuple[str, ...] = ()
     missing: str = ""
 
 
@@ -56,6 +58,9 @@ def switch_worths(result: Mapping[str, Any]) -> list[Worth]:
             None,
         )
         measured = bool(row["measurements"])
+        compared = [row, off]
+        if among is not None:
+            compared += [rows[among["variant"]], rows["all on"]]
         worths.append(
             Worth(
                 switch=switch,
@@ -65,6 +70,7 @@ def switch_worths(result: Mapping[str, Any]) -> list[Worth]:
                 startup_seconds=max(0.0, row["startup_seconds"] - off["startup_seconds"])
                 if measured
                 else None,
+                marks=tuple(dict.fromkeys(mark for part in compared for mark in part["marks"])),
                 missing=row["unavailable"],
             )
         )
@@ -72,14 +78,14 @@ def switch_worths(result: Mapping[str, Any]) -> list[Worth]:
 
 
 def _differs(row: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether two rows' configurations came to different runs on this machine."""
+    """Whether two rows' configurations led to different runs on this machine."""
     plans = [part["facts"]["plan"] | {"choices": None} for part in (row, other)]
     own = [part["config"] | dict.fromkeys(plans[0]) for part in (row, other)]
     return plans[0] != plans[1] or own[0] != own[1]
 
 
 def _interval(ratio: Mapping[str, Any] | None) -> tuple[float, float, float] | None:
-    """The gain of having the switch: a row without it holds the inverse."""
+    """The gain from having the switch; a row without the switch holds the inverse."""
     if ratio is None or ratio["low"] is None:
         return None
     median, low, high = ratio["median"], ratio["low"], ratio["high"]
@@ -89,20 +95,20 @@ def _interval(ratio: Mapping[str, Any] | None) -> tuple[float, float, float] | N
 
 
 def switch_table(worths: list[Worth]) -> str:
-    """The worths as a Markdown table."""
+    """The gains as a Markdown table."""
     rows = [
-        "| switch | speed alone [95%] | among the others | memory | start | results |",
-        "|---|---|---|---|---|---|",
+        "| switch | speed alone [95%] | among the others | memory | start | results | marks |",
+        "|---|---|---|---|---|---|---|",
     ]
     results = {switch.name: RESULTS[switch.numbers] for switch in SWITCHES}
     for worth in worths:
         if worth.alone is None:
-            rows.append(f"| {worth.switch} | not measured: {worth.missing} | | | | |")
+            rows.append(f"| {worth.switch} | not measured: {worth.missing} | | | | | |")
             continue
         rows.append(
             f"| {worth.switch} | {_text(worth.alone)} | {_text(worth.among)} "
             f"| {worth.memory:.2f}x | +{worth.startup_seconds:.1f} s "
-            f"| {results.get(worth.switch, '-')} |"
+            f"| {results.get(worth.switch, '-')} | {', '.join(worth.marks) or '-'} |"
         )
     return "\n".join(rows) + "\n"
 
@@ -133,8 +139,8 @@ def _text(interval: tuple[float, float, float] | None) -> str:
     return f"{median:.2f}x [{low:.2f}, {high:.2f}]"
 
 
-def switch_picture(worths: list[Worth], caption: str) -> str:
-    """The worths as an SVG: bars from 1 with their intervals, readable in light and dark."""
+def switch_chart(worths: list[Worth], caption: str) -> str:
+    """The gains as an SVG: bars from 1 with their intervals, readable in light and dark mode."""
     shown = [worth for worth in worths if worth.alone is not None]
     ends = [end for worth in shown for part in (worth.alone, worth.among) if part for end in part]
     low, high = min(0.9, *ends), max(1.1, *ends)
@@ -143,7 +149,7 @@ def switch_picture(worths: list[Worth], caption: str) -> str:
     def across(value: float) -> float:
         return round(LEFT + (value - low) / (high - low) * (RIGHT - LEFT), 1)
 
-    pieces = [
+    parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 760 {height}" role="img" '
         f'aria-label="{escape(caption)}">',
         "<style>text{font:14px sans-serif;fill:#24292f}.s{font-size:12px}.l{stroke:#57606a}"
@@ -152,22 +158,22 @@ def switch_picture(worths: list[Worth], caption: str) -> str:
     ]
     for place, (label, color) in enumerate(COLORS.items()):
         x = LEFT + 260 + 90 * place
-        pieces.append(f'<rect x="{x}" y="9" width="12" height="12" fill="{color}"/>')
-        pieces.append(f'<text class="s" x="{x + 16}" y="20">{label}</text>')
+        parts.append(f'<rect x="{x}" y="9" width="12" height="12" fill="{color}"/>')
+        parts.append(f'<text class="s" x="{x + 16}" y="20">{label}</text>')
     one = across(1.0)
-    pieces.append(f'<line class="l" x1="{one}" x2="{one}" y1="{TOP - 8}" y2="{height - 46}"/>')
+    parts.append(f'<line class="l" x1="{one}" x2="{one}" y1="{TOP - 8}" y2="{height - 46}"/>')
     for number, worth in enumerate(shown):
         top = TOP + ROW * number
-        pieces.append(f'<text x="0" y="{top + 20}">{escape(worth.switch)}</text>')
+        parts.append(f'<text x="0" y="{top + 20}">{escape(worth.switch)}</text>')
         for place, (interval, color) in enumerate(
             zip((worth.alone, worth.among), COLORS.values(), strict=True)
         ):
             if interval is None:
                 continue
             y = top + place * (BAR + 2)
-            pieces += _bar(interval, y, one, across, color)
-    pieces.append(f'<text class="s" x="0" y="{height - 12}">{escape(caption)}</text>')
-    return "\n".join([*pieces, "</svg>"]) + "\n"
+            parts += _bar(interval, y, one, across, color)
+    parts.append(f'<text class="s" x="0" y="{height - 12}">{escape(caption)}</text>')
+    return "\n".join([*parts, "</svg>"]) + "\n"
 
 
 def _bar(

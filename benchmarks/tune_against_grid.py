@@ -1,7 +1,8 @@
 """Does `tune` find what an exhaustive grid finds?
 
-Starts from plain settings (fp32, NCHW, PyTorch's own kernels), lets `tune` choose among three
-switches, measures all eight combinations in turns, and says how far its choice is from the best.
+The script starts from plain settings (fp32, NCHW, PyTorch's own kernels) and lets `tune` choose
+among three switches. It then measures all eight combinations in turns, and says how close the
+choice is to the best.
 
     python benchmarks/tune_against_grid.py --data-root DIR     # CIFAR-10
 """

@@ -1,10 +1,11 @@
-"""What `tune` finds against plain PyTorch settings, and against the plan that it starts from.
+"""Compares what `tune` finds with plain PyTorch settings, and with the plan that it starts from.
 
     python benchmarks/tune_against_plain.py --data-root DIR     # CIFAR-10
 
-`tune` searches from the plan's default for ResNet-18; then plain settings (fp32, NCHW, PyTorch's
-own kernels, a DataLoader in this process), the plan and what was tuned take turns, all with as many
-images a step. The result file is one of `compare`; the trials go beside it, as tune-cifar10_….json.
+`tune` starts from the plan's default for ResNet-18. Then plain settings (fp32, NCHW, PyTorch's own
+kernels, a DataLoader in this process), the plan and the tuned settings take turns, all with the
+same number of images a step. The result file has the format of `compare`; the trials go beside it,
+as tune-cifar10_….json.
 """
 
 import argparse

@@ -31,6 +31,7 @@ def test_every_flag_that_the_readme_shows_exists():
     flags = set(re.findall(r"(?<=\s)--([a-z][a-z-]+)", (ROOT / "README.md").read_text()))
     others = {"config", "help", "nproc-per-node", "logdir", "train-per-class", "val-per-class"}
     others |= {"classes", "seed", "vary", "base", "ablate", "output", "list", "shorter-side"}
+    others |= {"verify", "long"}
     known = {key.replace("_", "-") for key in TrainConfig.model_fields}
     assert flags <= known | others
 

@@ -26,22 +26,23 @@ def ratio(variant, median, low, high, against="all off"):
     }  # fmt: skip
 
 
-def row(name, *, memory=100, start=1.0, unavailable="", compiled=False, own=False):
+def row(name, *, memory=100, start=1.0, unavailable="", compiled=False, own=False, marks=()):
     facts = {"plan": {"compile": compiled, "choices": [name]}}
     return {
         "facts": None if unavailable else facts, "config": {"compile": name, "own": own},
         "name": name, "measurements": [] if unavailable else [1], "unavailable": unavailable,
         "peak_memory_bytes": None if unavailable else memory, "mfu": 0.5,
-        "startup_seconds": None if unavailable else start,
+        "startup_seconds": None if unavailable else start, "marks": list(marks),
     }  # fmt: skip
 
 
 ABLATION = {
     "variants": [
-        row("all off"), row("all on"),
-        row("only compile", memory=150, start=9.0),
+        row("all off"), row("all on", marks=["busy machine"]),
+        row("only compile", memory=150, start=9.0, marks=["wide spread"]),
         row("only mixed precision", unavailable="no bf16 here"),
-        row("only layout"), row("with compile", compiled=True), row("without layout", own=True),
+        row("only layout"), row("with compile", compiled=True),
+        row("without layout", own=True, marks=["busy machine", "warm-up"]),
         row("with layout"),
     ],
     "ratios": [
@@ -82,14 +83,16 @@ def test_a_switch_is_worth_what_it_gains_alone_and_what_is_lost_without_it():
     assert worths["compile"].startup_seconds == 8.0
     assert worths["layout"].among == pytest.approx((2.0, 1.25, 2.5))
     assert worths["mixed precision"].alone is None
+    assert worths["compile"].marks == ("wide spread", "busy machine")
     table = switches.switch_table(list(worths.values()))
     assert "| mixed precision | not measured: no bf16 here |" in table
     assert "| layout | 1.20x [1.10, 1.30] | 2.00x [1.25, 2.50] | 1.00x | +0.0 s |" in table
+    assert "| - | busy machine, warm-up |" in table
 
 
-def test_the_picture_is_well_formed_and_shows_what_was_measured():
+def test_the_chart_is_well_formed_and_shows_what_was_measured():
     switches = load("switches")
-    svg = switches.switch_picture(switches.switch_worths(ABLATION), "a <machine>")
+    svg = switches.switch_chart(switches.switch_worths(ABLATION), "a <machine>")
     texts = [element.text for element in ElementTree.fromstring(svg).iter() if element.text]
     assert {"compile", "layout", "0.90x", "2.00x", "a <machine>"} <= set(texts)
     assert "mixed precision" not in texts

@@ -935,13 +935,13 @@ COMMANDS = [
     Bad(
         "an experiment that loads a library",
         "compare mine.yaml",
-        r"mine\.yaml: .*environment: LD_PRELOAD could have code loaded; set it .*",
+        r"mine\.yaml: .*environment: LD_PRELOAD could load code; set it .*",
         files(mine="variants: [{name: a, environment: {LD_PRELOAD: x.so}}]\n"),
     ),
     Bad(
         "an experiment that is not there",
         "compare gone.yaml",
-        r"gone\.yaml: no such experiment; name a YAML file, or one of those shipped: .*",
+        r"gone\.yaml: no such experiment; name a YAML file, or one of the included experiments: .*",
     ),
     Bad(
         "a learning rate that leaves all bounds",

@@ -1,1 +1,1 @@
-"""Measuring: comparisons, tuning, profiles, reports, and the proof of exact resumption."""
+"""Measurements: comparisons, tuning, profiles, reports, and checks of exact resumption."""

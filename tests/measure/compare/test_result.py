@@ -117,7 +117,7 @@ def test_the_sweet_spot_is_the_smallest_batch_within_three_percent():
                    unavailable="out of memory: no more")  # fmt: skip
     line = sweet_spot_line(result(*sweep, full))
     assert line.startswith("Sweet spot: batch 32 with 97.5 images/s")
-    assert line.endswith("Memory ends at batch 256.")
+    assert line.endswith("Batch 256 runs out of memory.")
     assert sweet_spot_line(result(variant("a"), variant("b"))) == ""
 
 

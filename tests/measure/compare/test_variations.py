@@ -42,7 +42,7 @@ def test_two_keys_give_all_combinations():
     [
         ([("batch_sise", [1, 2])], r"unknown key 'batch_sise'.*batch_size"),
         ([("batch_size", [16])], r"give two or more"),
-        ([("batch_size", [16, 16])], r"some equal"),
+        ([("batch_size", [16, 16])], r"or some are equal"),
         ([("lr", [0.1, 0.2]), ("learning_rate", [0.1, 0.3])], r"a key is given twice"),
         ([("batch_size", [16, 0])], r"batch_size=0: overrides: batch_size: 0 should be"),
     ],

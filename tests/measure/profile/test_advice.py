@@ -67,7 +67,7 @@ def test_a_loader_bound_verdict_gives_both_figures():
     [
         ({}, "set num_workers: 1 or more"),
         ({"num_workers": 2}, "raise num_workers from 2 to 3"),
-        ({"num_workers": 4}, "store the pictures smaller"),
+        ({"num_workers": 4}, "store the images smaller"),
         ({"num_workers": 4, "facts": {"storage": "arrays", "array_bytes": 2**20}}, "resident_data"),
         ({"facts": {"storage": "loader"}}, "your own DataLoader"),
         ({"resident_data": True, "facts": {"storage": "arrays"}}, "raise batch_size"),

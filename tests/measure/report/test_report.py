@@ -129,7 +129,7 @@ def test_page_loads_nothing_and_fits_a_phone_and_the_dark(comparison):
 def test_comparison_shows_interval_mark_reason_command_and_sweet_spot(comparison):
     text = Tags(html_report([read_source(comparison)])).text
     assert "1.500 [1.250, 2.000]" in text
-    assert "busy machine: something else took part of the processor" in text
+    assert "busy machine: other work used the processor" in text
     assert f"not available here: no GPU {HOSTILE}" in text
     assert f"efficient-resnet compare {HOSTILE}" in text
     assert "Sweet spot: batch 32" in text

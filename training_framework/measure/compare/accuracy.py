@@ -1,4 +1,4 @@
-"""What the variants of a comparison of whole trainings reached, against each other."""
+"""Differences in accuracy between the variants of a comparison of whole trainings."""
 
 from training_framework.measure.compare.result import Result, VariantResult
 from training_framework.measure.compare.statistics import Interval, paired_difference
@@ -7,13 +7,13 @@ __all__ = ["accuracy_differences"]
 
 
 def accuracy_differences(result: Result) -> dict[str, Interval]:
-    """Points of final top-1 accuracy by which variants differ from what they are compared with.
+    """Differences in final top-1 accuracy between variants and their references, in points.
 
-    Runs of one round have the same seed and form a pair. Comparisons of another kind than
-    `accuracy` train one seed again and again, which says nothing of chance: they have none.
+    Runs of one round have the same seed and form a pair. Only comparisons that measure `accuracy`
+    have differences: the others train the same seed again and again, which says nothing of chance.
 
     Returns:
-        By variant; those without a pair are left out.
+        The difference of each variant; variants without a pair are left out.
     """
     if result.definition.get("measure") != "accuracy":
         return {}

@@ -31,7 +31,7 @@ __all__ = ["Records", "VariantRecord", "assess"]
 
 @dataclass
 class VariantRecord:
-    """What is known of one variant so far."""
+    """What is known about one variant so far."""
 
     facts: VariantFacts | None = None
     measurements: list[Measurement] = field(default_factory=list)
@@ -48,11 +48,11 @@ def assess(
     finished_rounds: int,
     **origin: Any,
 ) -> Result:
-    """The result of the rounds that are finished.
+    """The result of the finished rounds.
 
     Args:
         experiment: What is compared.
-        records: By variant name, the control included.
+        records: By variant name, including the control.
         finished_rounds: Samples of later rounds are left out.
         **origin: The remaining fields of `Result`: command, started, commit, environment.
     """
@@ -87,7 +87,7 @@ def assess(
                        other.measurements, experiment.may_differ))  # fmt: skip
     control = next((ratio for ratio in ratios if ratio.control), None)
     marks = control_marks(control)
-    if control is None:  # which would say it of all
+    if control is None:  # a control's mark would cover all pairs
         marks += pair_marks(ratios)
     return Result(
         experiment=experiment.name,
@@ -172,7 +172,7 @@ def _unit(experiment: Experiment, target: float | None) -> str:
 
 
 def _target(experiment: Experiment, records: Records, rounds: int) -> dict[int, float]:
-    """The target accuracy of each round; `equal` is known once all variants have trained."""
+    """The target accuracy of each round; `equal` is known when all variants have trained."""
     wanted = experiment.target_accuracy
     if wanted is None:
         return {}
@@ -196,13 +196,13 @@ def _median(values: Sequence[float]) -> float | None:
 
 
 def _peak_kind(facts: VariantFacts) -> str:
-    """What a peak holds for: the device, its threads and the precision."""
+    """What a peak applies to: the device, its threads and the precision."""
     threads = facts.plan["threads"] if facts.device == "cpu" else ""
     return f"{facts.device_name} {threads} {facts.plan['precision']}"
 
 
 def _peak_flops(records: Records) -> dict[str, float]:
-    """The highest peak that any variant of a kind measured: a busy machine measures too low."""
+    """The highest peak measured for each kind, since a busy machine measures too low."""
     peaks: dict[str, float] = {}
     for record in records.values():
         if record.facts is not None:
@@ -230,7 +230,7 @@ def _add_medians(result: VariantResult, facts: VariantFacts, peak_flops: float) 
 
 
 def _ratio(variant: VariantResult, other: VariantResult) -> Ratio | None:
-    """Speed of the one over speed of the other, over the rounds that both have a sample of."""
+    """Speed of the variant over speed of the other, over the rounds in which both have a sample."""
     ours, theirs = (_samples_by_round(result) for result in (variant, other))
     rounds = sorted(ours.keys() & theirs.keys())
     if not rounds:
@@ -261,7 +261,7 @@ def _samples_by_round(result: VariantResult) -> dict[int, float]:
 
 
 def _repays_after(variant: VariantResult, other: VariantResult) -> int | None:
-    """Steps of as many images after which the faster variant has made up for its longer start."""
+    """Steps (of equally many images) after which a faster variant makes up for a longer start."""
     if variant.startup_seconds is None or other.startup_seconds is None or variant.facts is None:
         return None
     assert variant.images_per_second is not None and other.images_per_second is not None

@@ -1,4 +1,4 @@
-"""The engine: variants take turns, A B B A, and what they give is kept after every round."""
+"""The engine: variants take turns, A B B A, and the result is saved after every round."""
 
 import datetime
 import sys
@@ -42,17 +42,17 @@ OpenWorker = Callable[[Variant, TrainConfig, Mapping[str, Any]], Worker]
 
 
 class Comparison:
-    """A comparison that is under way, new or resumed.
+    """A comparison in progress, new or resumed.
 
     Args:
         experiment: What is compared, and how.
         path: The result file; written after every round.
-        command: What repeats it, for the file.
+        command: The command that repeats it, for the file.
         open_worker: Starts a variant; None: as the experiment's `isolation` says.
         stream: Where progress goes; None: standard error.
 
     Attributes:
-        stopped_by: The signal that ended `run` early; empty where none did.
+        stopped_by: The signal that ended `run` early; empty if none did.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class Comparison:
 
         Args:
             path: The result file; its finished rounds are kept.
-            rounds: Rounds in all; None: as the experiment says.
+            rounds: Total number of rounds; None: as the experiment says.
             **options: `open_worker` and `stream`, as for a new one.
 
         Raises:
@@ -100,7 +100,7 @@ class Comparison:
         except ValidationError as error:
             first = error.errors()[0]
             raise UserError(
-                f"{path}: definition: {first['loc']}: {first['msg']}", "start the experiment anew"
+                f"{path}: definition: {first['loc']}: {first['msg']}", "start a new comparison"
             ) from None
         if rounds is not None:
             experiment = experiment.model_copy(update={"rounds": rounds})
@@ -116,7 +116,7 @@ class Comparison:
         if differing:
             raise UserError(
                 f"{path}: cannot resume: the environment changed: {'; '.join(differing)}",
-                "start the experiment anew",
+                "start a new comparison",
             )
         for variant in result.variants:
             comparison._records[variant.name] = VariantRecord(
@@ -132,10 +132,10 @@ class Comparison:
         return comparison
 
     def run(self) -> Result:
-        """Make the rounds that are missing.
+        """Run the rounds that are missing.
 
-        The first SIGINT or SIGTERM ends it after the sample under way, the second one at once; the
-        finished rounds are in the file either way.
+        The first SIGINT or SIGTERM ends it after the current sample, the second one at once. Either
+        way, the file holds the finished rounds.
 
         Raises:
             UserError: The baseline cannot run, or the file cannot be written.
@@ -160,9 +160,9 @@ class Comparison:
         return made > 0 and made % self.experiment.rounds_until_restart == 0
 
     def _start_workers(self, signals: StopSignals) -> None:
-        """Build and warm up all variants anew, one after the other, before any is timed.
+        """Build and warm up all variants again, one after the other, before any is timed.
 
-        Every other time in reverse order: what starts later was measured to be 1% faster.
+        Every other time they start in reverse order: what starts later was measured as 1% faster.
         """
         while self._workers:
             self._workers.popitem()[1].close()
@@ -178,7 +178,7 @@ class Comparison:
             if record.unavailable:
                 self._say(f"{variant.name}: not available here: {record.unavailable}")
                 continue
-            self._say(f"{variant.name}: builds and warms up")
+            self._say(f"{variant.name}: building and warming up")
             try:
                 worker = self._open_worker(variant, config, self._order(record.facts))
             except VariantFailure as failure:
@@ -190,7 +190,7 @@ class Comparison:
     def _order(self, known: VariantFacts | None) -> dict[str, Any]:
         keys = ("measure", "steps", "seconds", "warmup_steps", "seeds")
         order = {key: getattr(self.experiment, key) for key in keys}
-        # Measured once: it takes longer than a sample.
+        # Measured only once, since it takes longer than a sample.
         order["peak"] = None if known is None else (known.peak_flops, known.peak_flops_source)
         return order
 
@@ -215,7 +215,7 @@ class Comparison:
                 progress.end_round(number + 1, rounds)
 
     def _turns(self, number: int) -> list[Variant]:
-        """A B C, then C B A: so that a machine that slows down does so to all alike."""
+        """A B C, then C B A: a machine that slows down then affects all variants alike."""
         turns = [variant for variant in self._variants if variant.name in self._workers]
         return turns if number % 2 == 0 else turns[::-1]
 
@@ -236,7 +236,7 @@ class Comparison:
             return worker.sample(number)
         if self._quiet is None:
             self._quiet = QuietMachine(self.experiment.patience)
-        # A whole run is too long to be made again, and long enough to average.
+        # A whole run is too long to repeat, and long enough to average out disturbances.
         return self._quiet.sample(worker, number, may_retake=self.experiment.measure == "steps")
 
     def _lose(self, variant: Variant, reason: str) -> None:
@@ -245,7 +245,7 @@ class Comparison:
         if variant.name == self.experiment.baseline_variant.name:
             raise UserError(
                 f"{self.experiment.name}: the baseline {variant.name!r} cannot run: {reason}",
-                "fix that, or name another baseline",
+                "fix that, or choose another baseline",
             )
 
     def _result(self) -> Result:
@@ -258,7 +258,7 @@ class Comparison:
 
 
 class _Progress:
-    """A bar with the time left on a terminal, a line a round elsewhere."""
+    """On a terminal a bar with the time left; elsewhere one line for each round."""
 
     def __init__(self, *, rounds: int, samples_per_round: int, stream: TextIO) -> None:
         self._stream = stream

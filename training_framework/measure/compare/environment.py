@@ -13,17 +13,17 @@ from training_framework.measure.compare.experiment import Experiment, Variant
 
 __all__ = ["device_label", "environment_of", "missing_need", "source_commit"]
 
-# Environment variables that change how fast PyTorch is.
+# Environment variables that affect how fast PyTorch is.
 TELLING_VARIABLES = (
     "CUDA_", "GOMP_", "KMP_", "LD_PRELOAD", "MALLOC_", "MKL_", "NVIDIA_", "OMP_", "ONEDNN_",
     "PYTORCH_", "THP_", "TORCH",
 )  # fmt: skip
-# Where things lie changes no speed, and PyTorch sets some of these itself.
+# Paths do not affect the speed, and PyTorch sets some of these itself.
 PLACES = ("_DIR", "_FILE", "_HOME", "_PATH")
 
 
 def missing_need(variant: Variant, config: TrainConfig, hardware: Hardware) -> str:
-    """Why this machine cannot run a variant; empty where it can."""
+    """Why this machine cannot run a variant; empty if it can."""
     if "gpu" in variant.needs and not hardware.usable:
         faults = [f"{gpu.name} {gpu.fault}" for gpu in hardware.accelerators]
         return faults[0] if faults else "no GPU found"
@@ -37,7 +37,7 @@ def missing_need(variant: Variant, config: TrainConfig, hardware: Hardware) -> s
 
 
 def device_label(experiment: Experiment, hardware: Hardware | None = None) -> str:
-    """Name of the device that an experiment is about on this machine, for its file's name."""
+    """Name of the device that an experiment measures on this machine, for the file's name."""
     hardware = detect_hardware() if hardware is None else hardware
     on_gpu = any(
         experiment.config_of(variant).accelerator != "cpu" for variant in experiment.variants
@@ -63,7 +63,7 @@ def environment_of(hardware: Hardware) -> dict[str, Any]:
 
 
 def source_commit() -> str | None:
-    """The commit of the framework's sources, `-dirty` where they were changed; None if unknown."""
+    """The commit of the framework's sources, with `-dirty` if changed; None if unknown."""
     folder = Path(__file__).parents[2]
     try:
         described = subprocess.run(
@@ -74,7 +74,7 @@ def source_commit() -> str | None:
             check=True,
             timeout=30,
         )
-        # An installed package may lie inside some other project's checkout.
+        # An installed package may be inside the checkout of another project.
         subprocess.run(
             ["git", "ls-files", "--error-unmatch", "errors.py"],
             cwd=folder,

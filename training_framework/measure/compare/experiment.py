@@ -1,4 +1,4 @@
-"""An experiment is data: a YAML list of named variants, each a set of settings that differ."""
+"""An experiment is data: a YAML list of named variants, each with the settings that it changes."""
 
 from collections.abc import Mapping
 from importlib import resources
@@ -38,9 +38,9 @@ class Variant(_Strict):
 
     Attributes:
         name: Shown in tables.
-        overrides: Settings that win over the base's.
+        overrides: Settings that override the base's.
         environment: Environment variables of its process.
-        needs: What the machine must have: `gpu`, or `bf16` computed by the device itself.
+        needs: What the machine must have: `gpu`, or `bf16` with instructions for it.
         against: The variant to compare with; None: the experiment's baseline.
     """
 
@@ -55,34 +55,34 @@ class Experiment(_Strict):
     """What is compared, and how it is measured.
 
     Attributes:
-        name: Begins the result file's name.
-        description: What it shows, for people.
+        name: The result file's name starts with it.
+        description: What the experiment shows, for people.
         base: Settings that all variants share; in YAML also `extends`.
         variants: In the order of the table.
-        baseline: Name of the variant that others are compared with; None: the first one.
+        baseline: Name of the variant that the others are compared with; None: the first one.
         measure: `steps` times optimizer steps; `epoch` times the epochs of whole runs; `accuracy`
             times whole runs to a target accuracy, or to their end without one.
-        rounds: Samples of each variant. From 6 on, intervals can cover 95%; an even number gives
-            each order of the turns equally often.
-        steps: Timed steps of a sample; None: as many as last for `seconds`.
-        seconds: Length of a sample where `steps` is not given.
+        rounds: Samples of each variant. From 6 on, intervals can cover 95%; with an even number,
+            both orders of the turns occur equally often.
+        steps: Timed steps in a sample; None: as many as fit into `seconds`.
+        seconds: Length of a sample if `steps` is not given.
         warmup_steps: Steps that are dropped before the first sample.
-        seeds: Of the rounds of `epoch` and `accuracy`, from the first one again after the last;
-            empty: the base's seed and those after it.
-        target_accuracy: Top-1 accuracy in percent that `accuracy` times runs to; `equal`: the best
-            that the least accurate variant reaches with the same seed.
-        rounds_per_process: Start all variants anew after so many rounds; None: after each round of
-            whole runs, and so that steps are timed in 6 processes each (never where `isolation` is
-            `shared`). Where a process's memory happens to lie can move its speed by a few percent
-            for as long as it lives, so the processes, not the rounds, are what the interval rests
-            on (Mytkowicz et al., Producing Wrong Data Without Doing Anything Obviously Wrong,
-            ASPLOS 2009).
-        patience: Time that may go into waiting for a quiet machine and into samples that are taken
-            again because it was not, as a multiple of the time of the samples that count; 0: none.
+        seeds: Seeds for the rounds of `epoch` and `accuracy`; after the last, the first one is used
+            again. Empty: the base's seed and the numbers after it.
+        target_accuracy: Top-1 accuracy in percent at which `accuracy` stops the clock; `equal`: the
+            best accuracy of the least accurate variant with the same seed.
+        rounds_per_process: Restart all variants after this many rounds; None: after each round of
+            whole runs, and for steps such that each variant gets 6 processes (never if `isolation`
+            is `shared`). The memory addresses that a process happens to get can change its speed by
+            a few percent for as long as it runs. So the interval is computed over processes, not
+            over rounds (Mytkowicz et al., Producing Wrong Data Without Doing Anything Obviously
+            Wrong, ASPLOS 2009).
+        patience: Time that may be spent on waiting for a quiet machine and on repeating samples
+            because it was not quiet, as a multiple of the time of the samples that count; 0: none.
         isolation: `process` gives each variant a process of its own; `shared` takes turns in one.
         control: Whether the baseline runs a second time, as a control.
-        may_differ: Kinds of work that variants are allowed to differ in: `images_per_step`, `flops`
-            (of an image), `image_size`, `dataset`.
+        may_differ: Kinds of work in which variants may differ: `images_per_step`, `flops` (of an
+            image), `image_size`, `dataset`.
     """
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]*$", max_length=60)]
@@ -120,8 +120,8 @@ class Experiment(_Strict):
             refused = refused_variable(variant.environment)
             if refused is not None:
                 raise ValueError(
-                    f"variants: {variant.name}: environment: {refused} could have code loaded; set "
-                    "it for the whole command, outside the file"
+                    f"variants: {variant.name}: environment: {refused} could load code; set it for "
+                    "the whole command, outside the file"
                 )
             if variant.environment and self.isolation == "shared":
                 raise ValueError(
@@ -140,7 +140,7 @@ class Experiment(_Strict):
 
     @property
     def rounds_until_restart(self) -> int:
-        """Rounds between two starts of the variants; all of them where they start only once."""
+        """Rounds between two starts of the variants; all rounds if they start only once."""
         if self.rounds_per_process is not None:
             return self.rounds_per_process
         if self.isolation == "shared":
@@ -149,7 +149,7 @@ class Experiment(_Strict):
 
     @property
     def baseline_variant(self) -> Variant:
-        """The variant that others are compared with."""
+        """The variant that the others are compared with."""
         wanted = self.baseline or self.variants[0].name
         return next(variant for variant in self.variants if variant.name == wanted)
 
@@ -161,9 +161,10 @@ class Experiment(_Strict):
         return "" if variant.name == baseline else baseline
 
     def all_variants(self) -> tuple[Variant, ...]:
-        """The variants and, last, the control: as far from the baseline as any that it vouches for.
+        """The variants and, last, the control.
 
-        In a round, what lies far from the baseline in time suffers most from the machine's drift.
+        The longer the time between two turns, the more the machine's speed may drift. The control
+        is at least as far from the baseline as any variant, so it shows at least as much drift.
         """
         if not self.control:
             return self.variants
@@ -175,10 +176,10 @@ class Experiment(_Strict):
 
         Args:
             variant: One of this experiment's.
-            source: What error messages call the file.
+            source: Name of the file in error messages.
 
         Raises:
-            UserError: A setting is unknown, wrong or contradicts another.
+            UserError: A setting is unknown, wrong or contradicts another one.
         """
         settings = canonical_settings(self.base, f"{source}: base")
         where = f"{source}: variants: {variant.name}: overrides"
@@ -204,11 +205,11 @@ def load_experiment(
 
     Args:
         path: A YAML file, or the name of a shipped experiment.
-        settings: Settings that win over the file's base, but not over the variants' overrides.
-        **changes: Fields of the experiment that win over the file's, such as rounds=4.
+        settings: Settings that override the file's base, but not the variants' overrides.
+        **changes: Fields of the experiment that override the file's, such as rounds=4.
 
     Raises:
-        UserError: The file is missing or wrong; it names the file and the key.
+        UserError: The file is missing or wrong; the error names the file and the key.
     """
     file = Path(path).expanduser()
     if not file.is_file():
@@ -216,7 +217,7 @@ def load_experiment(
         if str(path) not in shipped:
             raise UserError(
                 f"{path}: no such experiment",
-                f"name a YAML file, or one of those shipped: {', '.join(shipped)}",
+                f"name a YAML file, or one of the included experiments: {', '.join(shipped)}",
             )
         file = shipped[str(path)]
     content = _parse(file)
@@ -232,9 +233,9 @@ def make_experiment(
     """Validate an experiment and each of its configurations.
 
     Args:
-        fields: Of `Experiment`, without `base`.
-        base: Settings that all variants share, each with where it was given.
-        source: What error messages call the experiment.
+        fields: Fields of `Experiment`, without `base`.
+        base: Settings that all variants share, each with its source.
+        source: Name of the experiment in error messages.
 
     Raises:
         UserError: A key or value is wrong.
@@ -260,7 +261,9 @@ def _parse(file: Path) -> dict[str, Any]:
         problem = getattr(error, "problem", None) or str(error)
         raise UserError(f"{file}: not valid YAML{where}: {problem}", "fix that line") from None
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
-        raise UserError(f"{file}: holds no experiment", "give it a list of variants")
+        raise UserError(
+            f"{file}: not an experiment", "write an experiment: name, base and variants"
+        )
     return content
 
 
@@ -268,7 +271,7 @@ def _base_settings(content: Any, file: Path) -> dict[str, Setting]:
     """The settings of `base`, and of the files that its `extends` names."""
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise UserError(
-            f"{file}: base: {shown(content)} holds no settings",
+            f"{file}: base: {shown(content)} is not a set of settings",
             "write `key: value` lines below base",
         )
     own = dict(content)
@@ -296,5 +299,5 @@ def _user_error(error: ValidationError, source: str) -> UserError:
     message = first["msg"].removeprefix("Input should be ").removeprefix("String should ")
     return UserError(
         f"{source}: {key}: {shown(first['input'])} should be {message}",
-        "docs/results.md explains it",
+        "see docs/results.md",
     )

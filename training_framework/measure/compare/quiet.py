@@ -1,7 +1,7 @@
-"""Wait for a quiet machine: what shares a core from outside a virtual machine shows in no counter.
+"""Wait for a quiet machine: other users of its cores, outside the virtual machine, are not counted.
 
 A neighbour on the other hardware thread of a core takes up to half of its speed, for seconds or
-minutes, and the system counts no stolen time. A fixed piece of work, timed, gives it away.
+minutes, and the system counts no stolen time. The time of a fixed task reveals it.
 """
 
 import time
@@ -18,7 +18,7 @@ __all__ = ["QUIET", "QuietMachine", "SpeedProbe"]
 QUIET = 1.20
 PROBE_CALLS = 2
 CALIBRATION_PROBES = 20
-# Granted from the beginning, so that the first sample can wait too.
+# Available from the start, so that the first sample can wait too.
 FIRST_PATIENCE_SECONDS = 20.0
 SECONDS_BETWEEN_PROBES = 0.1
 
@@ -26,8 +26,8 @@ SECONDS_BETWEEN_PROBES = 0.1
 class SpeedProbe:
     """A convolution on all of this process's threads, timed over about 20 ms.
 
-    Its arrays are as large as a training step's: what fits into a cache suffers more from a
-    neighbour than training does.
+    Its arrays are as large as those of a training step: smaller ones would fit into a cache and
+    suffer more from a neighbour than training does.
 
     Attributes:
         fastest: Seconds of the fastest probe so far.
@@ -56,14 +56,14 @@ class SpeedProbe:
 
 
 class QuietMachine:
-    """Waits until the probe is nearly as fast as it ever was, as long as its patience lasts.
+    """Waits until the probe is nearly as fast as it ever was, as long as the patience lasts.
 
     Args:
-        patience: Seconds of waiting that each second of a sample that counts grants.
-        probe: Made here unless given.
+        patience: Seconds of waiting allowed for each second of a sample that counts.
+        probe: The probe; None: a new one.
 
     Attributes:
-        waited: Seconds that waiting and dropped samples took so far.
+        waited: Seconds spent so far on waiting and on dropped samples.
     """
 
     def __init__(self, patience: float, probe: SpeedProbe | None = None) -> None:
@@ -73,14 +73,14 @@ class QuietMachine:
         self.waited = 0.0
 
     def sample(self, worker: Worker, number: int, *, may_retake: bool) -> Measurement:
-        """A sample between two quiet moments, or within the patience what comes next to it.
+        """A sample between two quiet moments or, when the patience ends, the one nearest to that.
 
-        What decides is the probe and never the sample, so nothing is selected by its outcome.
+        The probe decides, never the sample, so no sample is selected by its outcome.
 
         Args:
             worker: Takes the sample.
-            number: Of the round.
-            may_retake: Whether it may be taken again.
+            number: Number of the round.
+            may_retake: Whether the sample may be repeated.
         """
         retakes = 0
         best: tuple[float, Measurement] | None = None

@@ -27,12 +27,12 @@ SCHEMA_VERSION = 1
 
 
 class _Record(BaseModel):
-    # JSON has no NaN: what is unknown is null.
+    # JSON has no NaN, so unknown values are null.
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False, protected_namespaces=())
 
 
 class VariantFacts(_Record):
-    """What a variant turned out to be once it was built, and how it warmed up.
+    """What a variant is after it was built, and how it warmed up.
 
     Attributes:
         device: PyTorch's device type.
@@ -45,8 +45,8 @@ class VariantFacts(_Record):
         peak_flops: Peak FLOP/s of the device in the dtype used; 0 if unknown.
         peak_flops_source: `measured`, `cited` or `n/a`.
         plan: Every planned number and choice.
-        build_seconds: Opening the data, building network, optimizer and loaders; without the start
-            of Python and the import of PyTorch.
+        build_seconds: Time for opening the data and building network, optimizer and loaders, not
+            counting the start of Python and the import of PyTorch.
         warmup_step_seconds: Wall seconds of each dropped step of the first warm-up.
     """
 
@@ -68,20 +68,20 @@ class Measurement(_Record):
     """One sample, raw.
 
     Attributes:
-        round: Counted from 0; samples of one round form pairs.
-        process: Which start of the variants' processes made it, counted from 0.
-        seconds: Wall seconds of the timed window, the device synchronized before both readings.
+        round: Counted from 0; samples of the same round form pairs.
+        process: The start of the variants' processes that it belongs to, counted from 0.
+        seconds: Wall seconds of the timed window; the device is synchronized before both readings.
         steps: Optimizer steps in it.
         images: Training images in it.
         step_seconds: Seconds of each step; empty where whole runs are timed.
-        dropped_step_seconds: Steps made just before the window to warm up again.
+        dropped_step_seconds: Seconds of the steps made just before the window, to warm up again.
         cpu_seconds: CPU time of this variant's processes in the window.
-        other_cpu_share: Share of the machine's usable cores that everything else took.
+        other_cpu_share: Share of the machine's usable cores that all other processes took.
         peak_memory_bytes: On a CUDA device, the most that PyTorch had allocated; else the highest
             resident set of the variant's process so far.
-        probe_seconds: Of a fixed piece of work on all cores, just before and just after, on a CPU:
-            what others take of the cores from outside a virtual machine shows in nothing else.
-        retakes: Samples taken before and dropped, because the machine was not quiet around them.
+        probe_seconds: On a CPU, seconds of a fixed task on all cores, just before and just after:
+            only this shows what others outside a virtual machine take of its cores.
+        retakes: Earlier samples that were dropped because the machine was not quiet around them.
         new_graphs: Graphs that torch.compile made within the window.
         seed: Seed of the run; None where steps are timed.
         acc1: Top-1 accuracy in percent at the end of a run.
@@ -114,25 +114,26 @@ class VariantResult(_Record):
     Attributes:
         overrides: Settings that differ from the base.
         environment: Environment variables of its process.
-        against: The variant that it is compared with; empty for the baseline itself.
+        against: The variant that this one is compared with; empty for the baseline itself.
         control: Whether it is the A/A control.
         unit: Unit of the samples: `images/s`, `s/epoch`, `s` or `s to 90.0%`.
-        samples: One value a finished round; None where a run missed the target accuracy.
-        median: Of the samples; None without any.
-        spread: Interquartile range of the samples over their median.
+        samples: One value for each finished round; None if a run missed the target accuracy.
+        median: Median of the samples; None if there are none.
+        spread: Interquartile range of the samples divided by their median.
         marks: Names of what the validity gate found: see `measure.compare.validity`.
-        details: What each mark rests on, for people.
-        unavailable: Why there are no (more) samples; empty where nothing is missing.
+        details: The reason for each mark, for people.
+        unavailable: Why there are no (more) samples; empty if none are missing.
         images_per_second, peak_memory_bytes, cpu_cores, acc1: Medians over the samples (cpu_cores:
             CPU seconds in a second).
         mfu: Model FLOPs utilization at the median speed; None where the peak is unknown.
-        peak_flops: Its denominator in FLOP/s: the highest that any variant with the same device,
-            threads and precision measured, or the data sheet's.
-        startup_seconds: Building and what the warm-up took longer than as many settled steps.
-        repays_after_steps: Steps after which a longer start has paid for itself against `against`;
-            None where it never does or starts no later.
+        peak_flops: The denominator of `mfu` in FLOP/s: the highest peak measured by any variant
+            with the same device, threads and precision, or the data sheet's.
+        startup_seconds: Time for building, plus what the warm-up took longer than as many settled
+            steps.
+        repays_after_steps: Steps after which a longer start has paid for itself, compared with
+            `against`; None if it never does or the start is no longer.
         config: The resolved configuration.
-        facts: None where the variant could not be built.
+        facts: None if the variant could not be built.
         measurements: The raw samples.
     """
 
@@ -165,11 +166,11 @@ class Ratio(_Record):
     """How many times as fast `variant` is as `against`: above 1 is faster, whatever the unit.
 
     Attributes:
-        median: Of the paired ratios.
-        low, high: Ends of the 95% interval; None from a single pair.
-        pairs: What it rests on: pairs of processes, each the median of its rounds, or pairs of
-            rounds where the variants started only once.
-        control: Whether it is the A/A control, which should be 1.
+        median: Median of the paired ratios.
+        low, high: Ends of the 95% interval; None with a single pair.
+        pairs: Number of pairs: pairs of processes, each represented by the median of its rounds, or
+            pairs of rounds if the variants started only once.
+        control: Whether it is the A/A control, whose ratio should be 1.
     """
 
     variant: str
@@ -185,17 +186,18 @@ class Result(_Record):
     """A whole comparison.
 
     Attributes:
-        schema_version: Of this layout; raised when a reader of the old one would go wrong.
+        schema_version: Version of this layout; raised when a reader of the old one would fail.
         experiment: Name.
         definition: The experiment as it was run, enough to resume it.
         command: The command that repeats it.
         started: UTC, ISO 8601.
-        commit: Of the framework's sources, `-dirty` where they were changed; None if unknown.
+        commit: Commit of the framework's sources, with `-dirty` if they were changed; None if
+            unknown.
         environment: Machine, versions and the environment variables that matter.
-        clock: What the samples' clock includes.
-        complete: Whether all rounds were made.
-        marks: What the validity gate says of the comparison as a whole.
-        target_accuracy: Top-1 accuracy in percent that times are measured to.
+        clock: What the samples' time includes.
+        complete: Whether all rounds are finished.
+        marks: What the validity gate says about the comparison as a whole.
+        target_accuracy: Top-1 accuracy in percent at which the clock stops.
     """
 
     schema_version: Literal[1] = 1
@@ -216,15 +218,15 @@ class Result(_Record):
     ratios: list[Ratio] = []
 
     def ratio_of(self, variant: str) -> Ratio | None:
-        """The variant's ratio; None for the baseline and for what could not be measured."""
+        """The variant's ratio; None for the baseline and for a variant without samples."""
         return next((ratio for ratio in self.ratios if ratio.variant == variant), None)
 
 
 def save_result(result: BaseModel, path: Path) -> None:
-    """Write a result file, of `compare` or `tune`: always the old or the new one is there, whole.
+    """Write a result file of `compare` or `tune`; the old one stays until the new one is complete.
 
     Raises:
-        UserError: The place cannot be written to.
+        UserError: The file cannot be written.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -267,7 +269,7 @@ def result_file_name(experiment: str, device: str, torch_version: str) -> str:
 
 
 def unused_path(path: Path) -> Path:
-    """The path itself, or with `-2`, `-3`, ... before its ending where files are in the way."""
+    """The path itself or, if it is taken, with `-2`, `-3`, ... before its suffix."""
     candidate, number = path, 1
     while candidate.exists():
         number += 1

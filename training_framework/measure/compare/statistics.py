@@ -1,4 +1,4 @@
-"""What samples of two variants say about each other: plain functions of numbers."""
+"""What the samples of two variants say about each other: plain functions of numbers."""
 
 import math
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ __all__ = [
 Numbers = NDArray[np.float64]
 
 CONFIDENCE = 0.95
-# Of fewer pairs, not even the whole range covers the median with 95% certainty (2 / 2^5 > 0.05).
+# With fewer pairs, not even the whole range covers the median with 95% certainty (2 / 2^5 > 0.05).
 FEWEST_PAIRS = 6
 
 
@@ -31,9 +31,9 @@ class Interval:
 
     Attributes:
         median: Median over the pairs.
-        low: Lower end; None from a single pair.
-        high: Upper end; None from a single pair.
-        pairs: Pairs it rests on; from fewer than `FEWEST_PAIRS` the interval covers less than 95%.
+        low: Lower end; None with a single pair.
+        high: Upper end; None with a single pair.
+        pairs: Number of pairs; with fewer than `FEWEST_PAIRS` the interval covers less than 95%.
     """
 
     median: float
@@ -52,20 +52,20 @@ def paired_ratio(
 ) -> Interval:
     """The median of the paired ratios `values / against` with a bootstrap 95% interval.
 
-    Ratios are averaged as logarithms, so that swapping the two sides gives exactly the inverse. The
-    interval is that of `_median_with_interval`.
+    The computation uses logarithms of the ratios, so swapping the two sides gives exactly the
+    inverse. For the interval, see `_median_with_interval`.
 
     Args:
         values: Positive samples of one variant, shape (pairs,).
         against: Samples of the other, taken in the same rounds, shape (pairs,).
-        clusters: Which process made each pair, length (pairs,): what all pairs of one process share
-            by chance does not average out over them, so each counts as one pair, the median of its
-            own. None: pairs share nothing.
-        resamples: Bootstrap resamples.
-        seed: Draws them.
+        clusters: The process that made each pair, length (pairs,). What the pairs of one process
+            share by chance does not average out over them, so each process counts as one pair, the
+            median of its own. None: pairs share nothing.
+        resamples: Number of bootstrap resamples.
+        seed: Seed for drawing them.
 
     Raises:
-        ValueError: No pairs, unequal numbers of samples, or a sample that is not positive.
+        ValueError: There are no pairs, unequal numbers of samples, or a sample is not positive.
     """
     ours, theirs = _pairs(values, against)
     if not (np.all(ours > 0) and np.all(theirs > 0)):
@@ -87,7 +87,7 @@ def paired_difference(
     """The median of the paired differences `values - against`; for the rest see `paired_ratio`.
 
     Raises:
-        ValueError: No pairs, or unequal numbers of samples.
+        ValueError: There are no pairs, or unequal numbers of samples.
     """
     ours, theirs = _pairs(values, against)
     return _median_with_interval(ours - theirs, resamples=resamples, seed=seed)
@@ -101,11 +101,11 @@ def _pairs(values: ArrayLike, against: ArrayLike) -> tuple[Numbers, Numbers]:
 
 
 def _median_with_interval(numbers: Numbers, *, resamples: int, seed: int) -> Interval:
-    """The median of numbers, one a pair, shape (pairs,), with its 95% interval.
+    """The median of numbers, one for each pair, shape (pairs,), with its 95% interval.
 
-    That is the percentile interval of the medians of resampled pairs (Efron and Tibshirani, An
-    Introduction to the Bootstrap, 1993, section 13.3), rounded outwards. For some small numbers
-    of pairs that interval falls short (88% for 7 pairs); there it is widened to the order
+    The interval is the percentile interval of the medians of resampled pairs (Efron and Tibshirani,
+    An Introduction to the Bootstrap, 1993, section 13.3), rounded outwards. For some small numbers
+    of pairs that interval covers too little (88% for 7 pairs). It is then widened to the order
     statistics that cover the median of any distribution with at least 95% (Conover, Practical
     Nonparametric Statistics, 1999, section 3.2).
     """
@@ -124,10 +124,10 @@ def _median_with_interval(numbers: Numbers, *, resamples: int, seed: int) -> Int
 
 
 def order_statistic_depth(pairs: int) -> int:
-    """How many samples at each end lie outside the order statistics that cover the median by 95%.
+    """How many samples lie, at each end, outside the order statistics that cover the median by 95%.
 
-    The chance that the median lies below the k-th smallest of n samples is that of fewer than k
-    heads in n tosses.
+    The median lies below the k-th smallest of n samples with the probability of fewer than k heads
+    in n coin tosses.
     """
     tail = (1 - CONFIDENCE) / 2
     below, depth = 0.0, 0
@@ -140,10 +140,10 @@ def order_statistic_depth(pairs: int) -> int:
 
 
 def relative_spread(samples: ArrayLike) -> float:
-    """Interquartile range over the median.
+    """Interquartile range divided by the median.
 
-    Half of the samples lie within it. The range (max - min) would grow with the number of samples
-    and turn on a single one; a round that something disturbed should not condemn nine good ones.
+    Half of the samples lie within this range. The full range (max - min) would grow with the number
+    of samples and depend on a single one: one disturbed round would spoil nine good ones.
 
     Args:
         samples: Positive samples, shape (n,).
@@ -153,7 +153,7 @@ def relative_spread(samples: ArrayLike) -> float:
 
 
 def control_holds(interval: Interval, *, tolerance: float = 0.05) -> bool:
-    """Whether an A/A control is fit to trust its neighbours by.
+    """Whether an A/A control shows that its comparison can be trusted.
 
     Its interval must contain 1 and stay within 1 / (1 + tolerance) to 1 + tolerance.
     """
@@ -164,16 +164,16 @@ def control_holds(interval: Interval, *, tolerance: float = 0.05) -> bool:
 
 
 def has_settled(step_seconds: Sequence[Sequence[float]], *, tolerance: float = 0.05) -> bool:
-    """Whether timed windows start as fast as they end: no warm-up has leaked into them.
+    """Whether timed windows are as fast at their start as at their end, so without any warm-up.
 
-    Each position in the window is represented by its median over the rounds, which takes out
-    chance disturbances. The first third of the positions must not be slower than the rest by more
-    than `tolerance`, at the median.
+    Each position in the window is represented by its median over the rounds, which removes chance
+    disturbances. The median of the first third must not be slower than that of the rest by more
+    than `tolerance`.
 
     Args:
         step_seconds: Seconds of the timed steps by round; rounds may differ in length. Windows of
             fewer than three steps cannot be judged and count as settled.
-        tolerance: Of the relative difference.
+        tolerance: Largest relative difference allowed.
     """
     length = min((len(window) for window in step_seconds), default=0)
     if length < 3:

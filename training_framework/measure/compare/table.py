@@ -1,4 +1,4 @@
-"""A result as Markdown tables of at most 80 columns, and lines that say what follows from it."""
+"""A result as Markdown tables of at most 80 columns, and lines that say what follows."""
 
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
@@ -29,9 +29,9 @@ Column = tuple[str, Callable[[VariantResult], str]]
 
 
 def result_lines(result: Result) -> list[str]:
-    """What a result says, for a terminal and for Markdown alike.
+    """A result as lines, both for a terminal and for Markdown.
 
-    The marks of the validity gate stand in the table itself, explained below it.
+    The table shows the marks of the validity gate; the lines below explain them.
     """
     measured = [variant for variant in result.variants if variant.measurements]
     lines = [f"## {result.experiment}", ""]
@@ -55,7 +55,7 @@ def result_lines(result: Result) -> list[str]:
 
 
 def setting_of(result: Result) -> str:
-    """Rounds, data, device and clock, in a line."""
+    """Rounds, data, device and clock, in one line."""
     facts = next((variant.facts for variant in result.variants if variant.facts), None)
     parts = [f"{result.rounds} round(s)" + ("" if result.complete else ", not complete")]
     if facts is not None:
@@ -68,7 +68,7 @@ def setting_of(result: Result) -> str:
 
 
 def _table(columns: Sequence[Column], variants: Sequence[VariantResult]) -> list[str]:
-    """Rows with aligned columns; names are shortened where the table would be too wide."""
+    """Rows with aligned columns; names are shortened if the table would be too wide."""
     rows = [[title for title, _ in columns]]
     rows += [[cell(variant) for _, cell in columns] for variant in variants]
     widths = [max(len(row[index]) for row in rows) for index in range(len(columns))]
@@ -86,7 +86,7 @@ def _table(columns: Sequence[Column], variants: Sequence[VariantResult]) -> list
 
 
 def speed_columns(result: Result) -> list[Column]:
-    """Name, median, ratio, accuracy and marks: titles, and what makes each cell."""
+    """Name, median, ratio, accuracy and marks: each column's title and a function for its cells."""
     ratios = {ratio.variant: ratio for ratio in result.ratios}
     unit = result.variants[0].unit
     columns: list[Column] = [("variant", lambda variant: variant.name)]
@@ -101,7 +101,7 @@ def speed_columns(result: Result) -> list[Column]:
 
 
 def resource_columns(variants: Sequence[VariantResult]) -> list[Column]:
-    """Name, images a step, memory, cores, MFU and start."""
+    """The columns for name, images a step, memory, cores, MFU and start."""
     columns: list[Column] = [
         ("variant", lambda variant: variant.name),
         ("images/step", lambda v: number(float(v.facts.images_per_step)) if v.facts else ""),
@@ -133,7 +133,7 @@ def points(difference: Interval) -> str:
 
 
 def number(value: float | None) -> str:
-    """A number of at most four digits or without decimals; `-` for None."""
+    """A number with at most four digits, or as a whole number from 1,000 on; `-` for None."""
     if value is None:
         return "-"
     return f"{value:,.0f}" if value >= 1000 or value == int(value) else f"{value:.4g}"
@@ -147,7 +147,7 @@ def interval(ratio: Ratio) -> str:
 
 
 def _mark_lines(result: Result) -> list[str]:
-    """Each mark once, with what it rests on for up to a few variants."""
+    """Each mark once, with the reasons for up to a few variants."""
     lines = []
     for detail in result.details:
         lines += _item(f"the whole comparison: {detail}")
@@ -161,7 +161,7 @@ def _mark_lines(result: Result) -> list[str]:
 
 
 def mark_reasons(result: Result) -> list[tuple[str, list[tuple[str, str]]]]:
-    """Each mark of a row with the rows that have it: their names, and what it rests on there."""
+    """Each mark, with the rows that have it: their names and reasons."""
     marks = []
     for mark in MARKS:
         prefix = f"{mark}: "
@@ -177,13 +177,13 @@ def mark_reasons(result: Result) -> list[tuple[str, list[tuple[str, str]]]]:
 
 
 def findings(result: Result) -> list[str]:
-    """What else a reader has to know: other baselines, what MFU is a share of, the sweet spot."""
+    """What else a reader must know: other baselines, the peak behind MFU, the sweet spot."""
     against = {ratio.against for ratio in result.ratios}
     baseline = next((variant.name for variant in result.variants if not variant.against), "")
     findings = []
     if against - {baseline}:
         pairs = [f"{r.variant} against {r.against}" for r in result.ratios if r.against != baseline]
-        findings.append(f"Compared with another row than {baseline}: {'; '.join(pairs)}.")
+        findings.append(f"Not compared with {baseline}: {'; '.join(pairs)}.")
     peaks = dict.fromkeys(
         f"{v.peak_flops / 1e9:,.0f} GFLOP/s ({v.facts.plan['precision']}, "
         f"{v.facts.peak_flops_source})"
@@ -191,20 +191,20 @@ def findings(result: Result) -> list[str]:
         if v.facts and v.peak_flops
     )
     if peaks:
-        findings.append(f"MFU is a share of {', '.join(peaks)}.")
+        findings.append(f"MFU: share of {', '.join(peaks)}.")
     repaid = [v for v in result.variants if v.repays_after_steps is not None]
     if repaid:
         findings.append(
-            "start s: building and warming up; repaid: steps after which a faster variant has "
-            "made up for starting later."
+            "start s: seconds to build and warm up. repaid: steps after which a faster variant "
+            "has made up for its longer start."
         )
     return [*findings, *([line] if (line := sweet_spot_line(result)) else [])]
 
 
 def sweet_spot_line(result: Result) -> str:
-    """The smallest batch within 3% of the best throughput, and where memory ends.
+    """The smallest batch within 3% of the best throughput, and the first that runs out of memory.
 
-    Empty where the variants do not differ in nothing but their batch size.
+    Empty unless the variants differ only in their batch size.
     """
     sweep = [v for v in result.variants if set(v.overrides) == {"batch_size"} and not v.control]
     measured = [v for v in sweep if v.median is not None and v.unit == "images/s"]
@@ -215,11 +215,11 @@ def sweet_spot_line(result: Result) -> str:
     spot = min(near, key=lambda variant: variant.overrides["batch_size"])
     line = (
         f"Sweet spot: batch {spot.overrides['batch_size']} with {number(spot.median)} images/s, "
-        f"the smallest within {SWEET_SPOT_TOLERANCE:.0%} of the best ({number(best)}): larger "
-        "batches take more memory and gain no speed."
+        f"the smallest within {SWEET_SPOT_TOLERANCE:.0%} of the best ({number(best)}). Larger "
+        "batches need more memory and are hardly faster."
     )
     full = [v.overrides["batch_size"] for v in sweep if v.unavailable.startswith("out of memory")]
-    return line + (f" Memory ends at batch {min(full)}." if full else "")
+    return line + (f" Batch {min(full)} runs out of memory." if full else "")
 
 
 def _item(text: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""One variant's optimizer steps on the clock, with the loader, transform and step of a real run."""
+"""Times one variant's optimizer steps, with the loader, transform and step of a real run."""
 
 import itertools
 import sys
@@ -24,28 +24,28 @@ CLOCK = (
     "optimizer steps: waiting for data, its copy and augmentation, forward, backward, update; "
     "without compilation, evaluation, logging and checkpoints"
 )
-# After the others' turns, caches are cold and a compiler's or allocator's first step is slow.
+# After the other variants' turns, caches are cold, and a compiler's first step is slow.
 STEPS_TO_WARM_UP_AGAIN = 2
 FEWEST_STEPS = 3
 
 
 class StepSampler:
-    """A variant that is built and ready to be timed; it trains on from sample to sample.
+    """A variant that is built and ready to be timed; it continues training from sample to sample.
 
     Args:
         config: What to build.
-        steps: Timed steps of a sample; None: as many as last for `seconds`, at least 3, decided
+        steps: Timed steps in a sample; None: as many as fit into `seconds`, at least 3, decided
             once, after the warm-up.
         seconds: See `steps`.
         warmup_steps: Steps before the first sample.
-        peak: The device's peak FLOP/s in the precision used, and where that is from; None measures
-            it or looks it up.
+        peak: The device's peak FLOP/s in the precision used, and its source; None: measure it or
+            look it up.
 
     Attributes:
         facts: What was built, and how it warmed up.
 
     Raises:
-        UserError: Something that is asked for is wrong or cannot be done here.
+        UserError: A setting is wrong or cannot be used on this machine.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class StepSampler:
         self._epoch = self._batch = self._steps_made = 0
         self._batches: Iterator[Batch] = iter(())
         self._watch = MachineWatch()
-        # Loader processes work ahead while others have their turn; that head start is no speed.
+        # Loader processes work ahead during the others' turns; this head start must not count.
         self._steps_to_drop = STEPS_TO_WARM_UP_AGAIN + plan.steps_loaded_ahead
         build_seconds = time.perf_counter() - started
         warmup, _ = self._timed(warmup_steps)
@@ -119,11 +119,11 @@ class StepSampler:
         )
 
     def close(self) -> None:
-        """End the loaders' processes."""
+        """End the loader processes."""
         self.parts.close()
 
     def optimizer_step(self) -> int:
-        """Make one step, as the trainer does. Returns the number of its images."""
+        """Make one step, as the trainer does. Return the number of its images."""
         plan = self.plan
         if self._batch == plan.batches_per_epoch:
             self._epoch, self._batch = self._epoch + 1, 0
@@ -146,14 +146,14 @@ class StepSampler:
             )
             image_count += len(labels)
             self._batch += 1
-        # Sampling goes on past the planned end, where a schedule may stand at zero.
+        # Sampling continues past the planned end, where a schedule may be at zero.
         planned_step = self._steps_made % plan.total_steps
         self.parts.step.update(plan.lr * self.parts.schedule(planned_step), step=self._steps_made)
         self._steps_made += 1
         return image_count
 
     def _timed(self, steps: int) -> tuple[list[float], int]:
-        """Make steps; returns the seconds of each and the images of all of them."""
+        """Make steps. Return the seconds of each and the total number of images."""
         images = 0
         _synchronize(self.device)
         readings = [self._reading()]
@@ -169,7 +169,7 @@ class StepSampler:
         return [after - before for before, after in itertools.pairwise(ends)], images
 
     def _reading(self) -> Any:
-        """A clock reading that the device passes in its own time, so that no step waits for it."""
+        """A clock reading; on CUDA an event that the device records, so that no step waits."""
         if self.device.type != "cuda":
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)

@@ -1,4 +1,4 @@
-"""One variant's whole training runs on the clock: epochs, and the time to an accuracy."""
+"""Times one variant's whole training runs: epochs, and the time to an accuracy."""
 
 import json
 import tempfile
@@ -24,20 +24,20 @@ CLOCK = (
 
 
 class RunSampler:
-    """A variant of which each sample is a training run of its own, from the first step to the last.
+    """A variant whose samples are whole training runs, from the first step to the last.
 
-    What the runs write goes to a temporary folder.
+    The runs write to a temporary folder.
 
     Args:
         config: What to train.
-        seeds: Of the rounds; empty: the configuration's and those after it.
-        warmup_steps: Steps of a run that is made first and dropped.
+        seeds: Seeds of the rounds; empty: the configuration's seed and the numbers after it.
+        warmup_steps: Steps of a first run, which does not count.
 
     Attributes:
         facts: What was built, and how it warmed up.
 
     Raises:
-        UserError: Something that is asked for is wrong or cannot be done here.
+        UserError: A setting is wrong or cannot be used on this machine.
     """
 
     def __init__(self, config: TrainConfig, *, seeds: tuple[int, ...], warmup_steps: int) -> None:
@@ -69,7 +69,7 @@ class RunSampler:
         )
 
     def sample(self, round_number: int) -> Measurement:
-        """Train from the beginning to the end."""
+        """Train from start to end."""
         seed = self._config.seed + round_number
         if self._seeds:
             seed = self._seeds[round_number % len(self._seeds)]
@@ -98,7 +98,7 @@ class RunSampler:
         )
 
     def close(self) -> None:
-        """Nothing stays open between runs."""
+        """No-op: nothing stays open between runs."""
 
     def _config_of(
         self, seed: int, folder: str, *, stop_after_steps: int | None = None
@@ -124,7 +124,7 @@ def _record_of(result: TrainResult) -> dict[str, Any]:
 
 
 def _curve(record: dict[str, Any]) -> list[tuple[float, float]]:
-    """A run's accuracy by the seconds since its start."""
+    """A run's accuracy against the seconds since its start."""
     curve, seconds = [], 0.0
     for epoch in record["epochs"]:
         seconds += epoch["seconds"]

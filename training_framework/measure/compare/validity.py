@@ -22,7 +22,7 @@ CONTROL_TOLERANCE = 0.05
 
 
 class MarkKind(NamedTuple):
-    """The letter that stands for a mark in narrow tables, and what the mark means."""
+    """A mark's letter in narrow tables, and its meaning."""
 
     letter: str
     meaning: str
@@ -30,19 +30,21 @@ class MarkKind(NamedTuple):
 
 MARKS = {
     "recompiled": MarkKind("R", "torch.compile made a graph within a timed window"),
-    "busy machine": MarkKind("B", "something else took part of the processor during the samples"),
+    "busy machine": MarkKind("B", "other work used the processor during the samples"),
     "wide spread": MarkKind("S", f"the middle half of the samples spans over {WIDE_SPREAD:.0%}"),
     "warm-up": MarkKind("W", "the first third of the timed steps is slower than the rest"),
-    "different work": MarkKind("D", "the row does other work than the row it is compared with"),
+    "different work": MarkKind(
+        "D", "the row does not do the same work as the row it is compared with"
+    ),
     "few pairs": MarkKind("F", f"there are fewer than {FEWEST_PAIRS} pairs"),
-    "target missed": MarkKind("T", "a run ended below the target accuracy; it forms no pair"),
-    "control": MarkKind("C", "the baseline against itself differs, or was not measured"),
+    "target missed": MarkKind("T", "a run ended below the target accuracy; no pair includes it"),
+    "control": MarkKind("C", "the baseline differs from itself, or this was not measured"),
 }
 """Each mark's letter and meaning."""
 
 
 class Mark(NamedTuple):
-    """A mark of `MARKS`, and in words what it rests on."""
+    """A mark from `MARKS`, and its reason in words."""
 
     name: str
     detail: str
@@ -54,11 +56,11 @@ def variant_marks(
     *,
     fastest_probe: float | None = None,
 ) -> list[Mark]:
-    """What one variant's own samples give away.
+    """The marks that follow from one variant's own samples.
 
     Args:
-        measurements: Of the finished rounds.
-        samples: The values made of them.
+        measurements: Measurements of the finished rounds.
+        samples: The values computed from them.
         fastest_probe: Seconds of the fastest probe of the whole comparison.
     """
     marks = []
@@ -71,12 +73,12 @@ def variant_marks(
         )
     busy = [m.other_cpu_share for m in measurements]
     if busy and (share := sum(busy) / len(busy)) > BUSY_SHARE:
-        marks.append(Mark("busy machine", f"others took {share:.0%} of the cores, {max(busy):.0%} "
-                          "in the worst round"))  # fmt: skip
+        marks.append(Mark("busy machine", f"other processes took {share:.0%} of the cores, "
+                          f"{max(busy):.0%} in the worst round"))  # fmt: skip
     elif fastest_probe is not None and (slowed := _slowdown(measurements, fastest_probe)) > QUIET:
         marks.append(
-            Mark("busy machine", f"around the samples a fixed piece of work took {slowed:.2f} "
-                 "times as long as at its fastest: others outside this system share its cores")
+            Mark("busy machine", f"around the samples a fixed task took {slowed:.2f} times as long "
+                 "as at its fastest: others outside this system share its cores")
         )  # fmt: skip
     values = [sample for sample in samples if sample is not None]
     if len(values) > 1 and (spread := relative_spread(values)) > WIDE_SPREAD:
@@ -95,7 +97,7 @@ def variant_marks(
 
 
 def _slowdown(measurements: Sequence[Measurement], fastest_probe: float) -> float:
-    """The median over the samples of the slower probe of each, over the fastest of all."""
+    """The median of the samples' slower probes, divided by the fastest probe of all."""
     slower = [max(m.probe_seconds) for m in measurements if m.probe_seconds]
     return statistics.median(slower) / fastest_probe if slower else 1.0
 
@@ -107,12 +109,12 @@ def work_marks(
     other_measurements: Sequence[Measurement],
     may_differ: Sequence[str],
 ) -> list[Mark]:
-    """Whether a variant did other work than what it is compared with.
+    """Marks for work that differs from that of the variant that this one is compared with.
 
-    Images are those that were counted, whatever was planned.
+    The number of images is the one that was counted, whatever was planned.
 
     Args:
-        may_differ: Kinds of work that differ by intent: see `Experiment.may_differ`.
+        may_differ: Kinds of work that differ on purpose: see `Experiment.may_differ`.
     """
     kinds: dict[str, tuple[float | str, float | str]] = {
         "images_per_step": (_images_per_step(measurements), _images_per_step(other_measurements)),
@@ -137,7 +139,7 @@ def _shown(value: float | str) -> str:
 
 
 def pair_marks(ratios: Sequence[Ratio]) -> list[Mark]:
-    """What the number of pairs says of a comparison that has no control to say it."""
+    """A mark for too few pairs, for a comparison without a control."""
     fewest = min((ratio.pairs for ratio in ratios), default=FEWEST_PAIRS)
     if fewest >= FEWEST_PAIRS:
         return []
@@ -145,7 +147,7 @@ def pair_marks(ratios: Sequence[Ratio]) -> list[Mark]:
 
 
 def control_marks(ratio: Ratio | None) -> list[Mark]:
-    """What the A/A control says of the comparison as a whole; None: there is no control."""
+    """What the A/A control says about the comparison as a whole; None: there is no control."""
     if ratio is None:
         return [Mark("control", "no A/A control ran beside the variants")]
     if ratio.pairs < FEWEST_PAIRS:
@@ -156,8 +158,7 @@ def control_marks(ratio: Ratio | None) -> list[Mark]:
     return [
         Mark(
             "control",
-            f"the same variant twice differs: {ratio.median:.3f} [{ratio.low:.3f}, "
-            f"{ratio.high:.3f}], which should contain 1 and stay within "
-            f"{CONTROL_TOLERANCE:.0%} of it",
+            f"the baseline differs from itself: {ratio.median:.3f} [{ratio.low:.3f}, "
+            f"{ratio.high:.3f}] should contain 1 and stay within {CONTROL_TOLERANCE:.0%} of it",
         )
     ]

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 __all__ = ["refused_variable"]
 
-# Somebody else's experiment must not be able to bring code along, as LD_PRELOAD would.
+# An experiment file from somebody else must not be able to load code, as LD_PRELOAD would.
 _SETTINGS_OF_LIBRARIES = re.compile(
     r"(ATEN|CUBLAS|CUDA|CUDNN|DNNL|GOMP|KMP|MALLOC|MKL|NCCL|NVIDIA|OMP|ONEDNN|OPENBLAS|PYTORCH"
     r"|TORCH|TORCHINDUCTOR)_[A-Z0-9_]+"
@@ -14,10 +14,9 @@ _NAMES_CODE = re.compile(r"PATH|PLUGIN|LIB|TOOL|INJECT|PRELOAD|CXX|COMPILER|HOOK
 
 
 def refused_variable(environment: Mapping[str, str]) -> str | None:
-    """The first variable that could have a program or library loaded; None without one.
+    """The first variable that could load a program or library; None if there is none.
 
-    Allowed are the switches and numbers of the libraries that computations use; of those, none
-    that names a file.
+    Only switches and numbers of the libraries that compute are allowed, and none that names a file.
     """
     for name, value in environment.items():
         known = _SETTINGS_OF_LIBRARIES.fullmatch(name) and not _NAMES_CODE.search(name)

@@ -1,4 +1,4 @@
-"""Experiments made from a configuration: one key varied, or each switch off and on in turn."""
+"""Experiments made from a configuration: vary some keys, or turn each switch off and on."""
 
 import itertools
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ from training_framework.switches import SWITCHES
 
 __all__ = ["ablation", "variation"]
 
-# What varying a setting changes by intent in the work that is done.
+# The kinds of work that change on purpose when a setting is varied.
 CHANGED_WORK = {
     "batch_size": ["images_per_step"],
     "accumulate_grad_batches": ["images_per_step"],
@@ -51,11 +51,11 @@ def variation(
             raise UserError(f"--vary: unknown key {name!r}", nearest(name))
         if len(values) < 2 or any(values.count(value) > 1 for value in values):
             raise UserError(
-                f"--vary {name}: {len(values)} value(s), some equal or too few to compare",
+                f"--vary {name}: {len(values)} value(s): too few, or some are equal",
                 f"give two or more different values: --vary {name}=A,B",
             )
     if len(set(keys)) < len(keys):
-        raise UserError("--vary: a key is given twice", "give all of its values at once")
+        raise UserError("--vary: a key is given twice", "give all its values at once")
     variants = [
         {
             "name": ", ".join(
@@ -84,13 +84,13 @@ def ablation(
     """An experiment on every switch, alone and among the others.
 
     `only X` has X on and every other switch off, and is compared with a configuration that has all
-    of them off. `without X` (or `with X`, where the plan leaves X off) is compared with the
-    configuration as planned. So each row is one switch away from what it is compared with.
+    of them off. `without X` (or `with X`, if the plan leaves X off) is compared with the
+    configuration as planned. So each row differs in one switch from the row it is compared with.
 
     Args:
         base: Settings that all variants share.
-        plan: What they come to on this machine.
-        facts: Of their data set.
+        plan: Their plan on this machine.
+        facts: Facts about their data set.
         **changes: Fields of the experiment.
 
     Raises:

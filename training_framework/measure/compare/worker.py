@@ -7,7 +7,7 @@ from training_framework.measure.compare.workers import serve
 
 
 def main() -> None:
-    """Answer requests on standard input until it ends."""
+    """Answer requests from standard input until it ends."""
     # What libraries print must not mix with the replies.
     replies = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())

@@ -36,19 +36,19 @@ class Sampler(Protocol):
         """Take the sample of a round."""
 
     def close(self) -> None:
-        """Let go of everything."""
+        """Release everything."""
 
 
 class Worker(Protocol):
-    """One variant somewhere; only one worker at a time is asked to compute."""
+    """Runs one variant, in this process or another; only one worker computes at a time."""
 
     facts: VariantFacts
 
     def sample(self, round_number: int) -> Measurement:
-        """Take the sample of a round. Raises VariantFailure where that fails."""
+        """Take the sample of a round. Raises VariantFailure if that fails."""
 
     def close(self) -> None:
-        """End it."""
+        """End the worker."""
 
 
 def open_sampler(config: TrainConfig, order: Mapping[str, Any]) -> Sampler:
@@ -57,7 +57,7 @@ def open_sampler(config: TrainConfig, order: Mapping[str, Any]) -> Sampler:
     Args:
         config: What to build.
         order: `measure`, `steps`, `seconds`, `warmup_steps` and `seeds` of the experiment; `peak`:
-            the device's peak FLOP/s and its source, where it is known already.
+            the device's peak FLOP/s and its source, if already known.
     """
     if order["measure"] == "steps":
         return StepSampler(
@@ -71,7 +71,7 @@ def open_sampler(config: TrainConfig, order: Mapping[str, Any]) -> Sampler:
 
 
 def failure_reason(error: Exception) -> str:
-    """An error of a variant in one line."""
+    """A variant's error in one line."""
     if isinstance(error, UserError):
         return str(error)
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
@@ -107,15 +107,15 @@ class InlineWorker:
 
 
 class ProcessWorker:
-    """A variant in a process of its own, which sleeps on its standard input between its turns.
+    """A variant in a process of its own, which waits on its standard input between its turns.
 
-    Requests and replies are lines of JSON. The process ends with this one, whatever happens: its
-    input then ends. It is in a session of its own, so that Ctrl-C reaches only the one in charge.
+    Requests and replies are lines of JSON. The process always ends with this one, because its input
+    then ends. It has a session of its own, so that Ctrl-C reaches only this process.
 
     Args:
         config: What to measure.
         order: As for `open_sampler`.
-        environment: Variables that differ from this process's.
+        environment: Environment variables that differ from this process's.
         program: Arguments of the Python interpreter.
 
     Raises:
@@ -152,7 +152,7 @@ class ProcessWorker:
         return Measurement(**self._ask({"round": round_number}))
 
     def close(self) -> None:
-        """End the process: it ends by itself when its input does, and is made to otherwise."""
+        """End the process: close its input, and kill it if it does not end by itself."""
         if self._process.stdin is not None:
             with contextlib.suppress(OSError):
                 self._process.stdin.close()
@@ -183,14 +183,14 @@ class ProcessWorker:
     def _end_reason(self) -> str:
         code = self._process.wait(SECONDS_TO_END)
         if code == -9:
-            return "its process was killed (signal 9), as the system does when memory runs out"
+            return "its process was killed (signal 9): the system does this when memory runs out"
         self._errors.seek(0)
         lines = [line.strip() for line in self._errors if line.strip()]
         return f"its process ended with {code}: {lines[-1] if lines else 'no message'}"
 
 
 def serve(requests: TextIO, replies: TextIO) -> None:
-    """The process's side: build what the first request says, then take samples until the end."""
+    """Serve in the process: build what the first request says, then take samples until the end."""
 
     def reply(content: Mapping[str, Any]) -> None:
         replies.write(json.dumps(content) + "\n")

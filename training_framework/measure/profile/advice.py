@@ -1,4 +1,4 @@
-"""From measurements to a verdict and the next step to take, which the plan still leaves open."""
+"""From measurements to a verdict, and to the next setting to change."""
 
 from dataclasses import dataclass
 
@@ -14,11 +14,11 @@ LARGE_SHARE = 0.15
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """What holds a run back, and what to do about it.
+    """What limits a run, and what to do about it.
 
     Attributes:
         limit: `loader-bound`, `launch-bound` or `compute-bound`.
-        figures: The measurement behind it, in words.
+        figures: The measurements behind it, in words.
         next_step: What to try next.
     """
 
@@ -43,11 +43,11 @@ def give_verdict(
 
     Args:
         ceilings: As measured.
-        shares: Of the phases of a step.
-        plan: What runs.
+        shares: Shares of the phases of a step.
+        plan: The run's plan.
         facts: The data.
         hardware: The machine.
-        bottleneck: The operator that takes most of the time, for people.
+        bottleneck: The operator that takes the most time, in words.
     """
     limit = find_limit(ceilings, shares["data"])
     if limit == "loader-bound":
@@ -62,12 +62,12 @@ def give_verdict(
         return Verdict(
             limit=limit,
             figures=f"{ceilings.both:,.0f} images/s with the device computing for "
-            f"{100 * ceilings.device_busy:.0f}% of the time, and waiting for the host for the rest",
+            f"{100 * ceilings.device_busy:.0f}% of the time and waiting for the host otherwise",
             next_step=_for_launches(plan),
         )
     return Verdict(
         limit=limit,
-        figures=f"{ceilings.both:,.0f} images/s, where the loader alone could give "
+        figures=f"{ceilings.both:,.0f} images/s, while the loader alone reaches "
         f"{ceilings.loader:,.0f}",
         next_step=_for_computing(plan, hardware, shares, bottleneck),
     )
@@ -77,7 +77,7 @@ def _for_loader(
     plan: TrainPlan, facts: DatasetFacts, hardware: Hardware, ceilings: Ceilings
 ) -> str:
     cores = hardware.cores
-    # Waiting for a disk or a copy, two processes share a core well; beside training on it, not.
+    # Two processes can share a core while they wait for a disk or a copy, but not beside training.
     most = cores if plan.device == "cpu" else 2 * cores
     wanted = round(plan.num_workers * ceilings.model / max(ceilings.loader, 1e-9))
     workers = min(most, max(plan.num_workers + 1, wanted))
@@ -95,7 +95,7 @@ def _for_loader(
         (plan.num_workers < most, f"raise num_workers from {plan.num_workers} to {workers}"),
         (
             facts.storage == "files",
-            f"store the pictures smaller, near {plan.image_size} px: decoding takes all "
+            f"store the images smaller, near {plan.image_size} px: decoding takes all "
             f"{cores} core(s)",
         ),
         otherwise=f"give the process more than {cores} core(s), or set resident_data: true",
@@ -110,7 +110,7 @@ def _for_launches(plan: TrainPlan) -> str:
             plan.compile_mode not in ("reduce-overhead", "max-autotune"),
             f"set compile_mode: {one_launch}",
         ),
-        otherwise=f"raise batch_size from {plan.global_batch_size}: larger kernels for as many "
+        otherwise=f"raise batch_size from {plan.global_batch_size}: larger kernels, and no more "
         "launches",
     )
 
@@ -129,17 +129,17 @@ def _for_computing(
     return _first(
         (
             plan.precision == "32" and half_is_fast,
-            "set precision: mixed (this device computes half precision itself)",
+            "set precision: mixed (this device is fast in half precision)",
         ),
         (
             plan.device == "cpu" and plan.threads < hardware.cores,
-            f"raise threads from {plan.threads} to {hardware.cores}, the cores there are",
+            f"raise threads from {plan.threads} to {hardware.cores}, the number of cores",
         ),
         (not plan.channels_last and plan.device != "mps", "set channels_last: true"),
         (plan.activation_checkpointing, "set activation_checkpointing: false if the memory allows"),
         (
             shares["transform"] > LARGE_SHARE,
-            f"do with less augmentation: it takes {percent['transform']} of a step",
+            f"use less augmentation: it takes {percent['transform']} of a step",
         ),
         (
             shares["logging"] > LARGE_SHARE,
@@ -151,7 +151,7 @@ def _for_computing(
             f"{percent['optimizer']} of a step",
         ),
         (plan.device == "cuda" and not plan.compile, "set compile: true (fewer, larger kernels)"),
-        otherwise=f"only the arithmetic is left{blamed}: a smaller model or img_size",
+        otherwise=f"only the arithmetic is left{blamed}: use a smaller model or img_size",
     )
 
 

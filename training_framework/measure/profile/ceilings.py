@@ -1,4 +1,4 @@
-"""Three ceilings of a run's speed, and which of them holds it back."""
+"""Three ceilings of a run's speed, and which of them limits it."""
 
 import time
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ __all__ = ["Ceilings", "Limit", "find_limit", "measure_loader_alone", "measure_m
 
 Limit = Literal["loader-bound", "launch-bound", "compute-bound"]
 
-# Below these a loss is noise, or not worth anybody's time.
+# A smaller loss is noise, or not worth fixing.
 LOADER_SLOWDOWN = 1.1
 SMALLEST_DATA_SHARE = 0.05
 BUSY_DEVICE_SHARE = 0.85
@@ -22,15 +22,15 @@ DISTURBED = 1.25
 
 @dataclass(frozen=True, kw_only=True)
 class Ceilings:
-    """Images per second of parts of the run, and of all of it.
+    """Images per second of parts of the run, and of the whole run.
 
     Attributes:
-        loader: Batches on the device as fast as the loader gives them, with nothing else to do.
-        model: Everything after the loader (augmentation, forward, backward, update) on one batch
-            that is there already.
+        loader: The loader alone: batches on the device, with nothing else to do.
+        model: Everything after the loader (augmentation, forward, backward, update), on one batch
+            that is already on the device.
         both: The run itself.
         device_busy: Share of the run's time in which the device computes; None on a CPU, which
-            launches what it computes itself.
+            launches its own work.
     """
 
     loader: float
@@ -39,21 +39,22 @@ class Ceilings:
     device_busy: float | None = None
 
     def agree(self, model_share: float) -> bool:
-        """Whether the figures can all be of one undisturbed machine.
+        """Whether all the figures are plausible for one undisturbed machine.
 
         Args:
-            model_share: Share of a step that the model alone takes too, 0 to 1.
+            model_share: Share of a step that `model` covers too, 0 to 1.
         """
         expected = self.model * model_share
         return self.model >= self.both / DISTURBED and expected <= DISTURBED * self.both
 
 
 def find_limit(ceilings: Ceilings, data_share: float) -> Limit:
-    """What holds a run back.
+    """What limits a run.
 
-    It is the loader where the run gains 10% or more without it, and waits for data for 5% of a step
-    or more (two signs, so that noise in one measurement is not enough). It is the launches where
-    the device idles for over 15% of the time although the data is there. Else it is the computing.
+    It is the loader if the run would gain at least 10% without it and also waits for data for at
+    least 5% of a step (two signs, so that noise in one measurement is not enough). It is the
+    launches if the device idles for over 15% of the time although the data is there. Otherwise it
+    is the computation.
 
     Args:
         ceilings: As measured.
@@ -68,7 +69,7 @@ def find_limit(ceilings: Ceilings, data_share: float) -> Limit:
 
 
 def measure_model_alone(parts: Parts, *, steps: int, warmup: int) -> float:
-    """Images per second of steps on one batch that is on the device already.
+    """Images per second of steps on one batch that is already on the device.
 
     Args:
         parts: The run; its weights stay as they are.
@@ -78,7 +79,7 @@ def measure_model_alone(parts: Parts, *, steps: int, warmup: int) -> float:
     batches = parts.loaders.train.epoch(0)
     batch = next(batches)
     del batches
-    # Else its processes would go on preparing batches beside the steps.
+    # Otherwise its processes would keep preparing batches beside the steps.
     parts.loaders.train.close()
     parts.step.model.train()
     for _ in range(warmup):
@@ -93,13 +94,13 @@ def measure_model_alone(parts: Parts, *, steps: int, warmup: int) -> float:
 
 
 def measure_loader_alone(parts: Parts, *, steps: int, warmup: int) -> float:
-    """Images per second of batches that nobody uses.
+    """Images per second of batches that are loaded and not used.
 
     Args:
         parts: The run.
-        steps: Time as many batches as these optimizer steps take.
-        warmup: Steps whose batches are dropped first, beside the head start of the loader's
-            processes.
+        steps: Time the batches of this many optimizer steps.
+        warmup: Steps whose batches are dropped first, in addition to the head start of the
+            loader processes.
     """
     group = parts.plan.accumulate_grad_batches
     batches = _endless(parts.loaders.train)
@@ -113,7 +114,7 @@ def measure_loader_alone(parts: Parts, *, steps: int, warmup: int) -> float:
 
 
 def _endless(loader: Loader) -> Iterator[Batch]:
-    # Epoch 0 has just been read, and its files may still lie in the system's cache.
+    # Epoch 0 has just been read, and its files may still be in the system's cache.
     epoch = 1
     while True:
         yield from loader.epoch(epoch)

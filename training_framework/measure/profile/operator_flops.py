@@ -24,11 +24,11 @@ Shapes = Sequence[Sequence[int]]
 
 @dataclass(frozen=True)
 class Cost:
-    """What one call of an operator takes at least.
+    """The least that one call of an operator takes.
 
     Attributes:
         flops: Operations.
-        elements: Numbers read and written, each input, weight and output once for each product
+        elements: Numbers read and written: each input, weight and output, once for each product
             that needs it.
     """
 
@@ -41,8 +41,8 @@ def operator_cost(name: str, shapes: Shapes, values: Sequence[Any]) -> Cost | No
 
     Args:
         name: As the profiler writes it: `aten::convolution`.
-        shapes: Of the arguments; empty for those that are no tensors.
-        values: Of the arguments that are no tensors.
+        shapes: Shapes of the arguments; empty for those that are not tensors.
+        values: Values of the arguments that are not tensors.
     """
     if name == "aten::convolution" and len(values) >= 9 and not values[6]:
         return _forward(
@@ -90,8 +90,8 @@ def _forward(
 def _backward(
     output: Sequence[int], images: Sequence[int], weight: Sequence[int], *, wanted: Sequence[bool]
 ) -> Cost:
-    # Each of the two gradients takes as many products as the forward pass, and reads the output's
-    # gradient and one of the two operands to make the gradient of the other.
+    # Each of the two gradients takes as many products as the forward pass. It reads the output's
+    # gradient and one operand, and writes the gradient of the other operand.
     gradients = sum(bool(flag) for flag in wanted[:2])
     each = prod(output) + prod(images) + prod(weight)
     return Cost(gradients * _products(output, weight), gradients * each)

@@ -1,4 +1,4 @@
-"""The phases of a step: a real run's steps in windows, timed whole, in phases, or profiled."""
+"""The phases of a step: a real run's steps in windows, timed as a whole, by phase, or profiled."""
 
 import copy
 import dataclasses
@@ -29,7 +29,7 @@ TURNS = 4
 
 
 class Window(Protocol):
-    """What happens from one step to a later one."""
+    """Observes a run from one step to a later one."""
 
     def begin(self) -> None:
         """Called between two steps."""
@@ -39,7 +39,7 @@ class Window(Protocol):
 
 
 class _WallWindow:
-    """Steps as they run in training: the device is waited for at both ends alone."""
+    """Times steps as they run in training: it waits for the device only at both ends."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -59,11 +59,11 @@ class StepPhases:
     """Where the time of a step goes.
 
     Attributes:
-        steps: Optimizer steps that were divided.
+        steps: Optimizer steps that were divided into phases.
         seconds: Mean seconds a step, by phase (the keys of PHASES).
-        shares: The same as shares of their sum.
-        wall_seconds: Mean seconds a step by separate readings of the clock over the same steps.
-        undivided_seconds: Of the undivided steps, which took turns with the divided ones.
+        shares: The same, as shares of their sum.
+        wall_seconds: Mean seconds of the same steps, by separate readings of the clock.
+        undivided_seconds: Mean seconds of undivided steps, which took turns with the divided ones.
     """
 
     steps: int
@@ -74,18 +74,18 @@ class StepPhases:
 
     @property
     def border_cost(self) -> float:
-        """What waiting for the device at the borders adds to a step, as a share of a step without
-        them; noise can make it negative."""
+        """What waiting for the device between phases adds to a step, as a share of an undivided
+        step; noise can make it negative."""
         return self.wall_seconds / self.undivided_seconds - 1
 
     @property
     def sum_over_wall(self) -> float:
-        """Sum of the phases over the wall clock: 1 but for what the phases miss."""
+        """Sum of the phases divided by the wall time: 1, except for what the phases miss."""
         return sum(self.seconds.values()) / self.wall_seconds
 
     @property
     def adds_up(self) -> bool:
-        """Whether the sum is within 3% of the wall clock."""
+        """Whether the sum is within 3% of the wall time."""
         return abs(self.sum_over_wall - 1) <= MAX_GAP
 
 
@@ -112,15 +112,16 @@ class _Schedule:
 def measure_steps(
     parts: Parts, *, steps: int, warmup: int, last: tuple[Window, int] | None = None
 ) -> StepPhases:
-    """Train, and look at where the time of the steps goes.
+    """Train, and measure where the time of the steps goes.
 
-    The steps are the trainer's own, logging included; there are no evaluations and no checkpoints.
+    The steps are the trainer's own, including logging; there are no evaluations and no checkpoints.
 
     Args:
         parts: The run.
-        steps: To divide; as many again run undivided.
-        warmup: Steps before, at least; the loader's processes lose their head start in any case.
-        last: A window of so many steps after all the others.
+        steps: Steps to divide into phases; as many again run undivided.
+        warmup: Steps before that, at least 1; more are added until the loader processes have lost
+            their head start.
+        last: A window, and its number of steps, after all the others.
 
     Raises:
         KeyboardInterrupt: A signal ended the training.
@@ -148,7 +149,7 @@ def measure_steps(
 
 
 def _turn_sizes(steps: int) -> list[int]:
-    """Steps in up to TURNS turns: what else the machine does changes more slowly than they do."""
+    """Steps in up to TURNS turns, so that slow changes of the machine affect both kinds alike."""
     size = -(-steps // TURNS)
     return [min(size, steps - start) for start in range(0, steps, size)]
 
@@ -173,7 +174,7 @@ def _train(parts: Parts, clock: StepClock, schedule: _Schedule, folder: Path) ->
 
 
 def _plan_for_steps(plan: TrainPlan, steps: int) -> TrainPlan:
-    """The plan with exactly so many steps to make, longer where it has fewer."""
+    """The plan with exactly this many steps; it is extended if it has fewer."""
     if plan.total_steps < steps:
         epochs = -(-steps // plan.steps_per_epoch)
         plan = dataclasses.replace(plan, epochs=epochs, total_steps=epochs * plan.steps_per_epoch)

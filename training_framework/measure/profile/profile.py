@@ -1,4 +1,4 @@
-"""A whole profile: phases, ceilings, verdict, operators, roofline, and the files that hold them."""
+"""A whole profile: phases, ceilings, verdict, operators, roofline, and their files."""
 
 import dataclasses
 import time
@@ -41,7 +41,7 @@ from training_framework.training.parts import Parts
 __all__ = ["SCHEMA_VERSION", "Profile", "create_profile_directory", "profile_run"]
 
 SCHEMA_VERSION = 1
-# Every step leaves thousands of events; a few tell what more would.
+# Every step leaves thousands of events, and a few steps are enough.
 MOST_PROFILED_STEPS = 5
 ROWS_IN_FILE = 60
 
@@ -52,10 +52,10 @@ class Profile:
 
     Attributes:
         device: PyTorch's device type.
-        operators: By name, longest first. On a device these are the times of its kernels by the
-            operator that launched them; empty where a CUDA graph replays them.
-        kernels: Of a device, by name; empty on a CPU.
-        layer_types: Operators by kind of layer, or kernels where a CUDA graph replays them.
+        operators: By name, longest first. On a device these are the times of its kernels, by the
+            operator that launched them; empty if a CUDA graph replays them.
+        kernels: A device's kernels by name; empty on a CPU.
+        layer_types: Operators by kind of layer, or kernels if a CUDA graph replays them.
         shapes: Operators by name and the shapes of their arguments.
         roofline: A point for each shape of convolution and matrix product.
         files: What was written.
@@ -77,17 +77,17 @@ class Profile:
 
     @property
     def bottleneck(self) -> OperatorTime | None:
-        """What takes most of the time; None where nothing was recorded."""
+        """What takes the most time; None if nothing was recorded."""
         return next(iter([*self.operators, *self.kernels]), None)
 
 
 def create_profile_directory(output_dir: Path, name: str) -> Path:
-    """Make the next free `<output_dir>/<name>/N`.
+    """Create the next free `<output_dir>/<name>/N`.
 
-    The folder is made by one system call that fails where it exists, so nothing is overwritten.
+    The system call that creates the folder fails if it exists, so nothing is overwritten.
 
     Raises:
-        UserError: The place cannot be written to.
+        UserError: The folder cannot be created.
     """
     parent = output_dir / name
     try:
@@ -118,19 +118,20 @@ def profile_run(
     say: Callable[[str], None] = lambda text: None,
     parts: Parts | None = None,
 ) -> Profile:
-    """Measure where the time of a configured run goes, and write it down.
+    """Measure where the time of a configured run goes, and write the result.
 
     Args:
-        config: Of the run. It is trained for some steps, from its beginning, and not saved.
+        config: The run's configuration. It is trained for some steps from the start; nothing is
+            saved.
         steps: Optimizer steps of each measurement.
-        warmup: Steps before the first.
+        warmup: Steps before the first measurement.
         output_dir: The files go to `<output_dir>/<name>/N`.
-        command: What to run to repeat this, for the record.
-        say: Told what is going on.
-        parts: The run's parts, where they differ from what `config` builds. They are closed.
+        command: The command that repeats this, for the record.
+        say: Called with progress messages.
+        parts: The run's parts, if they differ from what `config` builds. They are closed.
 
     Raises:
-        UserError: Something that is asked for is wrong or cannot be done here.
+        UserError: A setting is wrong or cannot be used on this machine.
     """
     for name, value in (("steps", steps), ("warmup", warmup)):
         if value < 1:
@@ -147,7 +148,7 @@ def profile_run(
 
 
 def _remove_if_empty(directory: Path) -> None:
-    with suppress(OSError):  # it holds what was written so far
+    with suppress(OSError):  # it is not empty: keep what was written
         directory.rmdir()
 
 
@@ -250,7 +251,7 @@ def _tables(window: KernelWindow, steps: int) -> dict[str, list[OperatorTime]]:
     return {
         "operators": group_calls(window.calls, by="operator", steps=steps, limit=ROWS_IN_FILE),
         "kernels": group_calls(kernel_calls, by="operator", steps=steps, limit=ROWS_IN_FILE),
-        # A replayed CUDA graph launches its kernels without the operators that they belong to.
+        # A replayed CUDA graph launches its kernels without their operators.
         "layer_types": group_calls(
             kernel_calls if _mostly_replayed(window) else window.calls, by="layer_type", steps=steps
         ),
@@ -275,7 +276,7 @@ def _named(rows: list[OperatorTime], limits: MachineLimits) -> str:
 
 
 def _record(profile: Profile, parts: Parts, warmup: int, command: str) -> dict[str, Any]:
-    """What profile.json holds."""
+    """The contents of profile.json."""
     found = dataclasses.asdict(profile)
     directory = found.pop("directory")
     found["files"] = [str(path.relative_to(directory)) for path in profile.files]

@@ -1,4 +1,4 @@
-"""Each layer's arithmetic intensity and speed against what the machine can do at most.
+"""Each layer's arithmetic intensity and speed, compared with the machine's limits.
 
 Williams, Waterman, Patterson: Roofline, an insightful visual performance model (CACM 52(4), 2009).
 """
@@ -34,18 +34,19 @@ __all__ = [
 
 MEBIBYTE = 2**20
 LETTERS = "ABCDE"
-# Dark on white, whatever surrounds the picture: readable on light and dark pages.
+# Dark on white, so that the image is readable on light and dark pages.
 INK, PAPER, FORWARD, BACKWARD = "#1b1b1b", "#ffffff", "#0060b0", "#c04a00"
 
 
 @dataclass(frozen=True, kw_only=True)
 class MachineLimits:
-    """What a device can do at most.
+    """The limits of a device.
 
     Attributes:
-        flops_per_second: Best of square matrix products in the run's precision, or a data sheet's.
+        flops_per_second: The fastest square matrix product in the run's precision, or the data
+            sheet's figure.
         flops_source: `measured` or `cited`.
-        bytes_per_second: Best of copies too large for the caches; read and written bytes count.
+        bytes_per_second: The fastest copy too large for the caches; counts bytes read and written.
     """
 
     flops_per_second: float
@@ -61,13 +62,13 @@ class LayerPoint:
         label: Channels, kernel, stride and map size, or the sizes of a matrix product.
         layers: Names of the model's layers with these shapes.
         direction: `forward` or `backward`.
-        calls: A step.
-        seconds: A step.
-        flops: Of one call.
-        bytes: Of one call: inputs, weight and outputs once for each product.
+        calls: Calls a step.
+        seconds: Seconds a step.
+        flops: FLOPs of one call.
+        bytes: Bytes of one call: inputs, weight and outputs, once for each product.
         intensity: FLOPs per byte.
-        flops_per_second: Achieved.
-        attainable: FLOP/s that the roofline allows at this intensity.
+        flops_per_second: The FLOP/s achieved.
+        attainable: The FLOP/s that the roofline allows at this intensity.
     """
 
     label: str
@@ -85,13 +86,13 @@ class LayerPoint:
 def measure_limits(
     device: torch.device, device_name: str, dtype: torch.dtype, *, seconds: float = 0.25
 ) -> MachineLimits:
-    """Measure a device's peak, or look it up, and its memory's copies.
+    """Measure a device's peak, or look it up, and measure the speed of its memory.
 
     Args:
-        device: To measure.
-        device_name: To look up.
-        dtype: Of the products.
-        seconds: For each measurement.
+        device: The device to measure.
+        device_name: Its name, to look up.
+        dtype: Type of the products.
+        seconds: Seconds for each measurement.
     """
     flops, source = measure_peak_flops(device.type, device_name, dtype)
     if not flops:
@@ -130,8 +131,8 @@ def layer_names(model: nn.Module, image_size: int) -> dict[str, tuple[str, ...]]
     """Names of a model's convolutions by the label of their shapes.
 
     Args:
-        model: From (N, 3, H, W) images; not a compiled or DDP wrapper. It is not changed.
-        image_size: Side in pixels of the images.
+        model: Takes (N, 3, H, W) images; not a compiled or DDP wrapper. It is not changed.
+        image_size: Side of the images in pixels.
     """
     names: dict[str, list[str]] = defaultdict(list)
     shape_only = meta_copy(model).eval()
@@ -162,11 +163,11 @@ def layer_points(
     """A point for each shape of convolutions and matrix products, longest first.
 
     Args:
-        calls: Of the profiled steps.
-        steps: How many optimizer steps they are of.
+        calls: Calls in the profiled steps.
+        steps: Number of these optimizer steps.
         element_bytes: Bytes of a number in the run's precision.
-        limits: Of the machine.
-        names: As `layer_names` gives them.
+        limits: The machine's limits.
+        names: As returned by `layer_names`.
     """
     groups: dict[tuple[str, Literal["forward", "backward"], int, int], list[float]] = defaultdict(
         list
@@ -222,7 +223,7 @@ def _convolution_label(
 def plot_roofline(
     points: Sequence[LayerPoint], limits: MachineLimits, *, title: str, path: Path
 ) -> None:
-    """Draw the points below the machine's roofline, as a PNG; areas are shares of the time."""
+    """Draw the points below the machine's roofline, as a PNG; areas show shares of the time."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -1,4 +1,4 @@
-"""The parts of a configured run, built as for training, to be driven by measurements."""
+"""The parts of a configured run, built as for training, for measurements."""
 
 import torch
 
@@ -15,19 +15,19 @@ def build_profiled_parts(config: TrainConfig) -> Parts:
     """Plan and build what `config` trains, in this process alone.
 
     Raises:
-        UserError: Something that is asked for is wrong or cannot be done here.
+        UserError: A setting is wrong or cannot be used on this machine.
     """
     planned = plan_run(config)
     if planned.plan.world_size > 1:
         raise UserError(
             f"profile: torchrun started {planned.plan.world_size} processes",
-            "start it without torchrun: it measures one device",
+            "start it without torchrun: profile measures one device",
         )
     return build_parts(planned)
 
 
 def step_on(parts: Parts, batch: Batch) -> None:
-    """An optimizer step on one loaded batch, taken as often as the run accumulates."""
+    """An optimizer step on one loaded batch, used as often as the run accumulates batches."""
     group = parts.plan.accumulate_grad_batches
     for position in range(group):
         images, labels, mixed = parts.loaders.train_transform(batch, step=0, epoch=0)
@@ -38,11 +38,11 @@ def step_on(parts: Parts, batch: Batch) -> None:
             group_size=group,
             last_of_group=position == group - 1,
         )
-    # The weights stay where they are: one batch over and over would lead them astray.
+    # A rate of 0 keeps the weights: training on one batch again and again would spoil them.
     parts.step.update(0.0, step=0)
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for the device; the CPU is never ahead of itself."""
+    """Wait for the device; a CPU needs no waiting."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)

@@ -1,4 +1,4 @@
-"""A clock that divides optimizer steps into phases, as the step and the trainer enter them."""
+"""A clock that divides optimizer steps into the phases that the step and the trainer enter."""
 
 import time
 from collections.abc import Iterator
@@ -20,18 +20,18 @@ PHASES = {
     "logging": "metrics and logging",
     "rest": "the rest",
 }
-"""The phases of a step, in their order, and what they hold."""
+"""The phases of a step in order, and what they contain."""
 
 
 class StepClock:
-    """Adds up the time of each phase from each `begin` to its `end`.
+    """Adds up the time of each phase, from each `begin` to its `end`.
 
     Args:
-        device: Waited for at every border, so that its work counts where it was asked for.
+        device: The clock waits for it between phases, so that its work counts in the right phase.
 
     Attributes:
-        seconds: Of each phase.
-        wall_seconds: Of the same steps, by separate readings of the clock.
+        seconds: Seconds of each phase.
+        wall_seconds: Seconds of the same steps, by separate readings of the clock.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -41,7 +41,7 @@ class StepClock:
         self._running = False
 
     def begin(self) -> None:
-        """Begin, or go on."""
+        """Begin, or resume."""
         synchronize(self._device)
         self._started = time.perf_counter()
         self._running = True
@@ -49,7 +49,7 @@ class StepClock:
 
     @contextmanager
     def phase(self, phase: Phase) -> Iterator[None]:
-        """What happens inside is `phase`; what happens between two phases is the rest."""
+        """Count time inside as `phase`; time between two phases counts as the rest."""
         self._read("rest")
         try:
             yield

@@ -26,7 +26,7 @@ def profile_lines(profile: Profile) -> list[str]:
         "",
         "ceilings                        images/s",
         f"  loader alone              {ceilings.loader:>12,.0f}",
-        f"  model alone, data there   {ceilings.model:>12,.0f}",
+        f"  model alone, data loaded  {ceilings.model:>12,.0f}",
         f"  both together             {ceilings.both:>12,.0f}",
     ]
     if ceilings.device_busy is not None:
@@ -34,8 +34,8 @@ def profile_lines(profile: Profile) -> list[str]:
     shares = profile.phases.shares
     if not ceilings.agree(1 - shares["data"] - shares["logging"] - shares["rest"]):
         lines += _wrapped(
-            "! the ceilings do not agree with the phases: other work took the machine for a "
-            "while, or the steps are too few; measure again"
+            "! the ceilings contradict the phases: other work used the machine for a while, or "
+            "there were too few steps; measure again"
         )
     lines += ["", *_wrapped(str(profile.verdict)), ""]
     limits = profile.limits
@@ -70,15 +70,15 @@ def _phase_lines(phases: StepPhases, *, on_cpu: bool) -> list[str]:
         lines.append(f"{meaning:<34} {milliseconds:>10.2f} {100 * share:>6.1f}%  {bar}".rstrip())
     total = 1000 * sum(phases.seconds.values())
     lines.append(
-        f"{'sum':<34} {total:>10.2f} {100 * phases.sum_over_wall:>6.1f}%  of the wall clock"
+        f"{'sum':<34} {total:>10.2f} {100 * phases.sum_over_wall:>6.1f}%  of the wall time"
     )
     if not phases.adds_up:
-        lines += _wrapped("! the phases do not add up to the wall clock: do not trust them")
+        lines += _wrapped("! the phases do not add up to the wall time: do not trust them")
     cost = f"{100 * phases.border_cost:+.1f}%"
     waiting = (
-        f"a step took {cost} against steps without borders (noise: nothing waits on a CPU)"
+        f"dividing a step changed its time by {cost} (this is noise: on a CPU nothing waits)"
         if on_cpu
-        else f"to wait for the device at each border changed a step by {cost}"
+        else f"waiting for the device between phases changed a step's time by {cost}"
     )
     return [*lines, *_wrapped(f"{phases.steps} steps; {waiting}")]
 

@@ -29,14 +29,14 @@ __all__ = [
     "read_kernels",
 ]
 
-# They call others that do the work, in varying depth by device; only as a whole have they a FLOP/s.
+# They call other operators, which ones depends on the device; FLOP/s only make sense for the whole.
 WHOLE_OPERATORS = (
     "aten::convolution", "aten::convolution_backward", WINOGRAD, WINOGRAD_BACKWARD,
 )  # fmt: skip
 MICROSECONDS = 1e6
 MEMORY_EVENTS = 200_000
 
-# The first that occurs in an operator's or kernel's name, in lower case, decides.
+# The first one that occurs in the lower-case name of an operator or kernel decides.
 LAYER_TYPES = {
     "convolution": ("conv", "fprop", "dgrad", "wgrad", "winograd", "im2col"),
     "batch norm": ("batch_norm", "batchnorm", "bn_fw", "bn_bw"),
@@ -58,10 +58,10 @@ class OperatorCall:
 
     Attributes:
         name: As the profiler writes it.
-        shapes: Of its tensor arguments; empty for others.
-        values: Of its other arguments.
-        seconds: On the device where there is one, else on the CPU; without the calls that it makes
-            itself, but for convolutions.
+        shapes: Shapes of its tensor arguments; empty for others.
+        values: Values of its other arguments.
+        seconds: On the device if there is one, else on the CPU; without the calls that it makes
+            itself, except for convolutions.
         in_backward: Whether autograd called it.
     """
 
@@ -77,13 +77,13 @@ class OperatorTime:
     """Calls that belong together.
 
     Attributes:
-        name: Of the operator or group.
-        layer_type: What kind of layer it works for.
-        calls: A step, on average.
-        seconds: A step, on average.
-        share: Of the time of all operators.
-        flops_per_second: While it runs; None where FLOPs are not counted.
-        shapes: Of the arguments, where calls are told apart by them.
+        name: Name of the operator or group.
+        layer_type: The kind of layer it works for.
+        calls: Average calls a step.
+        seconds: Average seconds a step.
+        share: Share of the time of all operators.
+        flops_per_second: FLOP/s while it runs; None if its FLOPs are not counted.
+        shapes: Shapes of the arguments, if calls are grouped by them.
     """
 
     name: str
@@ -97,7 +97,7 @@ class OperatorTime:
 
 @dataclass(frozen=True, kw_only=True)
 class Kernel:
-    """A run of a kernel (or a copy) on a device, in seconds from an arbitrary moment."""
+    """One execution of a kernel (or a copy) on a device, in seconds from an arbitrary moment."""
 
     name: str
     start: float
@@ -106,16 +106,15 @@ class Kernel:
 
 @dataclass(kw_only=True)
 class KernelWindow:
-    """Records steps with torch.profiler, and on CUDA the allocations with it.
+    """Records steps with torch.profiler, and on CUDA also the allocations.
 
     Attributes:
         device: Where the run is.
         trace: Where to write the trace (chrome://tracing, ui.perfetto.dev), as .json or .json.gz.
-        memory_snapshot: Where to write the history of the memory (pytorch.org/memory_viz); it
-            exists on CUDA alone.
-        calls: What was recorded; filled at the end.
-        kernels: Likewise; empty on a CPU.
-        files: What was written.
+        memory_snapshot: Where to write the memory history (pytorch.org/memory_viz); only on CUDA.
+        calls: The recorded calls; filled at the end.
+        kernels: The recorded kernels; empty on a CPU.
+        files: The files that were written.
     """
 
     device: torch.device
@@ -157,7 +156,7 @@ def read_calls(events: Iterable[Any], *, on_device: bool) -> list[OperatorCall]:
 
     Args:
         events: FunctionEvents, with shapes.
-        on_device: Take the time of the kernels that a call launched, not its own on the CPU.
+        on_device: Use the time of the kernels that a call launched instead of its CPU time.
     """
     calls = []
     for event in events:
@@ -207,7 +206,7 @@ def read_kernels(events: Iterable[Any]) -> list[Kernel]:
 
 
 def busy_seconds(kernels: Sequence[Kernel]) -> float:
-    """Time in which at least one of them runs: those that run side by side count once."""
+    """Time in which at least one kernel runs; kernels that run side by side count once."""
     busy, reached = 0.0, float("-inf")
     for kernel in sorted(kernels, key=lambda kernel: kernel.start):
         busy += max(0.0, kernel.end - max(kernel.start, reached))
@@ -221,9 +220,9 @@ def layer_type_of(name: str) -> str:
     if lower.startswith("autograd::") or (
         "::" not in lower and lower.rstrip("0123456789").endswith("backward")
     ):
-        return "autograd"  # what autograd itself takes; the operators it calls have their own rows
-    for layer_type, pieces in LAYER_TYPES.items():
-        if any(piece in lower for piece in pieces):
+        return "autograd"  # autograd's own time; the operators it calls have their own rows
+    for layer_type, words in LAYER_TYPES.items():
+        if any(word in lower for word in words):
             return layer_type
     return "other"
 
@@ -234,10 +233,10 @@ def group_calls(
     """Add up calls, longest first.
 
     Args:
-        calls: Of all steps.
+        calls: Calls in all steps.
         by: `operator`, `layer_type`, or `shape` (operator and shapes of its arguments).
-        steps: Optimizer steps that the calls are of.
-        limit: Groups to give; None: all.
+        steps: Number of these optimizer steps.
+        limit: Number of groups to return; None: all.
     """
     groups: dict[tuple[str, str], list[OperatorCall]] = defaultdict(list)
     for call in calls:

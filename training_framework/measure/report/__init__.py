@@ -1,1 +1,1 @@
-"""Result files as a page for people, or as Markdown."""
+"""Shows result files as an HTML page or as Markdown."""

@@ -1,6 +1,6 @@
-"""Charts of a report: bars, which the page's own style sheet draws, and lines by matplotlib.
+"""Charts of a report: bars, which the page's style sheet draws, and lines, which matplotlib draws.
 
-Names from result files never reach an SVG: labels and legends stand beside it, where the template
+Names from result files never reach an SVG: labels and legends are outside it, where the template
 escapes them.
 """
 
@@ -13,12 +13,12 @@ __all__ = ["Bar", "BarChart", "LineChart", "Series"]
 
 COLORS = ("#1f6db5", "#c2410c", "#15803d", "#7c3aed", "#a16207", "#0e7490", "#be185d", "#4b5563")
 TEXT, SOFT, RULE = "#1b1f24", "#57606a", "#d5d9de"
-# The page's variables of these colors, which are other ones in the dark.
+# The page's variables for these colors; dark mode gives them other values.
 VARIABLES = {TEXT: "text", SOFT: "soft", RULE: "rule"} | {c: f"c{n}" for n, c in enumerate(COLORS)}
-# Lines differ in their dashes too: not everybody sees all colors, and paper has none.
+# Lines also differ in their dashes: not everybody sees all colors, and prints may have none.
 DASHES = ("-", "--", ":", "-.")
 MAX_MARKED_POINTS = 30
-# Referenced ids are hashes of what they name; the others would repeat from figure to figure.
+# Ids that are used are hashes of what they name; the others would repeat in every figure.
 UNUSED_ID = re.compile(r' id="(?!p[0-9a-f]{10}|m[0-9a-f]{10})[^"]*"')
 
 
@@ -27,10 +27,10 @@ class Bar:
     """One bar.
 
     Attributes:
-        label: What it stands for.
+        label: What the bar shows.
         note: A remark beside the label; may be empty.
         text: Its value in words.
-        value: Its length, from 0 to the right or, below 0, to the left.
+        value: Its length, to the right of 0 or, if negative, to the left.
         low, high: Ends of its interval; None without one.
         faint: Whether it is a control.
     """
@@ -46,14 +46,14 @@ class Bar:
 
 @dataclass(frozen=True, kw_only=True)
 class BarChart:
-    """Bars on one scale; `reference` is a value that all of them are compared with."""
+    """Bars on one scale; all of them are compared with the value `reference`."""
 
     title: str
     bars: Sequence[Bar]
     reference: float | None = None
 
     def place(self, value: float) -> float:
-        """Where a value lies, in percent of the width."""
+        """The place of a value, in percent of the width."""
         ends = [end for bar in self.bars for end in (bar.value, bar.low or 0.0, bar.high or 0.0)]
         ends += [0.0, self.reference or 0.0]
         low, high = 1.04 * min(ends), 1.04 * max(ends)
@@ -62,7 +62,7 @@ class BarChart:
 
 @dataclass(frozen=True, kw_only=True)
 class Series:
-    """A line: its points in order, and the number of its color; equal labels share one entry."""
+    """A line: its points in order and its color's number; equal labels share a legend entry."""
 
     label: str
     points: tuple[tuple[float, float], ...]
@@ -74,11 +74,10 @@ class LineChart:
     """Lines with their points.
 
     Attributes:
-        title: Above the chart.
-        series: At least one point is among them.
+        title: Shown above the chart.
+        series: The lines, with at least one point in total.
         x_title, y_title: The axes' quantities with their units.
-        doubling_x: Whether equal steps across are equal factors, with ticks at the points; for
-            positive x.
+        doubling_x: Whether the x axis is logarithmic, with ticks at the points; for positive x.
         from_zero: Whether the y axis starts at 0.
         target: A y value to draw a line at.
     """
@@ -92,13 +91,13 @@ class LineChart:
     target: float | None = None
 
     def legend(self) -> list[tuple[str, int, int]]:
-        """Label, color and dashes of each line; empty where there is only one."""
+        """Label, color and dashes of each line; empty if there is only one."""
         entries = dict.fromkeys((line.label, line.color) for line in self.series if line.points)
         shown = [(label, n % len(COLORS), n % len(DASHES)) for label, n in entries]
         return shown if len(shown) > 1 else []
 
     def svg(self) -> str:
-        """The lines as SVG, in the page's colors and fonts; the same numbers give the same text."""
+        """The chart as SVG, in the page's colors and fonts; the same numbers give the same text."""
         from matplotlib import style  # slow to import
 
         with style.context(["default", _STYLE]):

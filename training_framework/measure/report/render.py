@@ -1,4 +1,4 @@
-"""Result files as one HTML page for people, or as Markdown."""
+"""Result files as one HTML page or as Markdown."""
 
 from collections.abc import Sequence
 from importlib import resources
@@ -12,12 +12,12 @@ __all__ = ["html_report", "markdown_report"]
 
 
 def html_report(sources: Sequence[Source]) -> str:
-    """One self-contained page: it loads nothing, runs nothing, and fits a phone."""
+    """One self-contained page, which loads nothing, runs nothing and fits on a phone."""
     from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
 
     files = resources.files("training_framework.measure.report")
-    # All text is escaped on its way into the page, but what the template itself calls safe.
+    # Everything is escaped, except what the template itself marks as safe.
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )

@@ -1,4 +1,4 @@
-"""What a report says of each kind of result: an answer in a sentence, then the evidence."""
+"""What a report says about each kind of result: an answer in one sentence, then the evidence."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -29,18 +29,18 @@ MAX_TRIAL_BARS = 12
 
 @dataclass(frozen=True, kw_only=True)
 class Section:
-    """A result as it is shown.
+    """A result as a report shows it.
 
     Attributes:
         heading: Its name.
-        answer: What it comes to, in a sentence.
+        answer: The conclusion, in one sentence.
         lead: Paragraphs on what was measured.
-        titles: Of the columns, of which the first names the rows.
-        rows: Cells of each row; two cells below more titles are its name and why it has no others.
+        titles: Titles of the columns; the first column names the rows.
+        rows: Cells of each row. A row of only two cells holds its name, and why it has no values.
         notes, bars, lines: Further evidence.
         parts: Results that belong to this one.
-        command: What repeats it.
-        environment: Names and values of what it was measured on.
+        command: The command that repeats it.
+        environment: What it was measured on, as names and values.
     """
 
     heading: str
@@ -57,7 +57,7 @@ class Section:
 
 
 def section_of(source: Source) -> Section:
-    """What a result file says."""
+    """The section for a result file."""
     if isinstance(source, Result):
         return _comparison(source)
     if isinstance(source, TuningResult):
@@ -98,7 +98,7 @@ def _comparison(result: Result) -> Section:
                 + "; ".join(f"{name}: {reason}" for name, reason in reasons)
                 for mark, reasons in mark_reasons(result)
             ),
-            *(f"{variant.name}: broke off: {variant.unavailable}" for variant in broken),
+            *(f"{variant.name}: stopped early: {variant.unavailable}" for variant in broken),
             *findings(result),
         ],
         bars=[
@@ -114,7 +114,7 @@ def _comparison(result: Result) -> Section:
 
 
 def _answer(result: Result) -> str:
-    """What the comparison comes to, by its whole intervals."""
+    """The comparison's conclusion, based on whole intervals."""
     ratios = [ratio for ratio in result.ratios if not ratio.control]
     if not ratios:
         if result.ratios:
@@ -133,7 +133,7 @@ def _answer(result: Result) -> str:
         answer += f", with {points(difference)} points of top-1 accuracy"
     marks = next((v.marks for v in result.variants if v.name == best.variant), [])
     answer += f" (marked: {', '.join(marks)})" if marks else ""
-    return answer + ("." if result.complete else "; rounds are missing.")
+    return answer + ("." if result.complete else "; some rounds are missing.")
 
 
 def _times(ratio: Ratio) -> str:
@@ -141,7 +141,7 @@ def _times(ratio: Ratio) -> str:
 
 
 def _by_gain(result: Result) -> list[VariantResult]:
-    """Rows with the same baseline together, the fastest first; those without a sample last."""
+    """Rows grouped by baseline, the fastest first; rows without a sample last."""
     groups = list(dict.fromkeys(variant.against for variant in result.variants))
 
     def place(variant: VariantResult) -> tuple[bool, int, float]:
@@ -153,7 +153,7 @@ def _by_gain(result: Result) -> list[VariantResult]:
 
 
 def _sweep(result: Result) -> list[LineChart]:
-    """Throughput and memory, where the variants differ in one number alone."""
+    """Throughput and memory, if the variants differ in only one number."""
     variants = [variant for variant in result.variants if not variant.control]
     keys = {key for variant in variants for key in variant.overrides}
     if len(keys) != 1:
@@ -211,7 +211,7 @@ def _run(run: RunRecord) -> Section:
     accuracy = "no evaluation" if reached.last_acc1 is None else f"{reached.last_acc1:.2f}% top-1"
     return Section(
         heading=run.experiment,
-        answer=f"{accuracy} in {run.seconds:,.1f} s, all in.",
+        answer=f"{accuracy} in {run.seconds:,.1f} s in total.",
         rows=_run_rows(run),
         notes=remarks,
         bars=[_shares("Where the time went", run.phases(), "s")],
@@ -238,7 +238,7 @@ def _run_rows(run: RunRecord) -> list[tuple[str, str]]:
         ("model", str(run.config.get("model", "?"))),
         *((name, f"{value:.2f}%") for name, value in percent.items() if value is not None),
         *((name, f"{value:.4f}") for name, value in losses.items() if value is not None),
-        ("time, all in", f"{run.seconds:,.1f} s"),
+        ("total time", f"{run.seconds:,.1f} s"),
         ("training images/s", f"{reached.images_per_second:,.1f}"),
         ("epochs", f"{len(run.epochs)} of {run.plan.epochs}"),
         ("optimizer steps", f"{reached.steps:,}"),
@@ -249,7 +249,7 @@ def _run_rows(run: RunRecord) -> list[tuple[str, str]]:
 def _profile(profile: ProfileRecord) -> Section:
     ceilings = {
         "loader alone": profile.ceilings.loader,
-        "model alone, data there": profile.ceilings.model,
+        "model alone, data loaded": profile.ceilings.model,
         "both together": profile.ceilings.both,
     }
     phases = {name: 1000 * seconds for name, seconds in profile.phases.seconds.items()}
@@ -283,8 +283,8 @@ def _tuning(tuning: TuningResult) -> Section:
     ranked = sorted(longest.values(), key=lambda trial: -(trial.score or 0.0))[:MAX_TRIAL_BARS]
     return Section(
         heading=tuning.experiment,
-        answer=tuning.verdict or "The search was interrupted: nothing is chosen yet.",
-        titles=("trial", "round", "images/s", "with its start", "peak MiB", "took s"),
+        answer=tuning.verdict or "The search was interrupted before anything was chosen.",
+        titles=("trial", "round", "images/s", "with its start", "peak MiB", "seconds"),
         rows=rows,
         notes=["* stopped after its warm-up, which was less than half as fast as the best trial"]
         if any(trial.outcome == "hopeless" for trial in tuning.trials)
@@ -306,7 +306,7 @@ def _trial_bars(ranked: Sequence[Trial]) -> BarChart:
 
 
 def _shares(title: str, parts: Mapping[str, float], unit: str) -> BarChart:
-    """The parts of a whole, each with its share and size."""
+    """The parts of a whole, each with its share and value."""
     whole = sum(parts.values()) or 1.0
     return BarChart(
         title=title,

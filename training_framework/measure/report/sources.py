@@ -1,4 +1,4 @@
-"""The files that a report is made of, told apart and validated."""
+"""Recognizes and validates the files that a report shows."""
 
 import math
 from pathlib import Path
@@ -26,7 +26,7 @@ Count = Annotated[int, Field(ge=0, le=2**53)]
 
 
 class _Part(BaseModel):
-    # These files hold more than a report shows.
+    # These files hold more than a report needs.
     model_config = ConfigDict(extra="ignore", allow_inf_nan=False, protected_namespaces=())
 
 
@@ -51,7 +51,7 @@ class RunOutcome(_Part):
 
 
 class RunPlan(_Part):
-    """What of a run's plan places its steps in time."""
+    """The part of a run's plan that places its steps in time."""
 
     steps_per_epoch: Annotated[Count, Field(ge=1)]
     epochs: Count
@@ -61,7 +61,7 @@ class RunRecord(_Part):
     """A training run, as benchmarks/record_run.py keeps it.
 
     Attributes:
-        seconds: Of the whole process.
+        seconds: Seconds of the whole process.
         metrics: Rows of metrics.csv, as text.
     """
 
@@ -90,10 +90,10 @@ class RunRecord(_Part):
         return rows
 
     def curve(self, column: str) -> tuple[tuple[float, float], ...]:
-        """A column of the metrics by seconds since the start of training.
+        """A column of the metrics against the seconds since the start of training.
 
-        The steps of an epoch are taken to be equally long: rows hold no time of their own. Empty
-        where no epoch was finished.
+        Rows hold no times, so all steps of an epoch are assumed to take equally long. Empty if no
+        epoch was finished.
         """
         if not self.epochs:
             return ()
@@ -109,7 +109,7 @@ class RunRecord(_Part):
         return tuple(points)
 
     def phases(self) -> dict[str, float]:
-        """Seconds of the process by what they went to; empty where the run was a resumption."""
+        """Where the seconds of the process went; empty if the run was a resumption."""
         evaluation = sum(epoch.evaluation_seconds for epoch in self.epochs)
         training = sum(epoch.seconds for epoch in self.epochs) - evaluation
         rest = self.seconds - training - evaluation
@@ -149,7 +149,7 @@ class ProfileCeilings(_Part):
 
 
 class ProfileVerdict(_Part):
-    """What holds the run back, the figures behind that, and what to try next."""
+    """What limits the run, the figures behind that, and what to try next."""
 
     limit: str
     figures: str
@@ -176,13 +176,13 @@ def read_source(path: Path) -> Source:
     """Read a file that a report can show.
 
     Raises:
-        UserError: It is missing, not JSON, or of a kind that is not known here.
+        UserError: It is missing, not JSON, or of an unknown kind.
     """
     try:
         if not path.is_file() and path.exists():  # a device may never end
             raise UserError(f"{path}: not a file", KINDS)
         if path.stat().st_size > MAX_BYTES:
-            raise UserError(f"{path}: is larger than {MAX_BYTES >> 20} MiB", KINDS)
+            raise UserError(f"{path}: larger than {MAX_BYTES >> 20} MiB", KINDS)
         content = from_json(path.read_bytes())
     except UserError:
         raise

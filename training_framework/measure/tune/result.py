@@ -1,4 +1,4 @@
-"""The evidence that `tune` keeps beside the YAML it writes: its schema, written and read."""
+"""The evidence file that `tune` writes beside its YAML: the schema."""
 
 from typing import Any, Literal
 
@@ -18,16 +18,16 @@ class Trial(_Record):
 
     Attributes:
         name: The settings that differ from the plan's own, in words.
-        overrides: The same as settings.
+        overrides: The same settings as values.
         rung: 0 for the first, shortest trials; the finalists are measured longer.
-        outcome: `measured`; `hopeless` where its warm-up was so slow that it was stopped;
-            `rejected` where it failed, took too much memory or too long.
-        reason: Why, unless it was measured.
-        images_per_second: Settled speed; None where it was rejected.
-        startup_seconds: What its start took longer than as many settled steps: compilation.
-        score: Images per second of a whole run, that start included; what trials are ranked by.
+        outcome: `measured`; `hopeless` if its warm-up was so slow that it was stopped; `rejected`
+            if it failed, took too much memory or took too long.
+        reason: Why it was not measured; empty if it was.
+        images_per_second: Settled speed; None if it was rejected.
+        startup_seconds: What the start took longer than as many settled steps: compilation.
+        score: Images per second over a whole run, including that start; trials are ranked by it.
         peak_memory_bytes: See `Measurement.peak_memory_bytes`.
-        seconds: Wall seconds that the trial took in all.
+        seconds: Total wall seconds of the trial.
     """
 
     name: str
@@ -49,19 +49,19 @@ class TuningResult(_Record):
         experiment: Name.
         command: The command that repeats it.
         started: UTC, ISO 8601.
-        commit: Of the framework's sources; None if unknown.
+        commit: Commit of the framework's sources; None if unknown.
         environment: As in `Result`.
-        seed: Only in older files: it drew some of the combinations.
+        seed: Only in older files, where it drew some of the combinations.
         max_trials, budget_seconds, memory_limit_bytes: Limits of the search.
-        settings: What the configuration gives before anything is tuned.
+        settings: The settings before tuning.
         dimensions: The values that were varied, by name.
-        trials: In the order in which they were made.
-        winner: Settings of the trial that came out first; empty: the plan's own.
-        chosen: Settings that the confirmation leaves: the winner's, or none.
-        verdict: Why these, in a line.
-        confirmation: Paired turns of the winner and the plan's default; None where the default
-            itself came out first, or before it was made.
-        complete: Whether the search came to its end.
+        trials: The trials in the order in which they ran.
+        winner: Settings of the fastest combination; empty: the plan's own.
+        chosen: Settings that the confirmation accepted: the winner's, or none.
+        verdict: The reason, in one line.
+        confirmation: Paired turns of the winner and the plan's default; None if the default itself
+            was the fastest, or the confirmation has not run yet.
+        complete: Whether the search was completed.
     """
 
     schema_version: Literal[1] = 1

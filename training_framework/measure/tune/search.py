@@ -1,9 +1,9 @@
-"""The search alone, without a clock or a network: coordinate ascent, then longer trials.
+"""The search itself, without a clock or a network: coordinate ascent, then longer trials.
 
-From the plan's own choice the search changes one value after the other, keeps each that makes the
-present combination faster, and starts over until none does. The fastest combinations are measured
-again, and longer, as in successive halving (Jamieson and Talwalkar, "Non-stochastic Best Arm
-Identification and Hyperparameter Optimization", AISTATS 2016).
+The search starts from the plan's own choice. It changes one value at a time and keeps each change
+that makes the present combination faster, until no change does. Then it measures the fastest
+combinations again, for longer, as in successive halving (Jamieson and Talwalkar, "Non-stochastic
+Best Arm Identification and Hyperparameter Optimization", AISTATS 2016).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 __all__ = ["Candidate", "Dimension", "Score", "candidate_name", "candidate_settings", "search"]
 
 AS_PLANNED = "as planned"
-# Candidates of each rung: as many as there is room for, then the fastest.
+# Candidates in each rung: first as many as the limits allow, then the fastest.
 FINALISTS = (None, 6, 3)
-# Shares of the time that may have passed when a rung starts its last trial.
+# Share of the time that may have passed when each rung starts its last trial.
 TIME_SHARES = (0.7, 0.9, 1.0)
-# A value that leaves less than this of the speed is not tried again.
+# A value that reduces the speed to less than this share is not tried again.
 HOPELESS_SHARE = 0.5
 
 Candidate = tuple[int, ...]
@@ -39,14 +39,14 @@ class Dimension:
 
 
 class Score(NamedTuple):
-    """What a trial found: images per second, None where it was rejected; hopeless ends there."""
+    """A trial's images per second, None if rejected; a hopeless one is not measured again."""
 
     value: float | None
     hopeless: bool = False
 
 
 Measure = Callable[[Candidate, int, float], Score]
-"""Makes a trial from the candidate, its rung, and the best score so far (0 before the first)."""
+"""Runs a trial, given the candidate, its rung and the best score so far (0 before the first)."""
 
 
 def candidate_settings(dimensions: Sequence[Dimension], candidate: Candidate) -> dict[str, Any]:
@@ -72,22 +72,22 @@ def search(
 ) -> list[Candidate]:
     """Find the combination with the best score.
 
-    The plan's own choice is the first trial. The same arguments and scores make the same trials in
-    the same order.
+    The plan's own choice is the first trial. The same arguments and scores lead to the same trials
+    in the same order.
 
     Args:
         dimensions: What is varied.
-        measure: Makes a trial.
-        max_trials: Limit of trials over all rungs, at least 1.
-        time_share: How much of the time has passed, from 0 to 1 and beyond.
+        measure: Runs a trial.
+        max_trials: Maximum number of trials over all rungs, at least 1.
+        time_share: Share of the time that has passed; it may exceed 1.
 
     Returns:
-        The candidates with a score, best first: those of the last rung, then those of the earlier.
+        The candidates with a score, best first: those of the last rung, then those of earlier ones.
     """
     rungs: list[dict[Candidate, Score]] = [{} for _ in FINALISTS]
 
     def value(candidate: Candidate, rung: int = 0) -> float:
-        """The score; 0 where the trial was rejected, or no room is left for it."""
+        """The score; 0 if the trial was rejected, or a limit does not allow it."""
         if candidate not in rungs[rung]:
             made = sum(map(len, rungs))
             limit = max_trials if rung else max(1, max_trials * 2 // 3)

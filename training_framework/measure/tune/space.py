@@ -15,7 +15,7 @@ from training_framework.switches.methods import SMALLEST_TRIED_BATCH
 __all__ = ["tuning_space"]
 
 BATCH = "batch"
-# What tends to gain most, so that a search with few trials meets it; then the entries' order.
+# What tends to gain most comes first, so that short searches reach it; then the entries' order.
 TRIED_FIRST = ("precision", BATCH, "compile", "loading")
 
 
@@ -28,13 +28,13 @@ def tuning_space(
     allow_batch_change: bool = False,
     keep: Sequence[str] = (),
 ) -> list[Dimension]:
-    """The dimensions, each beginning with the plan's own choice; those with no other are left out.
+    """The dimensions, each starting with the plan's own choice; any without another are left out.
 
     Args:
         config: What is tuned.
-        plan: What it comes to here.
+        plan: Its plan on this machine.
         hardware: The machine.
-        facts: Of the data set.
+        facts: Facts about the data set.
         allow_batch_change: Also try other numbers of images for an optimizer step.
         keep: Keys of the configuration that stay as they are.
 

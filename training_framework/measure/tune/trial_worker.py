@@ -1,6 +1,6 @@
-"""The process of one trial: `compare`'s worker, but it ends where it takes too much.
+"""The process of one trial: `compare`'s worker, with limits on its time and memory.
 
-`python -m training_framework.measure.tune.trial_worker SECONDS BYTES`; 0 bytes are no limit.
+`python -m training_framework.measure.tune.trial_worker SECONDS BYTES`; 0 bytes mean no limit.
 """
 
 import os
@@ -19,22 +19,22 @@ SECONDS_BETWEEN_LOOKS = 0.05
 
 
 def main() -> None:
-    """Answer requests on standard input until it ends, or a limit is reached."""
+    """Answer requests from standard input until it ends or a limit is reached."""
     seconds, limit_bytes = float(sys.argv[1]), int(sys.argv[2])
     threading.Thread(target=_watch, args=(seconds, limit_bytes), daemon=True).start()
     worker.main()
 
 
 def _watch(seconds: float, limit_bytes: int) -> None:
-    """End the process from outside of the computation, which may not return for minutes."""
+    """End the process at a limit, from a thread: the computation may not return for minutes."""
     end, process, parent = time.monotonic() + seconds, psutil.Process(), os.getppid()
     while True:
         if os.getppid() != parent:  # nobody is left to read the reply
             os._exit(EXIT_OVER_LIMIT)
         if time.monotonic() > end:
-            _give_up(f"it takes more than {seconds:g} s")
+            _give_up(f"it took more than {seconds:g} s")
         if limit_bytes and process.memory_info().rss > limit_bytes:
-            _give_up(f"it needs more than {limit_bytes / 2**30:.3g} GiB of memory")
+            _give_up(f"it needed more than {limit_bytes / 2**30:.3g} GiB of memory")
         time.sleep(SECONDS_BETWEEN_LOOKS)
 
 

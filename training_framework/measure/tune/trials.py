@@ -1,4 +1,4 @@
-"""One trial of `tune`: a process that builds a candidate, warms up, and is timed for a moment."""
+"""One trial of `tune`: a process builds a candidate, warms it up, and times it briefly."""
 
 import statistics
 import sys
@@ -32,11 +32,11 @@ WARMUP_STEPS = 3
 
 
 def limited_worker(limit_seconds: float, limit_bytes: int) -> OpenWorker:
-    """What starts a trial in a process that ends where it takes too long or too much memory.
+    """A function that starts a trial in a process with limits on its time and memory.
 
     Args:
-        limit_seconds: For the whole trial.
-        limit_bytes: Of the process's resident memory; 0 for no limit.
+        limit_seconds: Limit for the whole trial.
+        limit_bytes: Limit of the process's resident memory; 0 for no limit.
     """
     program = (
         "-m", "training_framework.measure.tune.trial_worker", str(limit_seconds), str(limit_bytes),
@@ -48,16 +48,16 @@ def limited_worker(limit_seconds: float, limit_bytes: int) -> OpenWorker:
 
 @dataclass(kw_only=True)
 class TrialRunner:
-    """Makes the trials that a search asks for, and keeps what they found.
+    """Runs the trials that a search asks for, and keeps their results.
 
     Attributes:
-        base: Settings before anything is tuned.
+        base: Settings before tuning.
         dimensions: What is varied.
-        total_images: Training images of the whole run, over which a long start has to pay.
+        total_images: Training images of the whole run; a long start must pay off within them.
         memory_limit_bytes: Candidates that take more are rejected; None for no limit.
         open_worker: Starts a candidate.
-        keep: Called with the trials so far after each.
-        quiet: Waits for a quiet machine before a trial is timed on a CPU; None: nobody waits.
+        keep: Called after each trial with all trials so far.
+        quiet: On a CPU, waits for a quiet machine before a trial is timed; None: no waiting.
         stream: Where progress goes; None: standard error.
         trials: All trials so far.
     """
@@ -73,7 +73,7 @@ class TrialRunner:
     trials: list[Trial] = field(default_factory=list)
 
     def __call__(self, candidate: Candidate, rung: int, best: float) -> Score:
-        """Make a trial: see `training_framework.measure.tune.search.Measure`.
+        """Run a trial: see `training_framework.measure.tune.search.Measure`.
 
         Raises:
             UserError: The plan's own choice cannot run.
@@ -95,12 +95,12 @@ class TrialRunner:
         if trial.outcome == "rejected" and not any(candidate) and rung == 0:
             raise UserError(
                 f"tune: the plan's own choice cannot run: {trial.reason}",
-                "fix that, or raise --memory-limit-gb if that is the reason",
+                "fix that, or raise --memory-limit-gb if memory is the reason",
             )
         return Score(trial.score, hopeless=trial.outcome == "hopeless")
 
     def _measure(self, trial: Trial, best: float) -> None:
-        """Fill in what the trial finds."""
+        """Measure, and fill in the trial."""
         order = {
             "measure": "steps",
             "steps": None,
@@ -115,7 +115,7 @@ class TrialRunner:
             warm = facts.images_per_step / min(facts.warmup_step_seconds)
             if warm < HOPELESS_SHARE * best:
                 trial.outcome, trial.images_per_second, trial.score = "hopeless", warm, warm
-                trial.reason = f"its warm-up made {warm:,.4g} images/s"
+                trial.reason = f"its warm-up reached only {warm:,.4g} images/s"
                 return
             if self.quiet is None or facts.device != "cpu":
                 measurement = worker.sample(0)
@@ -126,13 +126,13 @@ class TrialRunner:
         trial.peak_memory_bytes = peak = measurement.peak_memory_bytes
         if self.memory_limit_bytes is not None and peak > self.memory_limit_bytes:
             raise VariantFailure(
-                f"it takes {peak / 2**30:.3g} GiB of memory, more than "
+                f"it took {peak / 2**30:.3g} GiB of memory, more than "
                 f"{self.memory_limit_bytes / 2**30:.3g} GiB"
             )
         trial.outcome = "measured"
         trial.images_per_second = speed = measurement.images / measurement.seconds
         trial.startup_seconds = 0.0
-        if facts.plan["compile"]:  # other starts are short, and all much alike
+        if facts.plan["compile"]:  # other starts are short and much alike
             settled = statistics.median(measurement.step_seconds)
             warmup = facts.warmup_step_seconds
             trial.startup_seconds = max(0.0, sum(warmup) - len(warmup) * settled)

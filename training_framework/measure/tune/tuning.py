@@ -37,9 +37,9 @@ __all__ = ["accepts", "tune"]
 
 TUNED = "tuned"
 SECONDS_OF_A_TRIAL = 120.0
-# The rest of the time is for the confirmation.
+# The confirmation gets the rest of the time.
 SEARCH_SHARE = 0.6
-# Waiting for a quiet machine, in times of what the trials themselves take.
+# Time for waiting for a quiet machine, as a multiple of the trials' own time.
 PATIENCE = 1.0
 CONFIRMATION_SECONDS = 2.0
 
@@ -62,27 +62,27 @@ def tune(
 ) -> TuningResult:
     """Search, confirm the winner in paired turns with the plan's default, and write both files.
 
-    Where the winner's gain is within noise, the default stays.
+    If the winner's gain is within noise, the default stays.
 
     Args:
-        config: YAML file or shipped name, which the YAML that is written extends.
-        settings: Settings that win over it, and go into that YAML too.
-        output: The YAML to write; its evidence goes beside it, with the ending `.json`.
-        max_trials: Limit of trials.
-        budget_seconds: Limit of the time, of which the confirmation gets two fifths; the trial or
-            round under way is finished. None for no limit.
-        memory_limit_bytes: Of the device's memory, or of the process's on a CPU.
+        config: YAML file or shipped name; the written YAML extends it.
+        settings: Settings that override it; the written YAML contains them too.
+        output: The YAML to write; its evidence goes beside it, with the suffix `.json`.
+        max_trials: Maximum number of trials.
+        budget_seconds: Time limit; the confirmation gets two fifths of it. A trial or round that
+            has begun is finished. None for no limit.
+        memory_limit_bytes: Limit of the device's memory, or of the process's memory on a CPU.
         allow_batch_change: Whether the images of an optimizer step may change.
         keep: Keys that stay as they are.
-        rounds: Of the confirmation; from 6 on its interval covers 95%.
-        command: What repeats it, for the evidence.
-        open_worker: Starts trials and variants; None: processes.
-        clock: Seconds, for the budget.
+        rounds: Rounds of the confirmation; from 6 on, its interval covers 95%.
+        command: The command that repeats it, for the evidence.
+        open_worker: Starts trials and variants; None: in processes.
+        clock: Returns seconds, for the budget.
         stream: Where progress goes; None: standard error.
 
     Raises:
-        UserError: Something given is wrong, a file is in the way, or the default cannot run.
-        KeyboardInterrupt: A signal ended it; the evidence so far is in its file.
+        UserError: An argument is wrong, an output file exists, or the default cannot run.
+        KeyboardInterrupt: A signal ended the search; its file holds the evidence so far.
     """
     given = canonical_settings(settings or {}, "command line")
     base = {**({} if config is None else read_config_file(config)), **given}
@@ -116,7 +116,7 @@ def tune(
         dimensions=dimensions,
         total_images=plan.total_steps * plan.images_per_step,
         memory_limit_bytes=memory_limit_bytes,
-        # A GPU's memory is not its process's: there the peak is looked at after the trial.
+        # A GPU's memory is not the process's: there the peak is checked after the trial.
         open_worker=open_worker
         or limited_worker(SECONDS_OF_A_TRIAL, (on_cpu and memory_limit_bytes) or 0),
         keep=keep_trials,
@@ -124,14 +124,14 @@ def tune(
         stream=stream,
     )
     started, budget = clock(), SEARCH_SHARE * (budget_seconds or math.inf)
-    # Never empty: where the plan's own choice cannot run, the first trial raises.
+    # Never empty: if the plan's own choice cannot run, the first trial raises.
     winner, *_ = search(
         dimensions,
         runner,
         max_trials=max_trials,
         time_share=lambda: (clock() - started) / budget,
     )
-    result.verdict = "The plan's own choices came out first: nothing to change."
+    result.verdict = "The plan's own choices are the fastest: nothing to change."
     if not any(trial.overrides for trial in result.trials):
         result.verdict = (
             "Nothing but the plan's own choices was tried: raise --trials or --budget-seconds."
@@ -176,7 +176,7 @@ def _check(base: Mapping[str, Setting], output: Path, evidence: Path) -> None:
 
 
 def _plain(settings: Mapping[str, Setting]) -> dict[str, Any]:
-    """Values as YAML and JSON hold them."""
+    """Values that YAML and JSON can hold."""
     plain: dict[str, Any] = to_jsonable_python({key: s.value for key, s in settings.items()})
     return plain
 
@@ -200,10 +200,10 @@ def _confirm(
 
 
 def accepts(confirmation: Result, total_steps: int) -> bool:
-    """Whether a confirmation shows that the tuned settings are worth their change.
+    """Whether a confirmation shows that the tuned settings are worth the change.
 
-    The whole interval must lie above 1, the gain must exceed what the A/A control differs from
-    itself, and a longer start must pay within the run.
+    The whole interval must lie above 1, the gain must exceed the upper end of the A/A control, and
+    a longer start must pay off within the run.
     """
     ratio, control = confirmation.ratio_of(TUNED), confirmation.ratio_of(CONTROL)
     if ratio is None or ratio.low is None or ratio.low <= 1:
@@ -212,14 +212,14 @@ def accepts(confirmation: Result, total_steps: int) -> bool:
         return False
     tuned = next(variant for variant in confirmation.variants if variant.name == TUNED)
     planned = next(variant for variant in confirmation.variants if variant.name == AS_PLANNED)
-    # Only a compiler's start is long enough to tell it from noise.
+    # Only a compiler's start is long enough to stand out from noise.
     compiles = [bool(v.facts and v.facts.plan["compile"]) for v in (tuned, planned)]
     repaid = tuned.repays_after_steps
     return not any(compiles) or repaid is None or repaid <= total_steps
 
 
 def _verdict(confirmation: Result, name: str, accepted: bool) -> str:
-    """What the confirmation says of the winner, in a line."""
+    """What the confirmation says about the winner, in one line."""
     ratio = confirmation.ratio_of(TUNED)
     if ratio is None:
         return f"The winner ({name}) could not be confirmed: the plan's own choices stay."
@@ -228,15 +228,15 @@ def _verdict(confirmation: Result, name: str, accepted: bool) -> str:
             f"{name}: {interval(ratio)} times as fast as planned, over {ratio.pairs} paired turns."
         )
     return (
-        f"The winner ({name}) is {interval(ratio)} times as fast as planned in paired turns, which "
-        "is no proven gain over the whole run. The plan's own choices stay."
+        f"The winner ({name}) is {interval(ratio)} times as fast as planned in paired turns. This "
+        "does not prove a gain over the whole run, so the plan's own choices stay."
     )
 
 
 def _write_yaml(
     tuning: TuningResult, extends: str | None, settings: Mapping[str, Any], output: Path
 ) -> None:
-    """Write what was chosen as a file to train from, on top of the configuration that was tuned."""
+    """Write the chosen settings as a file to train from; it extends the tuned configuration."""
     content: dict[str, Any] = {}
     if extends is not None:
         file = Path(extends).expanduser()
@@ -245,7 +245,7 @@ def _write_yaml(
     content |= {**settings, **tuning.chosen}
     remarks = [tuning.verdict, f"Evidence: {output.with_suffix('.json').name}"]
     if "batch_size" in tuning.chosen:
-        remarks.append("Batch norm sees other batches than before: compare the accuracy too.")
+        remarks.append("Batch norm sees batches of another size: compare the accuracy too.")
     comment = "".join(f"# {line}\n" for line in remarks)
     text = comment + yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
     try:

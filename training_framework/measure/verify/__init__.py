@@ -1,1 +1,1 @@
-"""Proof on the user's own setup: a run that is stopped and resumed ends as one that was not."""
+"""Checks on the user's own setup that a stopped and resumed run ends like an uninterrupted one."""

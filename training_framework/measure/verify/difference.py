@@ -16,14 +16,14 @@ from training_framework.loggers import COLUMNS
 __all__ = ["MEASURED_COLUMNS", "RunComparison", "compare_rows", "compare_runs", "compare_states"]
 
 MEASURED_COLUMNS = frozenset({"images_per_second", "data_wait", "memory", "mfu", "eval_seconds"})
-"""Columns that say how fast it went and on what, which no two runs share."""
+"""Columns that measure speed and memory, and so differ from run to run."""
 
-# `images` counts those of timed steps alone, without those that a stop cut out of the clock.
+# `images` only counts images of timed steps, and a stop removes some steps from the timing.
 _MEASURED = MEASURED_COLUMNS | {
     "epoch_seconds", "epoch_evaluation_seconds", "train_seconds", "images", "seconds",
     "evaluation_seconds",
 }  # fmt: skip
-# The name of the run and where it lies differ; what the settings did is compared instead.
+# The run's name and folder differ, so we compare what the settings led to instead.
 _IGNORED_PARTS = frozenset({"config", "plan"})
 _NAMES = {
     "model": "weights and buffers",
@@ -40,9 +40,9 @@ class RunComparison:
     """What was compared, and what differed.
 
     Attributes:
-        compared: One line for each thing that was compared: what, and how much of it.
-        differences: One line for each thing that differs, the logged rows first: where it first
-            differs and by how much. Empty where the runs are equal bit for bit.
+        compared: One line for each part that was compared: its name, and its size.
+        differences: One line for each part that differs, the logged rows first: where it first
+            differs, and by how much. Empty if the runs are equal bit for bit.
     """
 
     compared: tuple[str, ...]
@@ -68,7 +68,7 @@ def compare_runs(straight: Path, other: Path) -> RunComparison:
 
 
 def compare_rows(rows: list[dict[str, str]], others: list[dict[str, str]]) -> RunComparison:
-    """Compare the rows of two metrics.csv, but for the columns that measure time and memory."""
+    """Compare the rows of two metrics.csv, except the columns that measure time and memory."""
     columns = [name for name in COLUMNS if name not in MEASURED_COLUMNS]
     differences = [
         f"step {row.get('step')}: {name} is {row.get(name) or 'empty'} straight and "
@@ -107,7 +107,7 @@ def _count(number: int, noun: str) -> str:
 
 
 def _first_difference(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> str:
-    """In the order of the state, and how many more there are; empty where all is equal."""
+    """The first difference in the order of the state, and how many more; empty if all is equal."""
     differing = [
         name
         for name in dict.fromkeys([*ours, *theirs])
@@ -131,7 +131,7 @@ def _equal(value: Any, other: Any) -> bool:
     if isinstance(value, Tensor) and isinstance(other, Tensor):
         alike = value.dtype == other.dtype and value.shape == other.shape
         return alike and torch.equal(_bytes(value), _bytes(other))
-    # As text, so that a NaN equals itself and 0.0 is not -0.0.
+    # Compared as text, so that a NaN equals itself and 0.0 differs from -0.0.
     return type(value) is type(other) and repr(value) == repr(other)
 
 
@@ -140,7 +140,7 @@ def _bytes(tensor: Tensor) -> Tensor:
 
 
 def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """Tensors, numbers and text by their place in the nested state, empty containers left out."""
+    """Tensors, numbers and text, by their place in the nested state; no empty containers."""
     if isinstance(value, Mapping):
         for key, member in value.items():
             if key not in _MEASURED:

@@ -1,4 +1,4 @@
-"""Train straight, train again with stops, and compare the two."""
+"""Train without a stop, train again with stops, and compare the two runs."""
 
 import os
 import random
@@ -20,14 +20,14 @@ from training_framework.train import plan_for
 
 __all__ = ["Verification", "stop_points", "verify_resume"]
 
-# Passed once a step, where every step is logged.
+# A run passes each of these once a step, since it logs every step.
 _KILL_POINTS = (
     "step.before_update",
     "step.after_update",
     "logging.before_row",
     "logging.after_row",
 )
-# In a verification with kills: often enough that each kill falls a different way after a save.
+# With kills: small enough that kills happen at different distances from the last save.
 _STEPS_BETWEEN_SAVES = 2
 
 
@@ -37,12 +37,12 @@ class Verification:
 
     Attributes:
         steps: Steps of both runs.
-        stops: Steps after which the second run was stopped, or killed, and resumed.
+        stops: Steps at which the second run was stopped or killed, and then resumed.
         killed: Whether it was killed.
         comparison: What was compared, and what differed.
-        needs_determinism: The device is not a CPU and `deterministic` is off, so that two equal
-            runs may differ without any stop.
-        kept: Folder with both runs; None where they were equal, and are gone.
+        needs_determinism: The device is not a CPU and `deterministic` is off, so two equal runs may
+            differ even without a stop.
+        kept: Folder with both runs; None if they were equal and have been deleted.
     """
 
     steps: int
@@ -69,18 +69,17 @@ def verify_resume(
 ) -> Verification:
     """Compare a run of `steps` steps with one that is stopped at random steps and resumed.
 
-    Every part is a process of its own, started as `efficient-resnet train` is, in this working
-    directory and with this configuration. Only the run's name, its folder (a temporary one) and
-    the interval of the logged rows, which is one step, differ. The schedule stays that of the whole
-    run.
+    Every part runs in its own process, started like `efficient-resnet train`, in this working
+    directory and with this configuration. Only three things differ: the run's name, its folder (a
+    temporary one), and the logging interval (every step). The schedule is that of the whole run.
 
     Args:
-        config: What to train; its `resume` and `stop_after_steps` are left out.
+        config: What to train; its `resume` and `stop_after_steps` are ignored.
         steps: Steps to compare; at most the configuration's own.
         stops: How often the second run is stopped.
-        stop_seed: Draws the steps after which it is.
-        kill: End it by SIGKILL within a step, instead of stopping it after one.
-        say: Takes a line at the start of each process.
+        stop_seed: Seed for drawing the steps at which it is stopped.
+        kill: Kill it with SIGKILL within a step, instead of stopping it after a step.
+        say: Called with a line at the start of each process.
 
     Raises:
         UserError: The numbers do not fit, torchrun started this process, or training fails.
@@ -88,7 +87,7 @@ def verify_resume(
     if "RANK" in os.environ:
         raise UserError(
             "verify-resume: torchrun started this process",
-            "start it without torchrun: it compares runs of one process",
+            "start it without torchrun: verify-resume compares runs of one process",
         )
     plan = plan_for(config)[0]
     steps = min(steps, plan.total_steps)
@@ -115,21 +114,21 @@ def verify_resume(
 
 
 def stop_points(steps: int, stops: int, seed: int) -> tuple[int, ...]:
-    """`stops` different steps below `steps`, drawn by `seed`, in order.
+    """`stops` different steps below `steps`, drawn with `seed`, in order.
 
     Raises:
-        UserError: There are not so many.
+        UserError: There are not that many steps.
     """
     if not 1 <= stops < steps:
         raise UserError(
             f"verify-resume: {stops} stops do not fit into {steps} steps",
-            "give 1 or more --stops, fewer than --steps and than the steps of the whole training",
+            "give 1 or more --stops, fewer than --steps and fewer than the steps of the training",
         )
     return tuple(sorted(random.Random(seed).sample(range(1, steps), stops)))
 
 
 class _Runs:
-    """Runs of one configuration in a folder, each process a fresh one."""
+    """Runs of one configuration in a folder, each in new processes."""
 
     def __init__(
         self, config: TrainConfig, folder: Path, *, steps: int, say: Callable[[str], None]
@@ -147,12 +146,12 @@ class _Runs:
         )
 
     def straight(self) -> Path:
-        """The run directory of one that is never stopped."""
-        self._say(f"{self._steps} steps straight")
+        """Train without a stop; the run directory."""
+        self._say(f"{self._steps} steps without a stop")
         return self._train("straight", stop_after_steps=self._steps)
 
     def stopped(self, points: Sequence[int]) -> Path:
-        """The run directory of one that stops after these steps and goes on from last.ckpt."""
+        """Train, stop after each of these steps and resume from last.ckpt; the run directory."""
         start, directory = 0, Path()
         for end in (*points, self._steps):
             self._say(f"steps {start + 1} to {end} of the stopped run")
@@ -162,10 +161,10 @@ class _Runs:
         return directory
 
     def killed(self, points: Sequence[int], seed: int) -> Path:
-        """The run directory of one that is killed within these steps; resumes by auto."""
+        """Train, get killed within each of these steps and resume by auto; the run directory."""
         draws, saved, directory = random.Random(seed), 0, Path()
         for point in (*points, None):
-            place, fault = "to its end", ""
+            place, fault = "to the end", ""
             if point is not None:
                 place = draws.choice(_KILL_POINTS)
                 fault = f"{place}:{point - saved}:kill"
@@ -182,7 +181,7 @@ class _Runs:
         return directory
 
     def _train(self, name: str, *, fault: str = "", **settings: object) -> Path:
-        """Train in a fresh process; with a fault, until that kills it. Its run directory."""
+        """Train in a new process, until a fault (if given) kills it; the run directory."""
         flags = [f"--{key.replace('_', '-')}={value}" for key, value in settings.items()]
         command = [sys.executable, "-m", "training_framework", "train"]
         done = subprocess.run(
@@ -197,13 +196,13 @@ class _Runs:
         )
         if done.returncode != (-signal.SIGKILL if fault else 0):
             raise _failure(done.returncode, done.stderr)
-        # A run that was killed before its first checkpoint has left a version without one.
+        # A run killed before its first checkpoint leaves a version without one.
         versions = (self._folder / "runs" / name).glob("version_*")
         return max(versions, key=lambda path: int(path.name.partition("_")[2]))
 
 
 def _failure(status: int, errors: str) -> UserError:
-    """The error that ended a training process, in its own words."""
+    """The error that ended a training process, as the process printed it."""
     lines = [line for line in errors.splitlines() if line.strip()] or ["no message"]
     said = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
     if said:
@@ -211,5 +210,5 @@ def _failure(status: int, errors: str) -> UserError:
         return UserError(f"verify-resume: {fault}", cure)
     return UserError(
         f"verify-resume: a training process ended with status {status}: {lines[-1]}",
-        "see that `efficient-resnet train` runs with this configuration",
+        "check that `efficient-resnet train` runs with this configuration",
     )
