@@ -188,6 +188,7 @@ class OwnSamples:
         ({"rows": [{"x": 1.0}]}, {"rows": [{"x": 2.0}]}),
         ({"inner": TensorDataset(torch.zeros(2))}, {"inner": TensorDataset(torch.ones(2))}),
         ({"transform": OwnSamples(mean=0.5)}, {"transform": OwnSamples(mean=0.25)}),
+        ({"augment": torch.relu}, {"augment": torch.tanh}),
         ({"labels": [0] * 5000}, {"labels": [0] * 2501 + [1] + [0] * 2498}),
     ],
 )

@@ -23,7 +23,8 @@ _PARTS = (
     "samples", "classes", "collate_fn", "transform", "target_transform", "transforms",
 )  # fmt: skip
 _NUMBERS = (bool, int, float, complex, np.number)
-_DATA = (Tensor, np.ndarray, list, tuple, range, Dataset, Sampler)
+_FUNCTIONS = (FunctionType, BuiltinFunctionType)
+_DATA = (Tensor, np.ndarray, list, tuple, range, Dataset, Sampler, *_FUNCTIONS)
 # What a loader's, a sampler's or a data set's `set_epoch` sets, by custom.
 _OF_THE_EPOCH = "epoch"
 
@@ -66,7 +67,7 @@ def _plain_text(value: Any) -> str | None:
     if isinstance(value, str | PurePath):
         # Without its folder: data may be moved.
         return "s" + str(value).replace("\\", "/").rpartition("/")[2]
-    if isinstance(value, FunctionType):
+    if isinstance(value, _FUNCTIONS):
         return f"f{value.__qualname__};"
     if value is None or isinstance(value, _NUMBERS):
         return f"p{value!r};"
