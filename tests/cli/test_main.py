@@ -303,6 +303,16 @@ def test_an_interrupt_before_the_training_is_one_line(in_tmp_path, capsys, monke
             "then continue with --resume and the run's last.ckpt",
         ),
         (
+            OSError(errno.EMFILE, "Too many open files", "a.jpg"),
+            "a.jpg: Too many open files; allow more open files (ulimit -n 1024), or lower "
+            "num_workers",
+        ),
+        (
+            RuntimeError("Too many open files. Communication with the workers is no longer"),
+            "a file of the run: Too many open files; allow more open files (ulimit -n 1024), or "
+            "lower num_workers",
+        ),
+        (
             torch.OutOfMemoryError(
                 "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of "
                 "3.00 GiB of which 1.00 GiB is free. Including non-PyTorch memory, this process has"

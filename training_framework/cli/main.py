@@ -156,12 +156,14 @@ def _report(error: UserError) -> int:
 
 def _shortage(error: Exception) -> UserError | None:
     """The UserError for a full disk, full memory or too many open files; None for others."""
+    too_many = os.strerror(errno.EMFILE)
+    # PyTorch's loader says the same of its processes as a RuntimeError.
+    if too_many in str(error) or getattr(error, "errno", None) == errno.ENFILE:
+        return UserError(
+            f"{getattr(error, 'filename', None) or 'a file of the run'}: {too_many}",
+            "allow more open files (ulimit -n 1024), or lower num_workers",
+        )
     if isinstance(error, OSError):
-        if error.errno in (errno.EMFILE, errno.ENFILE):
-            return UserError(
-                f"{error.filename or 'a file of the run'}: {error.strerror}",
-                "allow more open files (ulimit -n 1024), or lower num_workers",
-            )
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
             return None
         return UserError(
