@@ -28,7 +28,7 @@ def test_packing_inspecting_and_training(
     shown = capsys.readouterr().out
     assert "2 tar shards, packed from pets" in shown
     assert "10 images: 8 for training, 2 for validation" in shown
-    assert "checksums: all 10 are right" in shown
+    assert "checksums: all 10 match" in shown
     assert "      4       1  cat" in shown
     settings = "--model resnet10 --img-size 16 --batch-size 4 --epochs 1 --threads 1"
     flags = [*settings.split(), "--num-workers", "0", "--tensorboard", "false"]

@@ -95,7 +95,7 @@ def test_what_is_no_configuration_is_one_line_that_names_the_file(tmp_path, text
 
 def test_bytes_that_are_no_text_are_refused(tmp_path):
     (tmp_path / "mine.yaml").write_bytes(b"\xff\xfe\x00lr")
-    with pytest.raises(UserError, match="no UTF-8"):
+    with pytest.raises(UserError, match="is not UTF-8 text"):
         values(tmp_path / "mine.yaml")
 
 

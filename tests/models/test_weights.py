@@ -113,7 +113,7 @@ def test_a_mismatch_names_tensor_shapes_and_the_model_the_file_holds(tmp_path):
         load_weights(resnet10(1), path)
     text = str(error.value)
     assert "weights.pth: conv1.weight is 64x3x3x3 in the file and 64x3x7x7 in the model" in text
-    assert "a resnet10 with the cifar stem" in text
+    assert "for resnet10 with the cifar stem" in text
 
 
 def test_missing_and_unexpected_tensors_are_named(tmp_path):
@@ -163,9 +163,9 @@ def test_a_damaged_file_is_named(tmp_path, suffix, damage):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ([1, 2], "holds a list"),
+        ([1, 2], "contains a list"),
         ({"epoch": 3}, "'epoch' is a int"),
-        ({}, "holds a dict"),
+        ({}, "contains a dict"),
     ],
 )
 def test_a_file_without_tensors_by_name_is_refused(tmp_path, content, words):

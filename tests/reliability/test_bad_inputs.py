@@ -282,7 +282,7 @@ CONFIGURATIONS = [
     Bad(
         "a data folder for a set without files",
         "train --data synthetic --data-root pictures",
-        r"command line: data is synthetic, .* data_root is 'pictures'; drop data_root .*",
+        r"command line: data is synthetic, .* data_root is 'pictures'; remove data_root .*",
     ),
     Bad(
         "a circle of extends",
@@ -299,13 +299,13 @@ CONFIGURATIONS = [
     Bad(
         "a missing base",
         "train --config mine.yaml",
-        r"mine\.yaml: extends: gone\.yaml: no such configuration file; name a YAML file, or .*",
+        r"mine\.yaml: extends: gone\.yaml: no such configuration file; name a YAML file or .*",
         files(mine="extends: gone.yaml\n"),
     ),
     Bad(
         "a missing configuration file",
         "train --config gone.yaml",
-        r"gone\.yaml: no such configuration file; name a YAML file, or .*cpu-optimized.*",
+        r"gone\.yaml: no such configuration file; name a YAML file or .*cpu-optimized.*",
     ),
     Bad(
         "a misspelt preset",
@@ -881,7 +881,7 @@ COMMANDS = [
     Bad(
         "a folder for a result",
         "report folder",
-        r"folder: is no file; name a file that .*",
+        r"folder: not a file; name a file that .*",
         lambda: Path("folder").mkdir(),
     ),
     Bad(

@@ -648,7 +648,7 @@ RESULTS = [
     ),
     Attack("a result of a terabyte", "report r.json", r"r\.json: larger than .*",
            sparse("r.json"), memory=True),
-    Attack("an endless result", "report /dev/zero", r"/dev/zero: is no file; .*", memory=True),
+    Attack("an endless result", "report /dev/zero", r"/dev/zero: not a file; .*", memory=True),
 ]  # fmt: skip
 ATTACKS = [*PICKLES, *WEIGHTS, *YAML, *CODE_IN_NAMES, *FOLDERS, *RESULTS]
 

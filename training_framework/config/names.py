@@ -36,4 +36,6 @@ def nearest(name: str, valid: Iterable[str] | None = None) -> str:
     """The suggestion for an unknown name: the nearest valid one, or where to find them all."""
     names = list(valid) if valid is not None else [*TrainConfig.model_fields, *ALIASES]
     match = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    return f"did you mean {match[0]!r}?" if match else "`efficient-resnet train --help` lists them"
+    return (
+        f"did you mean {match[0]!r}?" if match else "`efficient-resnet train --help` lists them all"
+    )

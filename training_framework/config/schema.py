@@ -96,7 +96,7 @@ class TrainConfig(BaseModel):
     beta1: Fraction = _setting("training", 0.9, "decay of the first moment of adam and adamw")
     beta2: Fraction = _setting("training", 0.999, "decay of the second moment of adam and adamw")
     eps: PositiveFloat = _setting("training", 1e-8, "term added to the denominators of adam and adamw, to keep them above zero")
-    weight_decay: NonNegativeFloat = _setting("training", 5e-4, "weight decay; not applied to norms and biases")
+    weight_decay: NonNegativeFloat = _setting("training", 5e-4, "weight decay; by default not for norms and biases")
     decay_norm_and_bias: bool = _setting("training", False, "apply weight decay to norms and biases too")
     scheduler: ScheduleName = _setting("training", "one_cycle", f"learning-rate schedule: {_one_of(SCHEDULES)}")
     warmup_epochs: NonNegativeFloat | None = _setting("training", None, "warm-up in epochs; unset: the first 30% of one_cycle, none for other schedules")
