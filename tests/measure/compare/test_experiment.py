@@ -87,7 +87,10 @@ def test_an_experiment_survives_the_way_through_its_result_file(tmp_path):
         (("batch_size: 16", "resume: last.ckpt"), r"an experiment cannot use resume"),
         (("variants:", "variants: []\nothers:"), r"mine.yaml: "),
         (("base: {", "base: [{"), r"mine.yaml: not valid YAML"),
-        (("base: {data: synthetic, model: resnet10}", "base: 3"), r"base: 3 is not a set of settings"),
+        (
+            ("base: {data: synthetic, model: resnet10}", "base: 3"),
+            r"base: 3 is not a set of settings",
+        ),
     ],
 )
 def test_a_wrong_experiment_is_refused_by_file_and_key(tmp_path, change, message):
