@@ -46,7 +46,7 @@ def _on_cpu(
 def _small_map_convolutions(situation: Situation) -> Decision:
     wanted = situation.config.small_map_convolutions
     if wanted is True and situation.on_gpu:
-        return Decision(False, "without effect but on a CPU")
+        return Decision(False, "only works on a CPU")
     if wanted != "auto":
         return Decision(wanted, "asked for")
     last_map = situation.facts.image_size // (32 if situation.stem == "imagenet" else 8)
@@ -95,7 +95,7 @@ def _native_kernels(situation: Situation, key: str, gain: str) -> Decision:
         )
     if wanted != "auto":
         useless = wanted and not in_fp32
-        why = "without effect but on a CPU in fp32" if useless else "asked for"
+        why = "only works on a CPU in fp32" if useless else "asked for"
         return Decision(wanted and in_fp32, why)
     if situation.own_network or not in_fp32 or not situation.chosen["channels_last"]:
         return Decision(False)
