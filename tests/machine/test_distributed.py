@@ -145,7 +145,10 @@ def test_a_checkpoint_of_one_process_goes_on_with_two(tmp_path):
     resume = ("train", f"--resume={checkpoint}", "--stop-after-steps=null")
     refused = run_two(tmp_path, *resume)
     assert refused.returncode != 0
-    assert "1 process(es) trained and now 2 do; start 1 again, or go on with" in refused.stderr
+    assert (
+        "it trained in 1 process(es), and there are 2 now; start 1 process(es), or resume with"
+        in refused.stderr
+    )
     run(tmp_path, 2, *resume, "--allow-config-change")
     rows = rows_of(tmp_path, "run")
     assert [int(row["step"]) for row in rows] == list(range(1, 12))

@@ -83,9 +83,9 @@ def test_without_a_compiler_kernels_are_refused_with_the_cure_or_given_up_with_l
     assert then.fused_norms
     with pytest.raises(
         UserError,
-        match=r"last\.ckpt: this machine cannot go on as its run was planned: "
+        match=r"last\.ckpt: this machine cannot continue the run as planned: "
         r"winograd_convolutions and fused_norms: no C\+\+ compiler .*; install a C\+\+ compiler "
-        r"\(g\+\+\), or go on with --allow-config-change",
+        r"\(g\+\+\), or resume with --allow-config-change",
     ):
         resumed(then, plan_on(bare, **FP32), bare)
     plan, lines = resumed(then, plan_on(bare, **FP32, allow_config_change=True), bare)
@@ -104,7 +104,9 @@ def test_kernels_that_have_become_possible_stay_off():
 
 def test_another_number_of_processes_is_refused_or_named():
     then = plan_on(world_size=2)
-    with pytest.raises(UserError, match=r"2 process\(es\) trained and now 1 do; start 2 again"):
+    with pytest.raises(
+        UserError, match=r"it trained in 2 process\(es\), and there are 1 now; start 2 process"
+    ):
         resumed(then, plan_on())
     plan, lines = resumed(then, plan_on(allow_config_change=True))
     assert (plan.world_size, plan.device_batch_size) == (1, plan.global_batch_size)
@@ -229,5 +231,5 @@ def test_a_checkpoint_of_an_older_version_has_its_plan_made_anew_and_says_so(in_
     capsys.readouterr()
     assert main(**TINY).steps == 8
     shown = capsys.readouterr().err
-    assert "the checkpoint is of an older version and holds no plan" in shown
+    assert "the checkpoint is from an older version and holds no plan" in shown
     assert re.search(r"resuming .*version_0 at step 3 of 8", shown)

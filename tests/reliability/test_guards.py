@@ -116,7 +116,7 @@ def test_a_directory_has_one_writer_at_a_time(in_tmp_path):
     lock = DirectoryLock.take(result.run_directory)
     try:
         before = {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
-        with pytest.raises(UserError, match="another run is under way"):
+        with pytest.raises(UserError, match="another run is using it"):
             main(**TINY)
         assert {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()} == before
     finally:

@@ -63,7 +63,7 @@ def test_a_directory_is_whole_and_locked_when_it_appears(tmp_path, monkeypatch):
 
 def test_a_version_that_another_run_took_is_refused(tmp_path):
     create(tmp_path, "a", version=3)
-    with pytest.raises(UserError, match=r"a/version_3: another run is under way in it; wait"):
+    with pytest.raises(UserError, match=r"a/version_3: another run is using it; wait"):
         create(tmp_path, "a", version=3)
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["version_3"]
 

@@ -89,11 +89,11 @@ def test_other_data_are_another_run(in_tmp_path, capsys, change, says):
     root = change()
     assert first.run_directory is not None
     checkpoint = first.run_directory / "checkpoints" / "last.ckpt"
-    with pytest.raises(UserError, match=f"is of another run: {says}.*--allow-config-change"):
+    with pytest.raises(UserError, match=f"belongs to another run: {says}.*--allow-config-change"):
         train(root, resume=str(checkpoint))
     capsys.readouterr()
     assert version(train(root)) == "version_1"
-    assert f"version_0 is of another run ({says}" in capsys.readouterr().err
+    assert f"version_0 holds another run ({says}" in capsys.readouterr().err
 
 
 def test_other_shards_of_the_same_name_are_another_run(in_tmp_path):

@@ -86,8 +86,8 @@ def test_other_settings_are_all_listed_and_refused(workplace):
     changes = {"lr": 0.1, "momentum": 0.5, "log_every_n_steps": 2}
     message = (
         r"last\.ckpt: its run had other settings: lr 0\.05 -> 0\.1, momentum 0\.9 -> 0\.5, "
-        r"training images 24 -> 32, batches an epoch 3 -> 4; train with those again, start anew "
-        r"with --resume never, or go on with --allow-config-change"
+        r"training images 24 -> 32, batches an epoch 3 -> 4; use those settings, start anew "
+        r"with --resume never, or resume with --allow-config-change"
     )
     with pytest.raises(UserError, match=message):
         train(**changes, loader=loader_of(32))
@@ -106,9 +106,9 @@ def test_a_run_without_a_checkpoint_is_passed_over(workplace):
 def test_a_run_that_is_under_way_is_left_alone(workplace):
     lock = DirectoryLock.take(LAST.parent.parent)
     assert lock is not None
-    with pytest.raises(UserError, match=r"version_0: another run is under way in it; .*or another"):
+    with pytest.raises(UserError, match=r"version_0: another run is using it; .*or another"):
         train()
-    with pytest.raises(UserError, match=r"version_0: another run is under way in it; wait"):
+    with pytest.raises(UserError, match=r"version_0: another run is using it; wait"):
         train(resume=LAST)
     before = LAST.read_bytes()
     assert train(resume="never").run_directory.name == "version_1"
@@ -254,7 +254,7 @@ def test_states_that_no_generator_has_are_refused(workplace, changes):
 
 def test_an_epoch_of_fewer_batches_goes_on_where_as_much_of_it_is_behind(workplace, capsys):
     loader = loader_of(24, batch_size=24)
-    with pytest.raises(UserError, match=r"is of another run: batches an epoch 3 -> 1"):
+    with pytest.raises(UserError, match=r"belongs to another run: batches an epoch 3 -> 1"):
         train(loader=loader, resume=str(LAST))
     result = train(loader=loader, allow_config_change=True)
     assert result.steps == 2

@@ -313,10 +313,12 @@ def test_a_run_short_of_memory_goes_on_from_its_last_step_in_smaller_parts(
     surprised = train(network, *samples(), **settings)
     err = capsys.readouterr().err
     assert (
-        "in step 2 with 8 images at once; from here on each batch goes in parts of at most 4" in err
+        "in step 2 with 8 images at once; from now on each batch is computed in parts of at most 4"
+        in err
     )
     assert (
-        "in step 2 with 4 images at once; from here on each batch goes in parts of at most 2" in err
+        "in step 2 with 4 images at once; from now on each batch is computed in parts of at most 2"
+        in err
     )
 
     make_step = Trainer._make_step

@@ -143,7 +143,7 @@ class NotCopied(Network):
         (lambda: Changed(lambda scores: scores[:, :, None, None]), r"shape \(2, 3, 1, 1\)"),
         (lambda: Changed(Tensor.detach), "without a gradient"),
         (lambda: nn.Linear(4, 3), r"fails in training mode on .*\(2, 3, 8, 8\): RuntimeError"),
-        (NotCopied, "cannot be copied: RuntimeError: holds a file; mend that, or"),
+        (NotCopied, "cannot be copied: RuntimeError: holds a file; fix that, or"),
     ],
 )
 def test_what_cannot_be_trained_is_one_line(make: Any, message: str) -> None:

@@ -14,7 +14,7 @@ def choose_accelerators(
     """The accelerators of this machine to train on, by local rank; none: train on the CPU.
 
     Raises:
-        UserError: A GPU is asked for, and this PyTorch can use none.
+        UserError: The configuration asks for a GPU, but this PyTorch cannot use any.
     """
     wanted, usable, name = config.accelerator, hardware.usable, hardware.cpu_name
     faults = [f"{gpu.name} {gpu.fault}" for gpu in hardware.accelerators if gpu.fault]

@@ -35,15 +35,15 @@ class UserLoaders(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedRun:
-    """A plan, and what it rests on.
+    """A plan, and what it is based on.
 
     Attributes:
         plan: Everything that is decided; the same in all processes.
         settings: Plain values of the configuration, for people and for a resumption to compare.
         hardware: This machine.
-        facts: Of the data.
+        facts: Facts about the data.
         source: The data set, or the user's own loaders.
-        processes: This process among those that train together.
+        processes: This process's rank, and the number of processes that train together.
     """
 
     plan: TrainPlan
@@ -54,7 +54,7 @@ class PlannedRun:
     processes: Processes
 
     def config_yaml(self) -> str:
-        """The configuration as text. What trains from it again starts as any other run does."""
+        """The configuration as text, with `resume: auto`, so that a new run can use it."""
         return settings_to_yaml({**self.settings, "resume": "auto"})
 
 
@@ -65,7 +65,7 @@ def plan_run(
     val_loader: LookedAtLoader | None = None,
     own_network: str | None = None,
 ) -> PlannedRun:
-    """Plan what `config` runs here. Under torchrun, the first process's plan is everybody's.
+    """Plan what `config` runs here. Under torchrun, all processes use the first one's plan.
 
     Args:
         config: What is asked for.
@@ -74,7 +74,7 @@ def plan_run(
         own_network: The class of a given network that is used instead of a new `config.model`.
 
     Raises:
-        UserError: Something that is asked for is wrong or cannot be done here.
+        UserError: A setting is wrong or cannot be used on this machine.
     """
     key = f"plan/{next(_plans_made)}"
     processes = Processes.from_environment()
@@ -128,7 +128,7 @@ def _with_batches_of(
 
 
 def _kernels_fault(plan: TrainPlan) -> str:
-    """Why kernels that nobody asked for, but the plan has, cannot be compiled; empty: they can."""
+    """Why kernels that the plan chose by itself cannot be compiled; empty if they can."""
     loaders = {"winograd_convolutions": load_winograd_kernels, "fused_norms": load_norm_kernels}
     try:
         for key, load in loaders.items():

@@ -1,4 +1,4 @@
-"""From what is asked, what the machine is and what the data is, to what runs."""
+"""From configuration, machine and data to the plan of a run."""
 
 import dataclasses
 import math
@@ -37,19 +37,19 @@ def make_plan(
     batches_per_epoch: int | None = None,
     own_network: str | None = None,
 ) -> TrainPlan:
-    """Decide everything that the configuration leaves open. The plan that comes of it is final.
+    """Decide everything that the configuration leaves open. The resulting plan is final.
 
     Args:
         config: What is asked for.
         hardware: The machine.
         facts: The data set.
         world_size: Processes that train together (torchrun's WORLD_SIZE).
-        local_world_size: Those of them on this machine.
-        batches_per_epoch: Where the user's own loader says so; else from the images.
+        local_world_size: The number of these on this machine.
+        batches_per_epoch: As given by the user's own loader; None: follows from the images.
         own_network: The class of a given network that is used instead of a new `config.model`.
 
     Raises:
-        UserError: What is asked cannot be done here.
+        UserError: The configuration cannot be used on this machine.
     """
     choices = Choices()
     accelerators = choose_accelerators(
@@ -183,7 +183,7 @@ def _num_classes(config: TrainConfig, facts: DatasetFacts) -> int:
     if wanted is not None and found and wanted != found:
         raise UserError(
             f"num_classes is {wanted} but {facts.name} has {found} classes",
-            "drop num_classes, or name the data that has as many",
+            f"drop num_classes, or give data with {wanted} classes",
         )
     if not found and wanted is None:
         raise UserError(

@@ -1,4 +1,4 @@
-"""The plan of a run that is resumed: that of its checkpoint, as far as this machine can do it."""
+"""The plan of a resumed run: its checkpoint's plan, as far as this machine can carry it out."""
 
 import dataclasses
 import os
@@ -15,7 +15,7 @@ from training_framework.switches import Choice
 __all__ = ["FREE_FIELDS", "resumed_plan"]
 
 MAX_THREADS = 4096
-# Fields of the plan that change no number of the training: they are decided anew at each start.
+# Fields of the plan that do not affect the training's numbers: decided anew at each start.
 FREE_FIELDS = frozenset(
     {
         "allow_config_change", "asked_for", "auto_micro_batch", "choices", "device_indices",
@@ -25,24 +25,24 @@ FREE_FIELDS = frozenset(
         "stop_after_steps", "tensorboard", "weights",
     }
 )  # fmt: skip
-# What another number of processes brings with it.
+# Fields that change with the number of processes.
 _OF_PROCESSES = (
     "cuda_graph", "device_batch_size", "evaluation_batch_size", "fused_norms", "sync_batchnorm",
     "threads", "world_size",
 )  # fmt: skip
-# What the machine's choices depend on: where one of these differs, all of them are made anew.
+# The machine's choices depend on these settings: if one differs, all choices are made anew.
 _DECISIVE = frozenset(
     {
         "accelerator", "channels_last", "compile", "cuda_graph", "img_size", "model", "optimizer",
         "precision", "stem",
     }
 )  # fmt: skip
-# Where one of these differs, the data are others, and what follows from them is decided anew.
+# If one of these differs, the data differs, and what follows from it is decided anew.
 _OF_DATA = ("batches_per_epoch", "image_size", "num_classes")
 
 
 class _Obstacle(NamedTuple):
-    """What of the run's plan cannot be done here, the fields it is about, and the cure."""
+    """A part of the run's plan that cannot be done here, its fields, and the cure."""
 
     fault: str
     fields: tuple[str, ...]
@@ -57,22 +57,22 @@ def resumed_plan(
     changed: Collection[str],
     where: str,
 ) -> tuple[TrainPlan, list[str]]:
-    """Take every choice from the plan that a run had; none of them is made again.
+    """Take every choice from a run's earlier plan; none is made again.
 
     Args:
         fresh: What would be decided now.
         values: The plan in the checkpoint, as `TrainPlan.as_dict` gives it.
         hardware: This machine.
-        changed: Keys of settings that differ from the run's. They win, and so do the choices that
-            follow from them; the machine's choices stay.
-        where: What to call the checkpoint.
+        changed: Keys of settings that differ from the run's. The new values are used, and so are
+            the choices that follow from them; the machine's choices stay.
+        where: Name of the checkpoint in messages.
 
     Returns:
-        The plan to go on with, and lines to show the user.
+        The plan to resume with, and lines to show the user.
 
     Raises:
         UserError: The machine cannot do what the plan says and `allow_config_change` is off, or
-            what the checkpoint holds is not a plan.
+            the checkpoint does not hold a valid plan.
     """
     known = {field.name for field in dataclasses.fields(TrainPlan)}
     try:  # a plan of another version may lack a field, and have others
@@ -89,8 +89,8 @@ def resumed_plan(
         faults = ", ".join(obstacle.fault for obstacle in obstacles)
         cures = " and ".join(dict.fromkeys(obstacle.cure for obstacle in obstacles))
         raise UserError(
-            f"{where}: this machine cannot go on as its run was planned: {faults}",
-            f"{cures}, or go on with --allow-config-change",
+            f"{where}: this machine cannot continue the run as planned: {faults}",
+            f"{cures}, or resume with --allow-config-change",
         )
     anew = {field for obstacle in obstacles for field in obstacle.fields}
     plan = _merged(fresh, then, anew=anew, changed=changed)
@@ -100,18 +100,18 @@ def resumed_plan(
 def _obstacles(then: TrainPlan, fresh: TrainPlan, hardware: Hardware) -> Iterator[_Obstacle]:
     if then.world_size != fresh.world_size:
         yield _Obstacle(
-            f"{then.world_size} process(es) trained and now {fresh.world_size} do",
+            f"it trained in {then.world_size} process(es), and there are {fresh.world_size} now",
             _OF_PROCESSES,
-            f"start {then.world_size} again"
+            f"start {then.world_size} process(es)"
             + (f" (torchrun --nproc-per-node={then.world_size})" if then.world_size > 1 else ""),
         )
     if then.device != fresh.device:
-        # Nothing that was chosen for one kind of device is right for another.
+        # Choices for one kind of device are not right for another.
         machine = tuple(field.name for field in dataclasses.fields(TrainPlan))
         yield _Obstacle(
             f"it trained on {then.device} and this run is on {fresh.device}",
             machine,
-            f"resume where there is a {then.device} to use",
+            f"resume on a machine with {then.device}",
         )
     kernels = ("winograd_convolutions", "fused_norms")
     compiled = tuple(key for key in kernels if getattr(then, key) and not getattr(fresh, key))
@@ -178,7 +178,7 @@ def _machine_fields() -> set[str]:
 
 
 def _lines(fresh: TrainPlan, then: TrainPlan, plan: TrainPlan, hardware: Hardware) -> list[str]:
-    """What goes on as the run had it though a new run would not, and what does not."""
+    """What stays as in the run although a new run would choose otherwise, and what changes."""
     keys = sorted(_machine_fields() | {"device", "world_size", "stem", "lr"})
     as_before = [
         f"{key} {_readable(getattr(plan, key))} (a new run here: {_readable(getattr(fresh, key))})"
@@ -192,13 +192,13 @@ def _lines(fresh: TrainPlan, then: TrainPlan, plan: TrainPlan, hardware: Hardwar
     ]
     lines = []
     if as_before:
-        lines.append(f"note: goes on as its run was planned: {', '.join(as_before)}")
+        lines.append(f"note: continues as its run was planned: {', '.join(as_before)}")
     if otherwise:
         lines.append(f"note: differs from its run: {', '.join(otherwise)}")
     if plan.device == "cpu" and plan.threads > hardware.cores:
         lines.append(
-            f"note: {plan.threads} threads share {hardware.cores} core(s), which is slow; they are "
-            "kept since another number rounds otherwise"
+            f"note: {plan.threads} threads share {hardware.cores} core(s), which is slow; the "
+            "number stays, since another one would round differently"
         )
     return lines
 

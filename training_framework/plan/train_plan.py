@@ -17,18 +17,17 @@ __all__ = ["Choice", "TrainPlan"]
 
 @dataclass(frozen=True, kw_only=True)
 class TrainPlan:
-    """Everything that a run does, decided: nobody reads the configuration after it.
+    """Everything that a run does, decided: after it, nothing reads the configuration.
 
-    A field with the name of a setting holds what that setting came to: `auto` is replaced by the
-    choice, the rest is as it was asked for (its meaning stands in `config.schema`). The others
-    follow from several settings, or from the machine and the data. Durations are in optimizer
-    steps.
+    A field with the name of a setting holds its final value: the choice if it was `auto`, otherwise
+    the value that was asked for (`config.schema` explains it). The other fields follow from several
+    settings, or from the machine and the data. Durations are in optimizer steps.
 
     Attributes:
         device: PyTorch's device type, `cpu`, `cuda`, `mps`, ...
         device_indices: Number of each rank's device on its machine, by local rank.
         device_name: The processor's or accelerator's own name.
-        own_network: Class of the network, where it was given and not built as `model` says.
+        own_network: Class of the user's own network, which replaces `model`; None: no such network.
         global_batch_size: Images of one forward pass over all ranks.
         device_batch_size: Images of one forward pass on one rank.
         evaluation_batch_size: Images of one forward pass of an evaluation over all ranks.
@@ -37,7 +36,7 @@ class TrainPlan:
         steps_per_epoch: Optimizer steps an epoch; the last may have fewer batches.
         evaluation_interval_steps: Steps between two evaluations, not necessarily whole.
         more_switches: Values of the switches that have no field of their own, by key.
-        asked_for: Settings that could have been left to the plan and were not.
+        asked_for: Settings that can be left to the plan, but were given.
         choices: Every decision with its reason, for people.
     """
 
@@ -72,7 +71,7 @@ class TrainPlan:
     fused_norms: bool
     sync_batchnorm: bool
     activation_checkpointing: bool
-    # The data on their way.
+    # How the data is loaded and augmented.
     image_size: int
     flip: Literal["none", "random", "alternating"]
     crop_padding: int
@@ -115,7 +114,7 @@ class TrainPlan:
     step_size_steps: int
     milestones_steps: tuple[int, ...]
     gamma: float
-    # What is watched, kept and written, and where.
+    # What is logged and saved, and where.
     name: str
     output_dir: Path
     resume: Literal["auto", "never"] | Path
@@ -133,7 +132,7 @@ class TrainPlan:
 
     @property
     def steps_loaded_ahead(self) -> int:
-        """Steps that the loader's processes can have prepared."""
+        """Steps that the loader processes may have prepared ahead."""
         batches = 0 if self.resident_data else self.num_workers * self.prefetch_factor
         return -(-batches // self.accumulate_grad_batches)
 
@@ -151,7 +150,7 @@ class TrainPlan:
     def evaluates_after(self, step: int) -> bool:
         """Whether an evaluation follows `step` (counted from 1); one follows the last."""
         interval = self.evaluation_interval_steps
-        # The small term keeps 0.1 of 30 steps from landing a step late through rounding.
+        # Without the small term, rounding would make 0.1 of 30 steps one step late.
         crossed = math.floor(step / interval + 1e-9) > math.floor((step - 1) / interval + 1e-9)
         return crossed or step == self.total_steps
 
@@ -168,10 +167,10 @@ class TrainPlan:
 
     @classmethod
     def from_dict(cls, values: Any) -> "TrainPlan":
-        """The plan whose `as_dict` this is.
+        """The plan from the values that `as_dict` returned.
 
         Raises:
-            ValueError: It is none.
+            ValueError: The values are not a plan.
         """
         plan: TrainPlan = TypeAdapter(cls).validate_python(values)
         return plan

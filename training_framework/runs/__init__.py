@@ -1,1 +1,1 @@
-"""What a run leaves and starts from: its directory, record and network card."""
+"""What a run writes and starts from: its directory, record and network card."""

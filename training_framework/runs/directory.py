@@ -33,10 +33,10 @@ _PROBE_BYTES = 2**16
 
 
 class DirectoryLock:
-    """A run directory that this process alone may write to.
+    """A run directory to which only this process may write.
 
-    It is a lock of the system on the file `.lock` in it, so it ends with the process however that
-    ends, and a file that was left never blocks.
+    The system locks the file `.lock` in it. So the lock ends with the process, however that ends,
+    and a leftover file never blocks a run.
 
     Attributes:
         directory: The run directory.
@@ -49,9 +49,9 @@ class DirectoryLock:
 
     @classmethod
     def take(cls, directory: Path) -> "DirectoryLock | None":
-        """Lock a directory; None where another run holds it.
+        """Lock a directory; None if another run holds it.
 
-        On a file system without locks nothing is held, and nothing refused.
+        On a file system without locks, nothing is locked and nothing is refused.
 
         Raises:
             UserError: The directory cannot be written to.
@@ -80,8 +80,8 @@ _held: set[int] = set()
 
 
 def _leave_locks_to_parent() -> None:
-    # A forked loader process has the parent's locks too, and would hold them for as long as it
-    # outlives a parent that was killed.
+    # A forked loader process inherits the parent's locks. It would keep them if it outlived a
+    # parent that was killed.
     while _held:
         os.close(_held.pop())
 
@@ -90,9 +90,9 @@ os.register_at_fork(after_in_child=_leave_locks_to_parent)
 
 
 def run_directories(parent: Path) -> list[Path]:
-    """The user's runs below `<output_dir>/<name>`, the newest first; none without such a folder.
+    """The user's runs in `<output_dir>/<name>`, the newest first; none if there is no such folder.
 
-    In a folder that several users share, those of others that are closed to this one are left out.
+    In a folder shared by several users, runs of others that this user cannot write are left out.
 
     Raises:
         UserError: The folder cannot be read.
@@ -112,7 +112,7 @@ def next_version(parent: Path) -> int:
 
 
 def _versions(parent: Path) -> list[Path]:
-    """All runs below a folder, the newest first, whosever they are."""
+    """All runs in a folder, the newest first, whoever owns them."""
     try:
         found = [(int(match[1]), path) for path in parent.iterdir() if (match := _version_of(path))]
     except FileNotFoundError:
@@ -123,9 +123,9 @@ def _versions(parent: Path) -> list[Path]:
 
 
 def _is_closed(directory: Path) -> bool:
-    """Whether a run is another user's and this one may not write to it.
+    """Whether a run belongs to another user and this user may not write to it.
 
-    One's own that was made read-only is not: that is to be said, not passed over.
+    The user's own read-only runs do not count: they need an error, and must not be skipped.
     """
     try:
         owner = directory.stat().st_uid
@@ -142,20 +142,20 @@ def _version_of(path: Path) -> re.Match[str] | None:
 def create_run_directory(
     output_dir: Path, name: str, *, config_yaml: str, version: int | None = None
 ) -> DirectoryLock:
-    """Make a `version_N` below `<output_dir>/<name>`, locked, with its `checkpoints` folder.
+    """Create a `version_N` in `<output_dir>/<name>`, locked, with its `checkpoints` folder.
 
-    It is made under another name and moved into its place, by one system call that fails where
-    something is: so of two runs that start at once each gets its own, and nobody ever sees a part
-    of it, or sees it without its lock.
+    It is created under a temporary name and moved into place by one system call, which fails if the
+    place is taken. So two runs that start at once get different directories, and nobody ever sees
+    an incomplete directory or one without its lock.
 
     Args:
-        output_dir: Folder of all runs; made where it is missing.
+        output_dir: Folder of all runs; created if it is missing.
         name: The run's.
         config_yaml: Text of its config.yaml.
         version: The number; None takes the next free one.
 
     Raises:
-        UserError: The place cannot be written to, or the given number is taken by now.
+        UserError: The folder cannot be written to, or the given number has been taken meanwhile.
     """
     parent = output_dir / name
     unnamed = parent / f".new-{uuid.uuid4().hex}"
@@ -194,20 +194,20 @@ def _moved(unnamed: Path, parent: Path, version: int | None) -> Path:
 
 
 def under_way(directory: Path) -> UserError:
-    """What a run is told that finds another one in its place."""
+    """The error for a run that finds another run in its directory."""
     return UserError(
-        f"{directory}: another run is under way in it",
-        "wait for its end, or start beside it with --resume never or another --name",
+        f"{directory}: another run is using it",
+        "wait until it ends, or start beside it with --resume never or another --name",
     )
 
 
 def check_writable(directory: Path) -> None:
-    """Find out whether files can be written to a folder, or below the nearest one that exists.
+    """Check that files can be written to a folder, or to its nearest parent that exists.
 
-    A small file is written there, flushed to the disk, and removed.
+    This writes a small file there, flushes it to the disk, and removes it.
 
     Raises:
-        UserError: They cannot: the disk is full, read-only, or the place is no folder.
+        UserError: The disk is full or read-only, or the path is not a folder.
     """
     nearest = _nearest_existing(directory)
     try:
@@ -219,7 +219,7 @@ def check_writable(directory: Path) -> None:
 
 
 def check_space(directory: Path, needed_bytes: int) -> None:
-    """Refuse a disk that cannot hold a file of that size in a folder, existing or to be made.
+    """Refuse a folder (existing or not) whose disk cannot hold a file of this size.
 
     Raises:
         UserError: Less is free.
@@ -227,7 +227,7 @@ def check_space(directory: Path, needed_bytes: int) -> None:
     free = shutil.disk_usage(_nearest_existing(directory)).free
     if free < needed_bytes:
         raise UserError(
-            f"{directory}: its disk has {free / 2**20:,.0f} MiB left, and a checkpoint of this run "
+            f"{directory}: its disk has {free / 2**20:,.0f} MiB left, but a checkpoint of this run "
             f"takes {needed_bytes / 2**20:,.0f} MiB",
             "free some space or give another --output-dir",
         )
@@ -251,7 +251,7 @@ def _not_writable(place: Path, error: OSError) -> UserError:
 
 
 def run_directory_of(checkpoint: Path) -> Path | None:
-    """The run directory that a checkpoint lies in; None for a checkpoint kept elsewhere."""
+    """The run directory that contains a checkpoint; None for a checkpoint kept elsewhere."""
     folder = checkpoint.resolve().parent
     if folder.name == "checkpoints" and (folder.parent / "config.yaml").is_file():
         return checkpoint.parent.parent
@@ -259,7 +259,7 @@ def run_directory_of(checkpoint: Path) -> Path | None:
 
 
 def write_text_atomically(path: Path, text: str) -> None:
-    """Write a file so that at every moment either the old or the new text is there, whole."""
+    """Write a file so that at any moment it holds either the old or the new text, complete."""
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:

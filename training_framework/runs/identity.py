@@ -1,7 +1,7 @@
-"""What makes a run this run: its data and its network, as a checkpoint remembers them.
+"""The identity of a run: its data and its network, as a checkpoint records them.
 
-Settings are compared by themselves (`runs.start`). What they do not tell is here: which images lie
-where `data_root` points, and what a user's own loaders and network are.
+`runs.start` compares settings. This module covers what settings do not say: which images are in
+`data_root`, and what a user's own loaders and network are.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ __all__ = ["identity_differences", "network_digest", "run_identity"]
 
 SAMPLED_FILES = 64
 DATA, NETWORK = "data", "network"
-# How many there are of what a digest covers; where one differs, it says more than the digest.
+# If one of these differs, it says more than the digest.
 _COUNTS = ("training images", "validation images", "class_names")
 
 
@@ -32,12 +32,12 @@ def run_identity(planned: PlannedRun, network: nn.Module | None) -> dict[str, An
     arrays in memory: about 3 s for the 1.3 million files of ImageNet, 0.1 s for CIFAR-10.
 
     Args:
-        planned: With the data.
-        network: The user's own, before anything changed it; None for one of ours, which the
-            settings describe.
+        planned: The planned run, with its data.
+        network: The user's own, before anything changes it; None for a network of the framework,
+            which the settings describe.
 
     Raises:
-        UserError: An image file is gone.
+        UserError: An image file is missing.
     """
     facts, source = planned.facts, planned.source
     if isinstance(source, Dataset):
@@ -56,9 +56,9 @@ def run_identity(planned: PlannedRun, network: nn.Module | None) -> dict[str, An
 
 
 def _sampled_contents(dataset: Dataset) -> str:
-    """SHA-256 of some files' contents, spread evenly over each split.
+    """SHA-256 of the contents of some files, spread evenly over each split.
 
-    It tells sets apart whose files have equal names and sizes, as uncompressed images have.
+    It distinguishes sets whose files have equal names and sizes, such as uncompressed images.
     """
     digest = hashlib.sha256()
     for split in (dataset.train, dataset.val):
@@ -66,7 +66,7 @@ def _sampled_contents(dataset: Dataset) -> str:
             continue
         for number in range(min(SAMPLED_FILES, len(split))):
             path = split.root / split.paths[number * len(split) // min(SAMPLED_FILES, len(split))]
-            with suppress(OSError):  # which loading it names
+            with suppress(OSError):  # loading the file will report it
                 digest.update(path.read_bytes())
     return digest.hexdigest()
 
@@ -81,7 +81,7 @@ def network_digest(network: nn.Module) -> str:
     """
     digest = hashlib.sha256()
     for name, module in network.named_modules():
-        # Without its module, which is __main__ where a script is started.
+        # Without its Python module, which is __main__ in a script.
         kind = type(module).__qualname__
         options = f"{module.extra_repr()} {_plain_attributes(module)}"
         digest.update(f"{name} {kind} {options};".encode(errors="replace"))
@@ -116,7 +116,7 @@ def _plain_text(value: object) -> str | None:
 
 
 def identity_of(state: Mapping[str, Any]) -> dict[str, Any]:
-    """The identity that a checkpoint holds; of an older one, what it knows."""
+    """The identity that a checkpoint holds; for an older one, as much as it holds."""
     identity = state.get("identity")
     if isinstance(identity, dict):
         return identity
@@ -126,7 +126,7 @@ def identity_of(state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _equal(then: object, now: object) -> bool:
-    """Whether plain values are equal; a checkpoint may hold anything in their place."""
+    """Whether plain values are equal; a checkpoint may hold anything instead."""
     try:
         return type(then) is type(now) and bool(then == now)
     except (RuntimeError, ValueError):  # tensors in a list
@@ -134,7 +134,7 @@ def _equal(then: object, now: object) -> bool:
 
 
 def identity_differences(state: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What of a checkpoint's run is not as now, one text each."""
+    """How a checkpoint's run differs from this one, one text for each difference."""
     then = identity_of(state)
     differing = [key for key in now if key in then and not _equal(then[key], now[key])]
     lines = [

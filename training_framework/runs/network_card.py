@@ -1,4 +1,4 @@
-"""A network with what it takes to use it: how it is built, how its input is prepared."""
+"""What it takes to use a trained network: how it is built, and how its input is prepared."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -28,13 +28,13 @@ class NetworkCard:
         model: A key of MODELS, or the class of a user's own network.
         stem: `cifar` or `imagenet`.
         share_early_weights: As in `build_model`.
-        class_names: One a class, in label order.
+        class_names: One for each class, in label order.
         image_size: Side in pixels of the images it was trained on.
         mean: Per-channel mean of its input, in units where 255 is 1.
         std: Per-channel standard deviation, same units.
-        center_crop: Whether evaluation images are the middle of a picture resized to 256/224 of
-            `image_size`, as for image folders, or else the whole of it.
-        is_own: Whether it is a user's own network, whose class no file holds.
+        center_crop: Whether evaluation uses the middle of an image resized to 256/224 of
+            `image_size`, as for image folders; otherwise it uses the whole image.
+        is_own: Whether it is a user's own network; no file holds its class.
     """
 
     model: str
@@ -70,7 +70,7 @@ class NetworkCard:
         """
         if self.is_own:
             raise UserError(
-                f"holds the weights of a user's own network ({self.model}), and not its class",
+                f"holds the weights of a user's own network ({self.model}), but not its class",
                 f"in Python, build {self.model} and load weights.safetensors of its run into it "
                 "(safetensors.torch.load_model)",
             )
@@ -97,7 +97,7 @@ class NetworkCard:
         """The card in a file.
 
         Raises:
-            UserError: It is missing, incomplete, or asks for a network out of all proportion.
+            UserError: It is missing or incomplete, or its values make no sense.
         """
         card: NetworkCard | None = None
         try:
@@ -115,7 +115,7 @@ class NetworkCard:
         return card
 
     def _makes_sense(self) -> bool:
-        """Whether all values are of their types and sizes; a file may say anything."""
+        """Whether all values have the right types and plausible sizes; a file may hold anything."""
         numbers = (*self.mean, *self.std)
         return (
             isinstance(self.model, str)
@@ -146,7 +146,7 @@ class NetworkCard:
 def load_network(path: Path) -> tuple[nn.Module, NetworkCard]:
     """The network in a checkpoint or in a `weights.safetensors` of this framework, on the CPU.
 
-    Of a checkpoint with a weight average it is the average, which is what was evaluated.
+    A checkpoint with a weight average gives the average, which is what was evaluated.
 
     Raises:
         UserError: The file is missing, damaged or of another kind.

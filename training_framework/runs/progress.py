@@ -1,4 +1,4 @@
-"""Where a run stands, and what it reached."""
+"""The progress of a run, and its result."""
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,8 +16,8 @@ class EpochRecord:
         seconds: Wall time, evaluation included.
         evaluation_seconds: The part of it that evaluations took.
         val_acc1: Top-1 accuracy in percent of its last evaluation; None without one.
-        sample_digest: Digest of the samples that this process trained on, in their order and
-            batches (`data.sample_digest`): equal for two runs that saw the same.
+        sample_digest: Digest of the samples that this process trained on, in order and by batch
+            (`data.sample_digest`): equal for two runs that saw the same samples.
     """
 
     epoch: int
@@ -29,24 +29,25 @@ class EpochRecord:
 
 @dataclass(kw_only=True)
 class Progress:
-    """Where a run stands; part of every checkpoint.
+    """The progress of a run; part of every checkpoint.
 
     Attributes:
         step: Optimizer steps made.
-        epoch: Epoch under way, from 0.
-        batch: Batches of it that are done.
-        sample_digest: Digest of the samples of these batches; a user's own loader does not tell
-            its samples, only how many there are.
-        epoch_seconds: Wall time spent in it so far, also before a resumption.
+        epoch: Current epoch, from 0.
+        batch: Batches of this epoch that are done.
+        sample_digest: Digest of the samples of these batches; for a user's own loader only their
+            number is known.
+        epoch_seconds: Wall time of this epoch so far, including time before a resumption.
         epoch_evaluation_seconds: The part that evaluations took.
         train_seconds: Wall time of all training steps, without evaluation and saving.
         images: Images of those steps, over all processes.
         best_acc1, best_acc5: Best top-1 accuracy in percent, and top-5 of the same evaluation.
         last: Values of the latest evaluation by their logged names.
         epochs: Records of the finished epochs.
-        unlogged: Values of `step` whose row is not written yet, since the evaluation that belongs
-            to it was not finished or the log could not be written; None: all rows are written.
-        micro_batch_size: Most images of a forward pass since memory was short; None: it was not.
+        unlogged: Values of `step` if its row is not written yet, because its evaluation was not
+            finished or the log could not be written; None: all rows are written.
+        micro_batch_size: Maximum images of a forward pass since memory was short; None: it never
+            was.
     """
 
     step: int = 0
@@ -70,10 +71,10 @@ class Progress:
         return self.step if self.unlogged is None else self.step - 1
 
     def end_epoch(self, sample_digest: str) -> None:
-        """Record the epoch under way and go on to the next one.
+        """Record the current epoch and start the next one.
 
         Args:
-            sample_digest: Of all samples that this process trained on in it.
+            sample_digest: Digest of all samples of this process in the epoch.
         """
         record = EpochRecord(
             epoch=self.epoch,
@@ -91,7 +92,7 @@ class Progress:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainResult:
-    """What a run reached.
+    """The result of a run.
 
     Attributes:
         best_acc1: Best top-1 accuracy on the validation set in percent; None without one.
@@ -104,9 +105,9 @@ class TrainResult:
         images_per_second: Training images over the time of the training steps, all processes.
         steps: Optimizer steps made.
         run_directory: Where everything was written; None on processes that do not write.
-        stopped_by: Why the run ended early: `SIGINT`, `SIGTERM` or `stop_after_steps`; empty where
-            it did not.
-        bad_images: Pictures that could not be decoded and were passed over.
+        stopped_by: Why the run ended early: `SIGINT`, `SIGTERM` or `stop_after_steps`; empty if it
+            did not.
+        bad_images: Images that could not be decoded and were skipped.
     """
 
     best_acc1: float | None
@@ -131,7 +132,7 @@ class TrainResult:
         run_directory: Path | None,
         stopped_by: str,
     ) -> "TrainResult":
-        """The result of a run that stands there."""
+        """The result of a run with this progress."""
         return cls(
             best_acc1=progress.best_acc1,
             best_acc5=progress.best_acc5,

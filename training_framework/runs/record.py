@@ -1,4 +1,4 @@
-"""What a run says of itself: its opening lines, and run.json."""
+"""What a run reports about itself: its opening lines, and run.json."""
 
 import dataclasses
 import textwrap
@@ -22,7 +22,7 @@ __all__ = ["Costs", "busy_machine_note", "opening_lines", "write_record"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Costs:
-    """What MFU is made of.
+    """What MFU is computed from.
 
     Attributes:
         flops_per_image: Training FLOPs of an image.
@@ -36,10 +36,10 @@ class Costs:
 
     @classmethod
     def measure(cls, plan: TrainPlan, *, flops_per_image: float) -> "Costs":
-        """With the peak of the plan's device, measured where no table has it.
+        """The costs with the peak of the plan's device, measured if no table has it.
 
         Args:
-            flops_per_image: Training FLOPs of an image; 0 where they cannot be counted.
+            flops_per_image: Training FLOPs of an image; 0 if they cannot be counted.
         """
         if not flops_per_image:
             return cls(flops_per_image=0, peak_flops=0, peak_source="not asked")
@@ -53,7 +53,7 @@ class Costs:
         )
 
     def line(self, device_name: str) -> str:
-        """For people."""
+        """The costs in one line."""
         if not self.flops_per_image:
             return "MFU n/a: the operations of this network cannot be counted"
         work = f"training takes {self.flops_per_image / 1e9:.3g} GFLOP an image"
@@ -63,7 +63,7 @@ class Costs:
 
 
 def busy_machine_note(plan: TrainPlan, hardware: Hardware) -> str:
-    """What other processes take of a CPU that is to train, and what to do; empty if little."""
+    """What other processes take of the CPU, and what to do about it; empty if it is little."""
     if plan.device != "cpu":
         return ""
     return neighbours_note(hardware.other_cpu_share, hardware.cores, plan.threads)
@@ -72,7 +72,7 @@ def busy_machine_note(plan: TrainPlan, hardware: Hardware) -> str:
 def opening_lines(
     plan: TrainPlan, facts: DatasetFacts, hardware: Hardware, costs: Costs
 ) -> list[str]:
-    """What is trained, on what."""
+    """What the run trains, and on which device."""
     lines = [f"note: {gpu.name} {gpu.fault}" for gpu in hardware.accelerators if gpu.fault]
     busy = busy_machine_note(plan, hardware)
     if busy:
@@ -103,19 +103,19 @@ def write_record(
     progress: Progress,
     result: TrainResult,
 ) -> None:
-    """Write run.json: what ran, on what, and what came of it.
+    """Write run.json: what ran, on what machine, and its result.
 
     Args:
         directory: The run's.
-        planned: The run's plan, and what it rests on.
+        planned: The run's plan, and what it is based on.
         network: The network's card.
-        identity: What tells the run from others (`runs.identity`).
-        costs: Of the run.
-        resumed_from: The checkpoint that this part of it went on from.
+        identity: What distinguishes the run from others (`runs.identity`).
+        costs: The run's costs.
+        resumed_from: The checkpoint that this part of the run resumed from.
         started: When it began, in seconds since 1970.
         seconds: How long it took.
-        progress: Where the run stands.
-        result: What it reached.
+        progress: The run's progress.
+        result: The run's result.
     """
     record: dict[str, Any] = {
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),

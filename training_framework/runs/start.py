@@ -1,4 +1,4 @@
-"""Where a run starts: anew, or from the checkpoint of one that was not finished."""
+"""Where a run starts: from the beginning, or from the checkpoint of an unfinished run."""
 
 import dataclasses
 import json
@@ -35,12 +35,12 @@ class Start:
     """Where a run starts from.
 
     Attributes:
-        state: Content of a checkpoint; None: the run starts at its beginning.
-        checkpoint: The file that it is from.
-        directory: Run directory to go on in; None: a new one.
-        version: Number of the new one; None: any that is free.
+        state: Content of a checkpoint; None: the run starts from the beginning.
+        checkpoint: The checkpoint's file.
+        directory: Run directory to continue in; None: a new one.
+        version: Number of the new directory; None: the next free one.
         lines: What to tell the user.
-        lock: On `directory`, held by the first process.
+        lock: Lock on `directory`, held by the first process.
     """
 
     state: dict[str, Any] | None = None
@@ -51,7 +51,7 @@ class Start:
     lock: DirectoryLock | None = None
 
     def opening_lines(self, step: int, total_steps: int) -> list[str]:
-        """What is damaged, and what is gone on with."""
+        """What is damaged, and what the run resumes from."""
         if self.checkpoint is None:
             return list(self.lines)
         where = f"{step:,} of {total_steps:,} (--resume never starts anew)"
@@ -69,18 +69,18 @@ class Start:
 def choose_start(planned: PlannedRun, identity: Mapping[str, Any], processes: Processes) -> Start:
     """Find what `resume` means here; the first process decides for all.
 
-    `auto` is the newest run of the same name that has a checkpoint, if it is not finished; else a
-    new run. Where that run had other data or another network, it is a new run too. A path of a
-    run's last.ckpt goes on in its directory, another one in a new directory.
+    `auto` resumes the newest run of the same name that has a checkpoint, if it is unfinished and
+    had the same data and network; otherwise a new run starts. The path of a run's last.ckpt
+    continues in that run's directory, any other path in a new directory.
 
     Args:
-        planned: With `resume`, `output_dir`, `name` and the settings to compare.
-        identity: What `run_identity` says of this run; the first process alone reads it.
+        planned: Has `resume`, `output_dir`, `name` and the settings to compare.
+        identity: This run's `run_identity`; only the first process reads it.
         processes: All of them call this at the same point.
 
     Raises:
-        UserError: The checkpoint cannot be read, its run is still under way, or it had other
-            settings, data or network and `allow_config_change` is off.
+        UserError: The checkpoint cannot be read, its run is still running, or it had other
+            settings, data or another network and `allow_config_change` is off.
     """
     start = Start()
     if processes.is_first:
@@ -139,9 +139,10 @@ def _newest_unfinished(parent: Path) -> Start:
 
 
 def _is_finished(directory: Path, last: Path) -> bool:
-    """Whether all was written that a run leaves, and for no fewer steps than it was last to make.
+    """Whether a run wrote all its files, after all the steps that it last had to make.
 
-    A run can be killed after its last checkpoint, and a finished one continued with more epochs.
+    A run can be killed after its last checkpoint, and a finished run can be continued with more
+    epochs.
     """
     try:
         record = json.loads((directory / "run.json").read_text(encoding="utf-8"))
@@ -150,7 +151,7 @@ def _is_finished(directory: Path, last: Path) -> bool:
             return False
     except (OSError, ValueError, KeyError, TypeError):
         return False
-    # Where it is damaged although all is done, what it was to make stands in the record too.
+    # If the checkpoint is damaged, the record also says how many steps were planned.
     with suppress(UserError, KeyError, TypeError):
         planned = read_description(last)["total_steps"]
     return bool(results["steps"] >= planned)
@@ -168,7 +169,7 @@ def _going_on(directory: Path, lock: DirectoryLock) -> Start:
 
 
 def _same_run(start: Start, planned: PlannedRun, identity: Mapping[str, Any]) -> Start:
-    """The start, where what it resumes is the run that is asked for; else a new run, or refused."""
+    """The start, if it resumes the same run; otherwise a new run, or an error."""
     plan, state = planned.plan, start.state
     if state is None:
         return start
@@ -176,17 +177,17 @@ def _same_run(start: Start, planned: PlannedRun, identity: Mapping[str, Any]) ->
     if plan.allow_config_change:
         if not others:
             return start
-        line = f"note: not the run that the checkpoint is from: {', '.join(others)}"
+        line = f"note: the checkpoint is from another run: {', '.join(others)}"
         return dataclasses.replace(start, lines=(*start.lines, line))
     then, now = state["config"] or {}, planned.settings
     settings = [
         f"{key} {shown(then[key])} -> {shown(now[key])}" for key in changed_settings(start, planned)
     ]
     if settings:
-        cure = "drop them, or go on with --allow-config-change"
+        cure = "drop them, or resume with --allow-config-change"
         if plan.resume == "auto":
             cure = (
-                "train with those again, start anew with --resume never, or go on with "
+                "use those settings, start anew with --resume never, or resume with "
                 "--allow-config-change"
             )
         raise UserError(
@@ -195,14 +196,14 @@ def _same_run(start: Start, planned: PlannedRun, identity: Mapping[str, Any]) ->
         )
     if others and plan.resume != "auto":
         raise UserError(
-            f"{start.checkpoint}: is of another run: {', '.join(others)}",
-            "name the data, loaders and network that it was trained with, or go on with "
+            f"{start.checkpoint}: belongs to another run: {', '.join(others)}",
+            "give the data, loaders and network that it was trained with, or resume with "
             "--allow-config-change",
         )
     if others:
         if start.lock is not None:
             start.lock.release()
-        line = f"note: {start.directory} is of another run ({', '.join(others)}): a new one starts"
+        line = f"note: {start.directory} holds another run ({', '.join(others)}): a new one starts"
         return Start(version=next_version(plan.output_dir / plan.name), lines=(line,))
     return start
 
@@ -211,7 +212,7 @@ def changed_settings(start: Start, planned: PlannedRun) -> list[str]:
     """Keys of settings that change results and differ from those of the run that is resumed."""
     if start.state is None:
         return []
-    # A path takes the run's settings over, except for the weights that it started from.
+    # With a path, the run's settings are the defaults, except for its initial weights.
     free = TRAJECTORY_FREE_KEYS - ({"weights"} if planned.plan.resume == "auto" else set())
     then, now = start.state["config"] or {}, planned.settings
     return [

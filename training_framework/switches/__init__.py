@@ -1,4 +1,4 @@
-"""One entry a switch: how it is chosen and applied, what may be tried, and what to know of it."""
+"""One entry a switch: how it is chosen and applied, what `tune` tries, and its card."""
 
 from training_framework.switches.choosing import (
     Choice,

@@ -1,4 +1,4 @@
-"""Switches of how a step is computed: precision, layout, compiler, recording, optimizer kernels."""
+"""Switches for how a step is computed: precision, layout, compiler, recording, optimizer."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -24,7 +24,7 @@ from training_framework.switches.switch import (
 
 __all__ = ["ARITHMETIC"]
 
-# A compiled step has to run often enough to earn back the time that compiling takes.
+# A compiled step must run often enough to make up for the time that compiling takes.
 COMPILE_FROM_STEPS = 2000
 COMPILE_MODES_ON_CUDA = ("default", "reduce-overhead")
 
@@ -70,7 +70,7 @@ def _emulation_note(situation: Situation) -> str:
 
 
 def _precision_trials(situation: Situation) -> Iterator[Trial]:
-    """Those that the device computes itself: what it only emulates needs no trial."""
+    """The precisions that the device has instructions for; an emulated one needs no trial."""
     known = ["32"]
     if not situation.on_gpu:
         known += ["bf16-mixed"] if situation.hardware.cpu_bf16_pays else []
@@ -126,7 +126,7 @@ CHANNELS_LAST = Switch(
     trials=turned("channels_last", "channels last"),
     card=Card(
         use="Convolutions on CPUs, and on GPUs in mixed precision.",
-        price="None: weights and activations lie in another order in memory.",
+        price="None: weights and activations only have another order in memory.",
         failure="A layer that needs the other order copies its input. There is no gain on mps.",
         source="PyTorch, Channels Last Memory Format in PyTorch (tutorial)",
     ),
@@ -138,7 +138,7 @@ def _cuda_graph(situation: Situation) -> Decision:
     if not config.cuda_graph:
         return Decision(False)
     obstacles = {
-        "without effect but on a CUDA GPU": not situation.on_cuda,
+        "only works on a CUDA GPU": not situation.on_cuda,
         "several processes train together": situation.world_size > 1,
         "a step of several batches is not recorded": config.accumulate_grad_batches > 1,
         "fp16's scale is read from the device in every step": (
@@ -178,7 +178,7 @@ CUDA_GRAPH = Switch(
         price="Memory for the recorded step, and some seconds at the start. Every batch has one "
         "shape.",
         failure="Several batches or processes a step, fp16 and unfused optimizers cannot be "
-        "recorded; the plan says so and goes on without it.",
+        "recorded; the plan then says so and leaves it off.",
         source="PyTorch, Accelerating PyTorch with CUDA Graphs; docs/design/0006-recorded-steps.md",
     ),
 )
@@ -243,8 +243,8 @@ COMPILE = Switch(
     card=Card(
         use="Long runs on a CUDA GPU: norms, activations and additions become few kernels.",
         price="Seconds to minutes at the start, and again for each new shape.",
-        failure="On a CPU it often loses against the kernels compiled here, which it cannot look "
-        "into.",
+        failure="On a CPU it is often slower than the kernels compiled here, which it cannot "
+        "optimize.",
         source="Ansel et al., PyTorch 2, ASPLOS 2024",
     ),
 )

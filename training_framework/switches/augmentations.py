@@ -1,4 +1,4 @@
-"""Switches of what training images go through on their way into the network."""
+"""Switches for the augmentation of training images."""
 
 from training_framework.switches.switch import Card, Decision, Situation, Switch, as_asked
 
@@ -25,7 +25,7 @@ FLIP = Switch(
         use="Images that keep their class in a mirror: things and animals. `alternating` mirrors "
         "each image in every other epoch, which is better in short trainings.",
         price="One pass over the batch.",
-        failure="Digits and writing change their class: auto leaves them alone.",
+        failure="Digits and writing change their class: auto does not mirror them.",
         source="K. Jordan, 94% on CIFAR-10 in 3.29 Seconds on a Single GPU, arXiv 2404.00498",
     ),
 )
@@ -44,9 +44,9 @@ CROP_PADDING = Switch(
     numbers="different",
     choose=_crop_padding,
     card=Card(
-        use="Sets held as arrays, whose objects fill the image: each is moved by some pixels.",
+        use="Sets held as arrays, whose objects fill the image: each is shifted by some pixels.",
         price="One pass over the batch.",
-        failure="Image files are cropped while they are decoded, whatever it says.",
+        failure="No effect on image files: they are cropped while they are decoded.",
         source="He et al., Deep Residual Learning, arXiv 1512.03385, section 4.2",
     ),
 )
@@ -72,7 +72,7 @@ RANDOM_ERASING = Switch(
     card=Card(
         use="As cutout, with rectangles of all sizes in a share of the images.",
         price="One pass over the batch.",
-        failure="As cutout; beside it, little of an image may be left.",
+        failure="As cutout. With both, little of an image may be left.",
         source="Zhong et al., arXiv 1708.04896",
     ),
 )

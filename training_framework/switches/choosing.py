@@ -1,4 +1,4 @@
-"""All switches' values for a run, chosen one after the other, and what they do to a network."""
+"""Chooses the values of all switches for a run, one after the other, and applies them."""
 
 import dataclasses
 import warnings
@@ -28,7 +28,7 @@ class Choices(list[Choice]):
     """The choices in the order in which they were made."""
 
     def note(self, name: str, value: Any, reason: str) -> None:
-        """Keep one; yes and no read as on and off."""
+        """Add a choice; True and False become on and off."""
         readable = ("on" if value else "off") if isinstance(value, bool) else value
         self.append(Choice(name, str(readable), reason))
 
@@ -50,7 +50,7 @@ def choose_all(situation: Situation) -> Chosen:
     """Choose every switch's value, in the order of `SWITCHES`.
 
     Raises:
-        UserError: What is asked for cannot be done here.
+        UserError: A setting cannot be used on this machine.
     """
     values: dict[str, Any] = {}
     choices = Choices()
@@ -84,8 +84,8 @@ def change_network(
         values: Of every switch, by key.
         image_size: Side in pixels of the square images.
         device_type: PyTorch's type of the device that the network is on.
-        asked_for: Settings that could have been left to the plan and were not. What the plan
-            chose may find nothing to change, as in a very narrow network.
+        asked_for: Settings that can be left to the plan, but were given. The others do not warn if
+            they find nothing to change, as in a very narrow network.
 
     Raises:
         UserError: Kernels that were chosen cannot be compiled here.

@@ -1,4 +1,4 @@
-"""Switches of what PyTorch does slowly on a CPU: convolutions, norms, memory."""
+"""Switches for what PyTorch does slowly on a CPU: convolutions, norms, memory."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -27,14 +27,14 @@ from training_framework.switches.switch import (
 
 __all__ = ["CPU_KERNELS"]
 
-# Up to that side in pixels, most of a 3x3 convolution's products are with its padding.
+# Up to this side in pixels, most of a 3x3 convolution's products are with its padding.
 LARGEST_SMALL_MAP = 2
 
 
 def _on_cpu(
     trials: Callable[[Situation], Iterator[Trial]], *, compiler: bool = False
 ) -> Callable[[Situation], Iterator[Trial]]:
-    """The trials where the switch can do something at all."""
+    """The trials, if the switch can have an effect at all."""
 
     def where_it_acts(situation: Situation) -> Iterator[Trial]:
         if not situation.on_gpu and (situation.hardware.cpp_compiler or not compiler):
@@ -46,7 +46,7 @@ def _on_cpu(
 def _small_map_convolutions(situation: Situation) -> Decision:
     wanted = situation.config.small_map_convolutions
     if wanted is True and situation.on_gpu:
-        return Decision(False, "without effect but on a CPU")
+        return Decision(False, "only works on a CPU")
     if wanted != "auto":
         return Decision(wanted, "asked for")
     last_map = situation.facts.image_size // (32 if situation.stem == "imagenet" else 8)
@@ -95,14 +95,14 @@ def _native_kernels(situation: Situation, key: str, gain: str) -> Decision:
         )
     if wanted != "auto":
         useless = wanted and not in_fp32
-        why = "without effect but on a CPU in fp32" if useless else "asked for"
+        why = "only works on a CPU in fp32" if useless else "asked for"
         return Decision(wanted and in_fp32, why)
     if situation.own_network or not in_fp32 or not situation.chosen["channels_last"]:
         return Decision(False)
     if situation.config.compile is True:
         return Decision(False)
     if "avx512" not in hardware.instruction_sets:
-        return Decision(False, "measured to pay on CPUs with AVX-512 alone")
+        return Decision(False, "measured to pay only on CPUs with AVX-512")
     if not hardware.cpp_compiler:
         return Decision(False, f"{gain}, but {hardware.cpp_compiler_fault}")
     return Decision(True, f"{gain}; kernels for this CPU, compiled once")
@@ -136,7 +136,7 @@ WINOGRAD_CONVOLUTIONS = Switch(
         "are up to 4 millionths of the largest value instead of 3. The network can be "
         "differentiated only once.",
         failure="On other devices and in other precisions the ordinary convolution runs. "
-        "Convolutions in groups are left alone.",
+        "Grouped convolutions are not changed.",
         source="Lavin and Gray, Fast Algorithms for Convolutional Neural Networks, "
         "arXiv 1509.09308",
     ),
@@ -207,8 +207,8 @@ KEEP_MEMORY = Switch(
     trials=_on_cpu(_memory_trials),
     card=Card(
         use="Training on a CPU under Linux: the pages of a step's activations serve the next step.",
-        price="The process holds what it once needed until its end.",
-        failure="Only glibc's malloc can be told so; elsewhere it does nothing.",
+        price="The process keeps its largest amount of memory until it ends.",
+        failure="Only glibc's malloc has this option; elsewhere the switch does nothing.",
         source="mallopt(3), Linux manual pages",
     ),
 )

@@ -1,4 +1,4 @@
-"""Switches of the way of images from disk or memory to the device."""
+"""Switches for how images get from disk or memory to the device."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -61,8 +61,8 @@ RESIDENT_DATA = Switch(
     dimension="loading",
     trials=_resident_trials,
     card=Card(
-        use="Sets held as arrays that take less than a quarter of the device's memory: nothing is "
-        "loaded or copied any more.",
+        use="Sets held as arrays that take less than a quarter of the device's memory: after the "
+        "start, nothing is loaded or copied.",
         price="The memory that the images take.",
         failure="Image files are decoded by loader processes and cannot be resident.",
         source="K. Jordan, 94% on CIFAR-10 in 3.29 Seconds on a Single GPU, arXiv 2404.00498",
@@ -124,7 +124,7 @@ PREFETCH_FACTOR = Switch(
     card=Card(
         use="The time to load a batch varies: a queue of batches keeps the device busy.",
         price="Host memory for that many batches of each loader process.",
-        failure="It cannot help where loading is slower than the step on average.",
+        failure="It does not help if loading is slower than the step on average.",
         source="PyTorch documentation of torch.utils.data",
     ),
 )

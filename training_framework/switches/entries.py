@@ -10,8 +10,8 @@ from training_framework.switches.switch import Switch
 
 __all__ = ["SWITCHES"]
 
-# A switch may read those before it: the kernels depend on precision and layout, which ARITHMETIC
-# chooses, and leave alone the norms that PROCESSES synchronizes.
+# A switch may read the values of those before it: the kernels depend on precision and layout, which
+# ARITHMETIC chooses, and skip the norms that PROCESSES synchronizes.
 SWITCHES: tuple[Switch, ...] = (
     *ARITHMETIC,
     *PROCESSES,

@@ -1,4 +1,4 @@
-"""Switches of what is trained and how: memory for time, weights, gradients, labels."""
+"""Switches for what is trained and how: memory for time, weights, gradients, labels."""
 
 from collections.abc import Iterator
 
@@ -35,7 +35,7 @@ ACTIVATION_CHECKPOINTING = Switch(
     card=Card(
         use="The device's memory is too small for the batch.",
         price="About one more forward pass a step: a third more work.",
-        failure="A network without residual blocks of ours has nothing to recompute.",
+        failure="A network without this framework's residual blocks has nothing to recompute.",
         source="Chen et al., Training Deep Nets with Sublinear Memory Cost, arXiv 1604.06174",
     ),
 )
@@ -46,10 +46,10 @@ AUTO_MICRO_BATCH = Switch(
     numbers="different",
     choose=as_asked("auto_micro_batch"),
     card=Card(
-        use="A run must not end where memory is full: the batch is computed in smaller parts.",
-        price="Where it acts, smaller and slower passes; batch norm sees the parts.",
-        failure="It is for one process: one that is short of memory cannot change what the others "
-        "compute.",
+        use="A run must not end when memory is full: the batch is computed in smaller parts.",
+        price="Then the passes are smaller and slower, and batch norm sees the parts.",
+        failure="It only works with one process: one that is short of memory cannot change what "
+        "the others compute.",
         source="MosaicML Composer documentation, Automatic Microbatching",
     ),
 )
@@ -90,10 +90,10 @@ SHARE_EARLY_WEIGHTS = Switch(
     ablation=off_and_on("share_early_weights"),
     can_matter=lambda config, facts: MODELS[config.model].block == "basic",
     card=Card(
-        use="A smaller file: both convolutions of each block of the first stage have one weight.",
+        use="A smaller file: in each block of the first stage, both convolutions share one weight.",
         price="A little accuracy. The speed stays the same.",
-        failure="Bottleneck blocks have no two convolutions of one shape, so the configuration "
-        "refuses it.",
+        failure="Bottleneck blocks have no two convolutions of the same shape, so the "
+        "configuration refuses it.",
         source="Köpüklü et al., Convolutional Neural Networks with Layer Reuse, arXiv 1901.09615",
     ),
 )
@@ -106,7 +106,7 @@ ZERO_INIT_LAST_NORM = Switch(
     card=Card(
         use="Deep networks and large batches: every block starts as the identity.",
         price="None.",
-        failure="It does nothing to weights that are loaded.",
+        failure="It does not change loaded weights.",
         source="Goyal et al., arXiv 1706.02677, section 5.1",
     ),
 )
@@ -132,7 +132,7 @@ LABEL_SMOOTHING = Switch(
     card=Card(
         use="Training to convergence on many classes: the network becomes less sure of itself.",
         price="None. The training loss no longer falls to zero.",
-        failure="Short trainings that do not fit their data yet lose by it.",
+        failure="Short trainings, which do not fit their data yet, become worse.",
         source="Szegedy et al., arXiv 1512.00567, section 7",
     ),
 )

@@ -1,4 +1,4 @@
-"""Switches of processes and threads."""
+"""Switches for processes and threads."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -33,7 +33,7 @@ SYNC_BATCHNORM = Switch(
         use="Several processes with few images each (below about 16), or results that must not "
         "depend on the number of processes.",
         price="Two small messages between all processes for each norm and step.",
-        failure="With one process there is nothing to synchronize. fused_norms is off beside it.",
+        failure="With one process there is nothing to synchronize. It turns fused_norms off.",
         source="PyTorch documentation of torch.nn.SyncBatchNorm",
     ),
 )

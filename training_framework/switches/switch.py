@@ -46,20 +46,20 @@ class Card:
 
 @dataclass(frozen=True, kw_only=True)
 class Situation:
-    """What the choice of a switch's value follows from.
+    """What the choice of a switch's value is based on.
 
     Attributes:
-        config: What is asked for.
+        config: The configuration.
         hardware: The machine.
-        facts: Of the data set.
-        accelerators: Those that the processes of this machine train on, by local rank; none on
-            the CPU.
+        facts: Facts about the data set.
+        accelerators: The devices that this machine's processes train on, by local rank; none on the
+            CPU.
         world_size: Processes that train together.
-        local_world_size: Those of them on this machine.
+        local_world_size: The number of these on this machine.
         total_steps: Optimizer steps of the run.
-        stem: Of the network, as planned.
-        own_network: Whether the user brings the network. Of our own networks alone do we know
-            that nothing but the gradient of a step is wanted of them.
+        stem: The network's stem, as planned.
+        own_network: Whether the network is the user's own. Only for our own networks do we know
+            that they are never differentiated twice.
         chosen: Values of the switches that come earlier in `SWITCHES`, by key.
     """
 
@@ -91,14 +91,14 @@ class Situation:
 
 
 class Decision(NamedTuple):
-    """A value, and in one line why; no reason where there was nothing to decide."""
+    """A value, and the reason in one line; no reason if there was nothing to decide."""
 
     value: Any
     reason: str = ""
 
 
 class Trial(NamedTuple):
-    """Something for `tune` to try: what to call it, and the settings that make it."""
+    """Something for `tune` to try: its name, and its settings."""
 
     name: str
     settings: dict[str, Any]
@@ -106,7 +106,7 @@ class Trial(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Network:
-    """What a change to a network may follow from.
+    """What a change to a network may depend on.
 
     Attributes:
         chosen: Values of all switches, by key.
@@ -119,23 +119,23 @@ class Network:
     device_type: str
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)  # an entry is itself alone, and hashable
+@dataclass(frozen=True, kw_only=True, eq=False)  # compared by identity, and hashable
 class Switch:
     """One optimization or method of training.
 
     Attributes:
-        key: Of TrainConfig, and of the plan.
-        name: In tables.
+        key: Its key in TrainConfig and in the plan.
+        name: Its name in tables.
         numbers: What it does to results.
         card: What to know before using it.
-        choose: Its value, from the situation.
-        change_network: Applies it to a network on its device, where it is not off; raises
-            NativeKernelsError where it needs kernels that cannot be compiled here.
-        set_up_process: Applies its value to this process, which computes on that type of device.
+        choose: Chooses its value in a situation.
+        change_network: Applies it to a network on its device, unless it is off; raises
+            NativeKernelsError if it needs kernels that cannot be compiled here.
+        set_up_process: Applies its value to this process, given the type of device.
         ablation: Settings with it off, and with it on; None leaves it out of `compare --ablate`.
         ablation_needs: What the machine must have to measure it on, as `needs` of an experiment.
         can_matter: Whether it can change anything for this configuration and data.
-        dimension: What `tune` varies with it; switches with one dimension exclude each other.
+        dimension: What `tune` varies with it; switches of the same dimension exclude each other.
         trials: Values other than the chosen one that `tune` tries.
     """
 
@@ -154,17 +154,17 @@ class Switch:
 
     @property
     def help(self) -> str:
-        """What `--help` says of it."""
+        """Its text in `--help`."""
         return TrainConfig.model_fields[self.key].description or ""
 
     @property
     def is_left_to_the_plan(self) -> bool:
-        """Whether it is chosen unless somebody asks for a value."""
+        """Whether the plan chooses its value unless one is given."""
         return bool(TrainConfig.model_fields[self.key].default == "auto")
 
     @property
     def flag(self) -> str:
-        """On the command line."""
+        """Its flag on the command line."""
         return "--" + self.key.replace("_", "-")
 
 

@@ -1,7 +1,7 @@
 """Optimizer steps that are recorded once as CUDA graphs and replayed.
 
-A graph is launched at once where a step's several hundred kernels are launched one by one, which is
-what small images and small batches on a fast GPU wait for ("CUDA Graphs" in PyTorch's notes on
+A step launches several hundred kernels one by one; a graph launches them all at once. With small
+images and small batches, a fast GPU waits for these launches ("CUDA Graphs" in PyTorch's notes on
 CUDA semantics).
 """
 
@@ -17,21 +17,21 @@ from training_framework.training.step import TrainStep
 
 __all__ = ["CudaGraphStep", "Record"]
 
-# PyTorch's notes ask for a few steps on a side stream before a capture: libraries set themselves
-# up, kernels are chosen, and the optimizer makes its state.
+# PyTorch's notes require a few steps on a side stream before a capture: libraries initialize,
+# kernels are chosen, and the optimizer creates its state.
 WARM_UP_STEPS = 3
 
 Record = Callable[[Callable[[], None]], Callable[[], None]]
-"""Takes the work to record, which need not run then; returns what makes it run."""
+"""Records the given work, which need not run yet; returns a function that runs it."""
 
 
 class CudaGraphStep(TrainStep):
     """A `TrainStep` that replays two graphs: forward and backward, and the update.
 
-    The first steps run as they always do, on a side stream; then the step is recorded with a batch
-    as large as any so far. A batch of another shape, one that is divided for want of memory, and
-    one of a group of several run as they always do, in between. Numbers are those of the same
-    kernels launched one by one.
+    The first steps run normally, on a side stream. Then the step is recorded, with a batch as large
+    as any so far. Some batches still run normally in between: those of another shape, those divided
+    to save memory, and those of a group of several. The numbers are the same as with kernels
+    launched one by one.
 
     The weight average, whose weight changes with the step, and the sums of the metrics stay
     outside: they are a few launches.
@@ -147,7 +147,7 @@ class CudaGraphStep(TrainStep):
         current.wait_stream(self._side_stream)
 
     def _give_back_gradients(self) -> None:
-        """Where the graphs read and write gradients is theirs for good."""
+        """Restore the gradient tensors that the graphs read and write; they must not change."""
         for parameter, gradient in zip(self._parameters, self._gradients, strict=False):
             parameter.grad = gradient
 
@@ -181,7 +181,7 @@ class CudaGraphStep(TrainStep):
                 group["lr"] = self._lr
             self.optimizer.step()
 
-        # Adam wants to be told, although its fused kernels keep all they need on the device.
+        # Adam needs this flag, although its fused kernels keep everything on the device.
         told = [group for group in groups if "capturable" in group]
         for group in told:
             group["capturable"] = True
@@ -194,7 +194,7 @@ class CudaGraphStep(TrainStep):
 
 
 class _CudaRecord:
-    """Records CUDA graphs that share their memory, since they are replayed in their order."""
+    """Records CUDA graphs that share memory, since they are always replayed in the same order."""
 
     def __init__(self) -> None:
         self._graphs: list[torch.cuda.CUDAGraph] = []
@@ -211,7 +211,7 @@ class _CudaRecord:
 
 @contextmanager
 def _recording() -> Iterator[None]:
-    """Say what to do where the work cannot be recorded."""
+    """Turn a failed recording into an error with a cure."""
     try:
         yield
     except torch.OutOfMemoryError:

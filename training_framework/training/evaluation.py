@@ -31,13 +31,13 @@ class Evaluation:
 
     @property
     def is_finite(self) -> bool:
-        """Whether the loss is a number; otherwise the accuracy says little of the weights."""
+        """Whether the loss is finite; otherwise the accuracy says little about the weights."""
         return math.isfinite(self.metrics.loss)
 
 
 Evaluate = Callable[[Callable[[], bool] | None], Evaluation]
-"""One evaluation. Where it is given a function, it asks it after every batch whether to stop, and
-then raises StopRequested."""
+"""One evaluation. If it gets a function, it calls it after every batch; if that returns True, the
+evaluation raises StopRequested."""
 
 
 @torch.inference_mode()
@@ -63,12 +63,11 @@ def evaluate(
         device: Where the model is.
         num_classes: Classes of the logits.
         precision: What the forward pass computes in.
-        should_stop: Asked after every batch. Where any rank is told to stop, the evaluation has no
-            result on any of them.
+        should_stop: Called after every batch. If it returns True on any rank, no rank has a result.
 
     Raises:
-        StopRequested: It was stopped.
-        UserError: There was not one image.
+        StopRequested: The evaluation was stopped.
+        UserError: There are no images.
     """
     start = time.perf_counter()
     was_training = model.training
@@ -93,7 +92,7 @@ def evaluate(
     metrics = sums.read()
     if not metrics.count:
         raise UserError(
-            "the validation data has no image to evaluate", "give it images, or evaluate nothing"
+            "the validation data has no image to evaluate", "add images, or evaluate nothing"
         )
     return Evaluation(metrics=metrics, seconds=time.perf_counter() - start)
 
@@ -101,7 +100,7 @@ def evaluate(
 def evaluate_unless_stopped(
     evaluate: Evaluate, signals: StopSignals, *, device: torch.device, alone: bool
 ) -> Evaluation | None:
-    """Evaluate; None where a signal ended it: the resumed run makes the evaluation.
+    """Evaluate; None if a signal ended the evaluation, so that the resumed run must repeat it.
 
     Args:
         evaluate: What to call.

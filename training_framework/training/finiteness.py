@@ -122,14 +122,14 @@ class FinitenessGuard:
             self._norms.append((step, gradient_norm))
 
     def check(self, step: int, *, weights: bool) -> None:
-        """Raise where anything since the last check is not finite. Waits for the device.
+        """Raise an error if anything since the last check is not finite. Waits for the device.
 
         All processes must call it at the same point.
 
         Args:
             step: Steps made.
-            weights: Look at the weights and the optimizer's state too, as before a save or an
-                evaluation; it takes about as long as to copy them.
+            weights: Also check the weights and the optimizer's state, as before a save or an
+                evaluation; this takes about as long as copying them.
 
         Raises:
             UserError: Something is not finite; it names the first step and its samples.
@@ -153,7 +153,7 @@ class FinitenessGuard:
             found = [fault for fault in gathered(self._first_fault(step)) if fault is not None]
             if found:
                 raise UserError(*min(found)[1:])
-        # The samples of this step are wanted if it is checked again before a save.
+        # Another check before a save needs the samples of this step.
         self._steps = [watched for watched in self._steps if watched.step == step]
         self._norms.clear()
         if weights:
@@ -164,7 +164,7 @@ class FinitenessGuard:
         return scaler.is_enabled() and scaler.get_scale() < _SMALLEST_SCALE
 
     def _state(self) -> Iterator[tuple[str, Tensor]]:
-        """The weights, and the optimizer's state where the weights tell nothing of it."""
+        """The weights, and the optimizer's state if faults in it do not show in the weights."""
         parameters = [
             (name, parameter.detach())
             for name, parameter in self._trained.network.named_parameters()
@@ -174,7 +174,7 @@ class FinitenessGuard:
         optimizer = self._trained.optimizer
         if isinstance(optimizer, torch.optim.SGD):
             return  # its momentum is added to the weights
-        # Adam's second moment can become infinite, which stops a weight without a sign.
+        # If Adam's second moment becomes infinite, it silently stops a weight from changing.
         for name, parameter in self._trained.network.named_parameters():
             for key, value in optimizer.state.get(parameter, {}).items():
                 if key != "step" and isinstance(value, Tensor) and value.is_floating_point():
@@ -199,7 +199,7 @@ class FinitenessGuard:
                 step,
                 f"images of the training loader hold NaN or inf, {where}: "
                 f"{self._named(batch.indices[~sums.isfinite()])}",
-                f"mend what it yields; {_GOOD_CHECKPOINTS}",
+                f"fix what it yields; {_GOOD_CHECKPOINTS}",
             )
         became = f"the training loss became {batch.loss.item()}"
         return _Fault(step, f"{became} {where}: {self._named(batch.indices)}", _CURE)
@@ -219,7 +219,7 @@ class FinitenessGuard:
             )
 
     def _bad_state(self, step: int) -> Iterator[_Fault]:
-        # Where every loss up to this step was finite, this step's update or forward pass did it.
+        # If every loss up to this step was finite, its update or forward pass is the cause.
         for name, tensor in [*self._state(), *self._buffers]:
             bad = tensor[~tensor.isfinite()]
             if len(bad):

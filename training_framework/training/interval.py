@@ -11,7 +11,7 @@ class Interval:
     Attributes:
         data_wait: Seconds spent waiting for batches.
         images: Training images, over all processes.
-        step_seconds: What a step took in the interval before; a minute until one is measured.
+        step_seconds: Seconds a step took in the previous interval; 60 until one is measured.
     """
 
     def __init__(self) -> None:
@@ -25,9 +25,9 @@ class Interval:
         self.images = 0
 
     def seconds(self) -> float:
-        """Wall time so far, without what was left out."""
+        """Wall time so far, without the time that was left out."""
         return time.perf_counter() - self._start
 
     def leave_out(self, seconds: float) -> None:
-        """Take off what just passed without training, such as the time of a save."""
+        """Exclude time that just passed without training, such as the time of a save."""
         self._start += seconds

@@ -31,7 +31,7 @@ mixed labels."""
 
 
 def sample_name(source: Dataset | UserLoaders, index: int) -> str:
-    """What to call a training sample in messages: its file, or its position where there is none."""
+    """Name of a training sample in messages: its file or, without a file, its position."""
     return source.train.name_of(index) if isinstance(source, Dataset) else str(index)
 
 
@@ -39,8 +39,8 @@ class Loaders:
     """The loaders of a run and what turns their batches into the network's input.
 
     Attributes:
-        bad_images: Images that could not be decoded and were passed over; None where the first
-            one ends the run.
+        bad_images: Images that could not be decoded and were skipped; None if the first one ends
+            the run.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class Loaders:
         """Build them for a data set, or around the user's own (train, val) loaders.
 
         Raises:
-            UserError: A validation file is empty, which would be met after an epoch only.
+            UserError: A validation file is empty, which would otherwise only show after an epoch.
         """
         plan, facts, source = planned.plan, planned.facts, planned.source
         bad_images = None
@@ -118,12 +118,12 @@ class Loaders:
             self.bad_images.list_in(bad_images_file, report)
 
     def share_bad_images(self) -> int:
-        """Let every process know of all bad images: their number.
+        """Share all bad images among the processes; return their number.
 
         All processes must call it at the same point.
 
         Raises:
-            UserError: Together they are too many.
+            UserError: There are too many in total.
         """
         if self.bad_images is None:
             return 0

@@ -35,8 +35,8 @@ class ClassificationSums:
     """Running sums of loss, top-1 and top-5 hits and samples, on the device.
 
     `update` never waits for the device; `read` does, once, with one copy of four numbers. Batches
-    are kept and counted several at a time, since a dozen operations on a few numbers cost more in
-    their launches than in their work: until `BATCHES_AT_ONCE` are together, `update` runs none.
+    are kept and counted several at a time, since launching a dozen operations on a few numbers
+    costs more than their work. `update` runs no operation until `BATCHES_AT_ONCE` are collected.
 
     A sample's rank is the number of classes that score above its label. A class that scores the
     same as the label stands above it if its index is lower. So a tie has one winner, the lowest
@@ -63,8 +63,8 @@ class ClassificationSums:
         self._hit_sums = self._sums[1:]
         self._waiting: list[tuple[Tensor, Tensor, Tensor]] = []
         self._class_indices = torch.arange(num_classes, device=device)
-        # A sample is a top-k hit where more than num_classes - k classes do not stand above its
-        # label (the label included); more than -1 holds for every sample and so counts them.
+        # A sample is a top-k hit if more than num_classes - k classes do not rank above its label
+        # (the label included). More than -1 is true for every sample, so this counts them.
         self._thresholds = torch.tensor(
             [num_classes - 1, num_classes - min(5, num_classes), -1], device=device
         )
@@ -165,6 +165,6 @@ class ClassificationSums:
         return {"sums": self._sums.clone()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Go on from sums that `state_dict` gave, on whichever device."""
+        """Continue from sums that `state_dict` returned, on any device."""
         self._waiting.clear()
         self._sums.copy_(state["sums"])

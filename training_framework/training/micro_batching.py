@@ -1,4 +1,4 @@
-"""Making a step again in smaller parts, where memory is full."""
+"""Repeats a step in smaller parts when memory is full."""
 
 from collections.abc import Callable, Iterable
 
@@ -25,11 +25,11 @@ class MicroBatching:
 
     Args:
         step: What computes.
-        progress: Where the run stands; it keeps the size of the parts.
+        progress: The run's progress; it keeps the size of the parts.
         device: Where the model is.
-        loggers: Told of each halving.
-        retries: Make a step that does not fit again from its start, in smaller parts; for a process
-            that trains alone. Otherwise it ends the run.
+        loggers: They get a message about each halving.
+        retries: Repeat a step that does not fit, in smaller parts; only for a process that trains
+            alone. Otherwise such a step ends the run.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class MicroBatching:
     def accumulate(
         self, batches: Iterable[Batch], add_gradient: Callable[[int, Batch], WatchedBatch]
     ) -> list[WatchedBatch]:
-        """Add the gradients of a group of batches; where memory is full, again in smaller parts.
+        """Add the gradients of a group of batches; if memory is full, repeat in smaller parts.
 
         Args:
             batches: Of one step; each is taken when those before it are computed.
@@ -66,7 +66,7 @@ class MicroBatching:
         for batch in batches:
             if self._start is not None:
                 if not taken:
-                    self._start.keep()  # after a loader may have drawn what it augments with
+                    self._start.keep()  # only now: the loader may have drawn random numbers
                 taken.append(batch)
             left = [batch]
             while left:
@@ -88,13 +88,13 @@ class MicroBatching:
                 else:
                     del left[0]
                     continue
-                # Here, where no traceback holds on to what the step had in memory.
+                # Outside the handler, so that no traceback keeps the step's memory alive.
                 self._make_room(shortage, len(left[0].labels))
                 done, left = [], taken.copy()
         return done
 
     def _make_room(self, shortage: str, batch_size: int) -> None:
-        """Go back to the step's start, for smaller parts of its batches."""
+        """Go back to the step's start and halve the parts."""
         step_number = self._progress.step + 1
         at_once = min(batch_size, self._step.micro_batch_size or batch_size)
         if self._start is None or at_once == 1:
@@ -108,18 +108,18 @@ class MicroBatching:
         self._start.restore()
         smaller = self._step.micro_batch_size = self._progress.micro_batch_size = (at_once + 1) // 2
         self._loggers.message(
-            f"note: memory is full in step {step_number} with {at_once} images at once; from here "
-            f"on each batch goes in parts of at most {smaller} (the same gradients summed; "
-            "batch norm sees a part at a time)"
+            f"note: memory is full in step {step_number} with {at_once} images at once; from now "
+            f"on each batch is computed in parts of at most {smaller} (the gradients add up to the "
+            "same; batch norm sees one part at a time)"
         )
 
 
 class StepStart:
-    """What the forward passes of a step change before its update, kept to make the step again.
+    """A copy of what the forward passes of a step change, so that the step can be repeated.
 
-    That is the buffers (a batch norm's running statistics), the sums of loss and hits, and the
-    states of the random generators (a dropout's draws). Keeping them costs a copy of each in every
-    step, so it is for runs that ask for it.
+    These are the buffers (batch norm's running statistics), the sums of loss and hits, and the
+    states of the random generators (for dropout). A copy of each in every step costs time, so only
+    runs that ask for it do this.
 
     Args:
         step: Between two steps.
@@ -134,7 +134,7 @@ class StepStart:
 
     @torch.no_grad()
     def keep(self) -> None:
-        """Take note of the state before a step's first forward pass, without waiting for it."""
+        """Copy the state before a step's first forward pass, without waiting for the device."""
         if self._buffers:
             torch._foreach_copy_(self._kept, self._buffers)
         sums = self._step.sums
@@ -143,7 +143,7 @@ class StepStart:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Back to where `keep` was called, with no gradients, and free what is cached."""
+        """Restore the state at the last `keep`, drop the gradients, and free cached memory."""
         self._step.discard()
         if self._buffers:
             torch._foreach_copy_(self._buffers, self._kept)
@@ -151,4 +151,4 @@ class StepStart:
             self._step.sums.load_state_dict(self._sums)
         restore_random_states(self._random, self._device)
         if self._device.type == "cuda":
-            torch.cuda.empty_cache()  # pieces of memory that fit the larger parts alone
+            torch.cuda.empty_cache()  # blocks that only the larger parts could use

@@ -18,7 +18,7 @@ def assemble_network(
     Args:
         plan: Which network, and how it is changed.
         device: Where it goes.
-        with_weights: Whether the plan's `weights` are wanted.
+        with_weights: Whether to load the plan's `weights`.
     """
     model: nn.Module = build_model(
         plan.model,

@@ -112,10 +112,10 @@ def build_parts(
     Args:
         planned: The plan, and what it rests on.
         network: The user's own, where the plan has one.
-        with_weights: Whether the plan's `weights` are wanted; a checkpoint brings its own.
+        with_weights: Whether to load the plan's `weights`; a checkpoint's weights replace them.
 
     Raises:
-        UserError: The weights cannot be read, kernels not be compiled, or a validation file is
+        UserError: The weights cannot be read, kernels cannot be compiled, or a validation file is
             empty.
     """
     plan, source = planned.plan, planned.source
@@ -155,7 +155,7 @@ def build_step(plan: TrainPlan, model: nn.Module, device: torch.device) -> Train
             device_ids=[device] if device.type == "cuda" else None,
             gradient_as_bucket_view=True,
         )
-    # After DDP has given every rank the weights of rank 0, so that all average the same.
+    # DDP has now given every rank the weights of rank 0, so all ranks average the same weights.
     average = WeightAverage(model, decay=plan.ema_decay) if plan.ema_decay else None
     optimizer = build_optimizer(
         model,

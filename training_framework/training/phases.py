@@ -13,5 +13,5 @@ _NO_CONTEXT = nullcontext()
 
 
 def untimed(phase: Phase) -> AbstractContextManager[object]:
-    """A phase that nobody measures."""
+    """A phase that is not measured."""
     return _NO_CONTEXT

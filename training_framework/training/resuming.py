@@ -1,4 +1,4 @@
-"""What a checkpoint holds of a run beside its steps, and how a run takes all of it over."""
+"""What a checkpoint holds besides the state of the step, and how a run restores all of it."""
 
 import dataclasses
 import math
@@ -33,7 +33,7 @@ __all__ = [
 
 
 class _EpochShape(NamedTuple):
-    """What a run's count of steps is made of."""
+    """What determines a run's number of steps."""
 
     batches: int
     accumulate: int
@@ -48,7 +48,7 @@ def _shape_of(plan: TrainPlan) -> _EpochShape:
 
 
 def _shape_in(state: Mapping[str, Any]) -> _EpochShape | None:
-    """That of a checkpoint's run, where it tells."""
+    """The shape of a checkpoint's run, if the checkpoint holds it."""
     batches = identity_of(state).get("batches an epoch")
     accumulate = (state["config"] or {}).get("accumulate_grad_batches", 1)
     if type(batches) is not int or type(accumulate) is not int or min(batches, accumulate) < 1:
@@ -57,12 +57,12 @@ def _shape_in(state: Mapping[str, Any]) -> _EpochShape | None:
 
 
 def refuse_different_plans(plan: TrainPlan) -> None:
-    """Refuse to train together on different plans, which only others than torchrun can start.
+    """Refuse to train together on different plans; under torchrun they cannot differ.
 
     All processes must call it at the same point.
 
     Raises:
-        UserError: In one of the processes a choice fell differently.
+        UserError: One of the processes chose differently.
     """
     plans = gathered({k: v for k, v in plan.as_dict().items() if k not in FREE_FIELDS})
     for key in plans[0]:
@@ -75,11 +75,11 @@ def refuse_different_plans(plan: TrainPlan) -> None:
 
 
 def plan_resumption(planned: PlannedRun, start: Start) -> tuple[PlannedRun, Start]:
-    """The plan to go on with, and where.
+    """The plan with which to resume, and where.
 
-    The plan is that of the checkpoint. Where an epoch has another number of steps than there, as
-    `allow_config_change` permits, the run goes on in a new directory: rows and checkpoints count
-    steps, and those of the old count stay as they are.
+    The plan is the checkpoint's. If an epoch now has another number of steps, which needs
+    `allow_config_change`, the run continues in a new directory: rows and checkpoints count steps,
+    and those with the old count stay as they are.
 
     Raises:
         UserError: This machine cannot do what the plan says.
@@ -99,8 +99,8 @@ def plan_resumption(planned: PlannedRun, start: Start) -> tuple[PlannedRun, Star
         planned, lines = dataclasses.replace(planned, plan=plan), [*lines, *more]
     else:
         lines.append(
-            "note: the checkpoint is of an older version and holds no plan, so what was left to "
-            "the plan is decided anew"
+            "note: the checkpoint is from an older version and holds no plan, so everything left "
+            "to the plan is decided anew"
         )
     then, now = _shape_in(state), _shape_of(planned.plan)
     if then not in (None, now):
@@ -117,7 +117,7 @@ def plan_resumption(planned: PlannedRun, start: Start) -> tuple[PlannedRun, Star
 def checkpoint_extras(
     planned: PlannedRun, network: dict[str, Any], identity: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """What every checkpoint of a run holds alike.
+    """What is the same in every checkpoint of a run.
 
     Args:
         planned: The run's plan, and what it rests on.
@@ -125,7 +125,7 @@ def checkpoint_extras(
         identity: What `run_identity` says of the run.
     """
     return {
-        # What resumes the run neither resumes from nor stops where this start did.
+        # A resumption must neither resume from nor stop at the same place as this start.
         "config": {**planned.settings, "resume": "auto", "stop_after_steps": None},
         "plan": planned.plan.as_dict(),
         "network": network,
@@ -158,32 +158,32 @@ def open_keeper(directory: Path, parts: Parts) -> CheckpointKeeper:
 
 
 def restore(start: Start, parts: Parts, *, is_first: bool) -> Progress:
-    """Take a checkpoint's state over, and return where the run stands.
+    """Restore a checkpoint's state, and return the run's progress.
 
     Raises:
-        UserError: It does not fit the network, the optimizer or what a run's state looks like.
+        UserError: The state does not fit the network or the optimizer, or is not a run's state.
     """
     state = start.state
     if state is None:
         return Progress()
     try:
-        # Sums are added up over the ranks before they are read, so one rank takes them over.
+        # Sums are added up over the ranks before they are read, so only one rank restores them.
         parts.step.load_state_dict(state, with_sums=is_first)
         progress = _progress(state["progress"])
     except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise _unfit(start, error) from None
     progress = _converted(progress, start, parts.plan)
     if progress.batch >= parts.plan.batches_per_epoch and progress.unlogged is None:
-        # With other settings an epoch may have fewer batches than were made of it.
+        # With other settings an epoch may have fewer batches than are already done.
         progress.epoch, progress.batch = progress.epoch + 1, 0
     return progress
 
 
 def _converted(progress: Progress, start: Start, plan: TrainPlan) -> Progress:
-    """The progress in this plan's steps: as much of the schedule and of the epoch is behind.
+    """The progress in this plan's steps, at the same share of the schedule and of the epoch.
 
     Raises:
-        UserError: More is behind than a run with these settings has.
+        UserError: The run has already made more than these settings ask for.
     """
     assert start.state is not None
     then, now = _shape_in(start.state), _shape_of(plan)
@@ -205,13 +205,13 @@ def _converted(progress: Progress, start: Start, plan: TrainPlan) -> Progress:
 
 
 def restore_draws(start: Start, *, loader: Loader, device: torch.device) -> None:
-    """Set Python's, NumPy's and PyTorch's generators to where the run had them.
+    """Set the generators of Python, NumPy and PyTorch to the states that the run had.
 
-    A user's own loader will begin the epoch under way as it had begun. Several processes all take
-    the generators of the first one, which they had begun alike.
+    A user's own loader will start the current epoch as it did before. Several processes all take
+    the states of the first one, since all had started with the same.
 
     Raises:
-        UserError: The checkpoint's states are none.
+        UserError: The checkpoint does not hold valid states.
     """
     state = start.state
     if state is None:
@@ -234,10 +234,10 @@ def _unfit(start: Start, error: Exception) -> UserError:
 
 
 def _progress(values: dict[str, Any]) -> Progress:
-    """The progress that a checkpoint holds, checked in all that is computed with or shown later.
+    """The progress that a checkpoint holds; everything that is used later is checked.
 
     Raises:
-        TypeError, ValueError: It is none.
+        TypeError, ValueError: It is not a valid progress.
     """
     progress = Progress(**values)
     _check_fields(progress)

@@ -1,4 +1,4 @@
-"""What a logged row holds; `evaluation.evaluation_row` adds to it where one evaluates."""
+"""The values of a logged row; `evaluation.evaluation_row` adds those of an evaluation."""
 
 from training_framework.machine.hardware import memory_in_use
 from training_framework.runs.progress import Progress
@@ -14,7 +14,7 @@ def training_row(
 ) -> dict[str, float]:
     """Values of an interval's steps by their logged names. Waits for the device, and for all ranks.
 
-    The sums of loss and hits begin anew; `progress` adds up time and images.
+    This resets the sums of loss and hits, and adds time and images to `progress`.
     """
     plan, step = parts.plan, parts.step
     assert step.sums is not None

@@ -45,11 +45,11 @@ class TrainingRun:
         val_loader: Likewise, for evaluation.
 
     Attributes:
-        planned: The plan, and what it rests on.
-        model: The trained network after `execute`: the weight average where there is one.
+        planned: The plan, and what it is based on.
+        model: The trained network after `execute`: the weight average if there is one.
 
     Raises:
-        UserError: Something that is asked for is wrong or cannot be done here.
+        UserError: A setting is wrong or cannot be used on this machine.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class TrainingRun:
         return self.planned.plan
 
     def execute(self) -> TrainResult:
-        """Train; what was opened is closed again whatever happens."""
+        """Train; everything that was opened is closed again, whatever happens."""
         processes = self.planned.processes
         device = self.plan.torch_device(processes.local_rank)
         with process_group(processes, device):
@@ -84,11 +84,11 @@ class TrainingRun:
 
     def _train(self) -> TrainResult:
         with ExitStack() as stack:
-            # Of the network as it is given; only the first process needs it.
+            # Before anything changes the network; only the first process needs it.
             is_first = self.planned.processes.is_first
             self._identity = run_identity(self.planned, self.model) if is_first else {}
             start = self._start(stack)
-            if self.model is not None:  # a user's own network, whatever happens
+            if self.model is not None:  # undo surgery on a user's network, whatever happens
                 stack.callback(plain_network, self.model)
             parts = build_parts(self.planned, network=self.model, with_weights=start.state is None)
             stack.callback(parts.close)
@@ -97,13 +97,13 @@ class TrainingRun:
             outputs = self._outputs(start, parts, progress, stack)
             trainer = Trainer(plan=self.plan, parts=parts, outputs=outputs, progress=progress)
             restore_draws(start, loader=parts.loaders.train, device=parts.device)
-            start = dataclasses.replace(start, state=None)  # a second copy of all, from here on
+            start = dataclasses.replace(start, state=None)  # frees a second copy of everything
             clocks = (time.time(), time.perf_counter())
             result = trainer.fit()
             result = dataclasses.replace(result, bad_images=parts.loaders.share_bad_images())
             self.model = plain_network(parts.evaluated)
             if outputs.checkpoints is not None and outputs.run_directory is not None:
-                # A checkpoint that could not be written is an error, and shows here.
+                # Surface a failed checkpoint write before declaring success.
                 outputs.checkpoints.wait()
                 self._write_results(
                     outputs.run_directory,
@@ -125,7 +125,7 @@ class TrainingRun:
         result: TrainResult,
         clocks: tuple[float, float],
     ) -> None:
-        """Write the weights, and run.json last: it says that the run is over."""
+        """Write the weights, then run.json, which says that the run is over."""
         path = directory / "weights.safetensors"
         save_weights(parts.evaluated.state_dict(), path, self._card().as_metadata())
         write_record(
@@ -142,7 +142,7 @@ class TrainingRun:
         )
 
     def _start(self, stack: ExitStack) -> Start:
-        """Where to start from, in a place that can be written to."""
+        """Where to start from; checks that files can be written there."""
         plan, processes = self.plan, self.planned.processes
         refuse_different_plans(plan)
         start = choose_start(self.planned, self._identity, processes)
@@ -175,7 +175,7 @@ class TrainingRun:
         return lock.directory
 
     def _outputs(self, start: Start, parts: Parts, progress: Progress, stack: ExitStack) -> Outputs:
-        """Loggers and checkpoints, of the first process alone."""
+        """Loggers and checkpoints; only the first process has any."""
         planned, plan = self.planned, self.plan
         if not planned.processes.is_first:
             return Outputs()

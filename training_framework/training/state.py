@@ -1,4 +1,4 @@
-"""What training changes, saved and taken over together."""
+"""What training changes, saved and restored together."""
 
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -21,8 +21,8 @@ class TrainState:
     Attributes:
         model: The network, in DDP or not.
         optimizer: Over the model's parameters.
-        scaler: Of the loss, with fp16; disabled otherwise.
-        sums: Where loss and hits of the training batches gather; None: nowhere.
+        scaler: Scales the loss with fp16; disabled otherwise.
+        sums: Sums of the training batches' loss and hits; None: none are kept.
         average: The weight average; None: there is none.
     """
 
@@ -45,7 +45,7 @@ class TrainState:
         ]
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint holds of it: the live tensors, so copy them before the next step."""
+        """The state for a checkpoint, as live tensors: copy them before the next step."""
         return {
             "model": self.network.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -55,7 +55,7 @@ class TrainState:
         }
 
     def load_state_dict(self, state: dict[str, Any], *, with_sums: bool = True) -> None:
-        """Take over what `state_dict` gave. A part that either side lacks stays as it is.
+        """Restore what `state_dict` returned. A part that either side lacks stays as it is.
 
         The optimizer keeps its own options, such as its momentum, and a weight average that the
         state lacks begins at the weights.
@@ -98,7 +98,7 @@ class TrainState:
                     raise ValueError(f"{key} of shape {tuple(value.shape)}")
 
     def checkpoint_bytes(self) -> int:
-        """About how large a checkpoint becomes: weights, their average, the optimizer's state."""
+        """Approximate size of a checkpoint: weights, their average, the optimizer's state."""
         weights = sum(parameter.nbytes for parameter in self._parameters)
         copies = 1 + (self.average is not None)
         if isinstance(self.optimizer, torch.optim.SGD):

@@ -29,17 +29,18 @@ class TrainStep(TrainState):
         optimizer: Over the model's parameters.
         device_type: `cpu`, `cuda`, ...
         precision: What the forward pass computes in; weights stay in fp32.
-        label_smoothing: Of the training loss, 0 to 1.
-        grad_clip_val: Largest norm of the gradient; None does not clip.
-        sums: Where loss and hits of the training batches gather.
+        label_smoothing: Label smoothing of the training loss, 0 to 1.
+        grad_clip_val: Largest norm of the gradient; None: no clipping.
+        sums: Sums of the training batches' loss and hits.
         average: Weight average to keep up to date.
         compile_mode: torch.compile's mode for forward and loss; None runs them eagerly.
 
     Attributes:
         grad_norm: The gradient's norm before clipping, a scalar on the device, of the last step
             that measured it.
-        micro_batch_size: Most images of one forward pass; a larger batch goes in even parts whose
-            gradients add up to its own (a batch norm sees a part at a time). None: all at once.
+        micro_batch_size: Maximum images of one forward pass; a larger batch is computed in even
+            parts, whose gradients add up to the batch's (batch norm sees one part at a time).
+            None: all at once.
         phase: Entered around each phase of a step: a profiler's clock, or `untimed`.
     """
 
@@ -93,16 +94,16 @@ class TrainStep(TrainState):
         Args:
             images: (N, C, H, W) float.
             labels: (N,) int64.
-            mixed: Where images were mixed, with what.
+            mixed: The other labels and the share, if images were mixed.
             group_size: Batches of this step: the gradient is their mean.
-            last_of_group: Whether `update` comes next; until then DDP keeps gradients to itself.
+            last_of_group: Whether `update` comes next; until then DDP does not exchange gradients.
 
         Returns:
             The batch's mean loss, a scalar on the device.
         """
         if self._replays_graphs and self._group_starts:
-            # From here on the graphs may overwrite what earlier steps left in their memory, but not
-            # the gradients of this group's earlier batches.
+            # From now on the graphs may overwrite the results of earlier steps in their memory, but
+            # not the gradients of this group's earlier batches.
             torch.compiler.cudagraph_mark_step_begin()
         self._group_starts = last_of_group
         parts = self._parts(images, labels, mixed)
@@ -130,7 +131,7 @@ class TrainStep(TrainState):
     def _parts(
         self, images: Tensor, labels: Tensor, mixed: MixedWith | None
     ) -> list[tuple[Tensor, Tensor, MixedWith | None]]:
-        """The batch, in as few even parts as its size allows."""
+        """The batch, in as few even parts as possible."""
         if self.micro_batch_size is None or len(labels) <= self.micro_batch_size:
             return [(images, labels, mixed)]
         count = -(-len(labels) // self.micro_batch_size)
@@ -150,7 +151,7 @@ class TrainStep(TrainState):
                 the device.
 
         Returns:
-            That norm, where it was measured or needed for clipping.
+            That norm, if it was measured or needed for clipping.
         """
         norm = None
         for group in self.optimizer.param_groups:
@@ -169,6 +170,6 @@ class TrainStep(TrainState):
         return norm
 
     def discard(self) -> None:
-        """Forget what `accumulate` gathered, so that the step can be made again from its start."""
+        """Drop the gathered gradients, so that the step can be repeated from its start."""
         self.optimizer.zero_grad(set_to_none=True)
         self._group_starts = True

@@ -1,4 +1,4 @@
-"""Stop in good order: finish the step, save, leave; several processes at the same step."""
+"""Stop cleanly: finish the step, save, exit; several processes stop at the same step."""
 
 import signal
 import threading
@@ -19,7 +19,7 @@ _Result = TypeVar("_Result")
 
 
 class StopRequested(BaseException):
-    """A signal cut a call short. Not an Exception, so that `except Exception` lets it pass."""
+    """A signal interrupted a call. Not an Exception: `except Exception` must not catch it."""
 
 
 class StopSignals:
@@ -54,7 +54,7 @@ class StopSignals:
         self._restore()
 
     def interruptibly(self, call: Callable[[], _Result]) -> _Result:
-        """Make a call that may take long and can be dropped without loss.
+        """Make a call that may take long and can be interrupted without loss.
 
         Raises:
             StopRequested: A signal came during the call, or before it.
@@ -74,7 +74,7 @@ class StopSignals:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.received = signal.Signals(number)
-        self._restore()  # so that a second signal meets the default: stop now
+        self._restore()  # a second signal then has its default effect: stop now
         if self._cuts_short:
             raise StopRequested
 
@@ -83,7 +83,7 @@ class Decision(NamedTuple):
     """What all processes do after a step.
 
     Attributes:
-        stopped_by: Name of the signal to stop for; empty to go on.
+        stopped_by: Name of the signal to stop for; empty to continue.
         saves: Whether a save is due.
     """
 
@@ -92,11 +92,11 @@ class Decision(NamedTuple):
 
 
 class StopAgreement:
-    """Decides after each step whether to stop and whether to save, alike in all processes.
+    """Decides after each step whether to stop and whether to save, the same in all processes.
 
-    One process decides at once. Several agree by a collective, which waits for the device: at
-    logged steps, and in between only where steps take long. They save at logged steps only, where
-    the sums of all of them have just been read.
+    A single process decides by itself. Several agree through a collective, which waits for the
+    device: at logged steps, and in between only if steps take long. They save only at logged steps,
+    where the sums of all of them have just been read.
 
     Args:
         world_size: Processes.
@@ -123,14 +123,14 @@ class StopAgreement:
         Args:
             signals: Of this process.
             step: Steps made.
-            step_seconds: What a step takes about.
+            step_seconds: Approximate seconds of a step.
             save_is_due: Whether this process would save.
             at_logged_step: Whether a row was logged, so that the device was waited for anyway.
         """
         received = signals.received
         if self._alone:
             return Decision(received.name if received else "", save_is_due)
-        self._save_is_due |= save_is_due  # asked at a step where none may be made
+        self._save_is_due |= save_is_due  # remembered until a step that may save
         if not at_logged_step and step % self._steps_between:
             return Decision("", saves=False)
         number, due, seconds = largest(

@@ -1,4 +1,4 @@
-"""The training loop: epochs of steps, with rows, evaluations and checkpoints where they are due."""
+"""The training loop: epochs of steps, with rows, evaluations and checkpoints when they are due."""
 
 import time
 from collections.abc import Iterator
@@ -35,7 +35,7 @@ class Trainer:
         plan: Steps, batch sizes and intervals.
         parts: What trains: the step, its data and its schedule.
         outputs: Where numbers and checkpoints go.
-        progress: Where to go on from; every step moves it on.
+        progress: Where to start; every step advances it.
     """
 
     def __init__(
@@ -60,13 +60,13 @@ class Trainer:
         """Train to the end. A first SIGINT, SIGTERM or SIGHUP saves and ends early; a second kills.
 
         Raises:
-            UserError: The loader, the numbers of the training, memory, a log or a checkpoint do not
-                allow to go on.
+            UserError: The training cannot continue: the loader, a value that is not finite, memory,
+                a log or a checkpoint is the reason.
         """
         progress, step, loader = self.progress, self._parts.step, self._parts.loaders.train
         with self._signals:
             self._epoch_start = time.perf_counter() - progress.epoch_seconds
-            if progress.unlogged is not None:  # its run made the step, and was stopped before this
+            if progress.unlogged is not None:  # the run was stopped after the step, before its row
                 self._after_step(is_logged=True)
             while self._goes_on():
                 epoch, batches = progress.epoch, loader.epoch(progress.epoch, progress.batch)
@@ -95,7 +95,7 @@ class Trainer:
         return self.progress.step < self._last_step and not self._stopped_by
 
     def _logs_after(self, step_number: int) -> bool:
-        """Whether a row is logged after a step: regularly, and wherever something else happens."""
+        """Whether a row is logged after a step: regularly, and when something else happens too."""
         plan = self._plan
         return (
             step_number % plan.log_every_n_steps == 0
@@ -156,12 +156,12 @@ class Trainer:
                 raise UserError(
                     f"the training loader ended after {self.progress.batch + position} of "
                     f"{self._plan.batches_per_epoch} batches",
-                    "let its length be the number of batches it yields",
+                    "make its length the number of batches that it yields",
                 )
             yield batch
 
     def _after_step(self, *, is_logged: bool) -> None:
-        """Log, evaluate, end the epoch, agree on a stop and save, as far as each is due."""
+        """Log, evaluate, end the epoch, agree on a stop and save, if these are due."""
         progress, checkpoints = self.progress, self._outputs.checkpoints
         evaluation = self._log_row() if is_logged else None
         progress.epoch_seconds = time.perf_counter() - self._epoch_start
@@ -182,11 +182,11 @@ class Trainer:
             self._interval.leave_out(time.perf_counter() - start)
 
     def _log_row(self) -> Evaluation | None:
-        """Write a row, after an evaluation where one is due.
+        """Write a row, after an evaluation if one is due.
 
-        A row that is not written yet stands in the progress (`unlogged`). So a run that is stopped
-        here, or cannot write, goes on with this row. Returns the evaluation; None where none was
-        due, or a signal ended it.
+        Until it is written, the row is kept in the progress (`unlogged`). So a run that is stopped
+        here, or cannot write, resumes with this row. Returns the evaluation; None if none was due
+        or a signal ended it.
         """
         progress, plan, parts, step = self.progress, self._plan, self._parts, self._parts.step
         evaluate = parts.evaluate if plan.evaluates_after(progress.step) else None

@@ -1,4 +1,4 @@
-"""A user's own network: one trial before a run writes anything."""
+"""Tries a user's own network once, before a run writes anything."""
 
 import contextlib
 import copy
@@ -23,7 +23,7 @@ _SIGNATURE = "let forward take float images (N, 3, H, W) and return scores (N, c
 
 
 def check_is_network(network: object) -> None:
-    """Refuse what is no network of PyTorch, or one that is wrapped for several processes.
+    """Refuse what is not a PyTorch network, or is wrapped for several processes.
 
     Raises:
         UserError: It is one of these.
@@ -68,8 +68,8 @@ def try_user_network(
                 _scores(network, images, training=False)
         _check_parameters(network)
         with _left_as_it_is(network):
-            # Evaluation comes last: what it leaves in a module needs no gradient, which could not
-            # be copied.
+            # Evaluation comes last: it leaves tensors without a gradient in the modules. Tensors
+            # with one could not be copied.
             for training in (True, False):
                 scores = _scores(network, images, training=training)
                 _check_scores(network, scores, len(images), num_classes, training=training)
@@ -81,7 +81,7 @@ def try_user_network(
         except Exception as error:  # user code may raise anything
             raise UserError(
                 f"{_named(network)} cannot be copied: {_reason(error)}",
-                "mend that, or set ema_decay to 0",
+                "fix that, or set ema_decay to 0",
             ) from error
 
 
@@ -111,7 +111,7 @@ def _check_parameters(network: nn.Module) -> None:
 
 @contextlib.contextmanager
 def _left_as_it_is(network: nn.Module) -> Iterator[None]:
-    """Modes and buffers are as before at the end."""
+    """Restore modes and buffers at the end."""
     modes = [(module, module.training) for module in network.modules()]
     places = [
         (module, name, buffer)
@@ -126,7 +126,7 @@ def _left_as_it_is(network: nn.Module) -> Iterator[None]:
         for module, training in modes:
             module.training = training
         for (module, name, buffer), value in zip(places, values, strict=True):
-            # A scripted module gives another object for the same buffer each time.
+            # A scripted module returns a new object for the same buffer each time.
             if not isinstance(module, torch.jit.ScriptModule):
                 setattr(module, name, buffer)
             if not torch.equal(buffer, value):
@@ -179,7 +179,7 @@ def _check_scores(
 
 
 def _parts_of(value: Any) -> tuple[str, str]:
-    """What a network returned, for people, and how to get at its scores."""
+    """What a network returned, in words, and an expression for its scores."""
     kind = f"a {type(value).__name__}"
     if hasattr(value, "logits"):
         return f"{kind} with logits", "network(images).logits"
@@ -193,7 +193,7 @@ def _parts_of(value: Any) -> tuple[str, str]:
 
 
 def class_of(network: nn.Module) -> str:
-    """Name of a network's class; of a scripted one, the class that it was made from."""
+    """Name of a network's class; for a scripted network, the class that it was made from."""
     name = getattr(network, "original_name", None)
     return name if isinstance(name, str) else type(network).__name__
 
