@@ -13,8 +13,9 @@ from typing import Any
 from torch import nn
 
 from training_framework.data import Dataset, FileSplit
+from training_framework.data.image_files import read_image
 from training_framework.data.user_digest import user_loader_digest
-from training_framework.errors import shown
+from training_framework.errors import UserError, shown
 from training_framework.plan import PlannedRun
 
 __all__ = ["identity_differences", "network_digest", "run_identity"]
@@ -66,8 +67,8 @@ def _sampled_contents(dataset: Dataset) -> str:
             continue
         for number in range(min(SAMPLED_FILES, len(split))):
             path = split.root / split.paths[number * len(split) // min(SAMPLED_FILES, len(split))]
-            with suppress(OSError):  # loading the file will report it
-                digest.update(path.read_bytes())
+            with suppress(UserError):  # loading the file will report it
+                digest.update(read_image(path))
     return digest.hexdigest()
 
 

@@ -50,6 +50,8 @@ def device_label(experiment: Experiment, hardware: Hardware | None = None) -> st
 def environment_of(hardware: Hardware) -> dict[str, Any]:
     """Machine, versions and the environment variables that matter, for a result file."""
     plain = dataclasses.asdict(hardware)
+    # Of a moment: each sample has its own, and a comparison may be resumed at another load.
+    del plain["other_cpu_share"]
     return {
         **{key: list(value) if isinstance(value, tuple) else value for key, value in plain.items()},
         "system": f"{platform.system()} {platform.release()}",
