@@ -51,11 +51,11 @@ class Network(nn.Module):
         self.norm = nn.BatchNorm2d(3)
         self.dropout = nn.Dropout(0.2)
         self.layer = nn.Linear(48, 3)
-        self.hook = hook
+        self._hook = hook
 
     def forward(self, images: Tensor) -> Tensor:
         scores = self.layer(self.dropout(self.norm(images)).flatten(1))
-        return scores if self.hook is None or not self.training else self.hook(images, scores)
+        return scores if self._hook is None or not self.training else self._hook(images, scores)
 
 
 def train(
@@ -142,7 +142,7 @@ def test_statistics_of_a_norm_that_overflow_are_named_and_never_saved(in_tmp_pat
             network.norm.running_var.data[1] = math.inf
         return scores
 
-    network.hook = hook
+    network._hook = hook
     with pytest.raises(UserError, match=r"norm\.running_var became inf at step 2"):
         train(network, *samples())
     assert last()["progress"]["step"] == 1
