@@ -4,13 +4,17 @@ import re
 
 __all__ = ["memory_shortage"]
 
-# PyTorch's words for host memory, and for libraries of a CUDA device that find none. oneDNN says of
-# a kernel that it has no room for just that it could not create it.
+# PyTorch's words for host memory, for CUDA's, NCCL's and mps's own errors, and for libraries of a
+# CUDA device that find no memory: cuBLAS then cannot start, and cuDNN has no kernel that fits.
+# oneDNN says of a kernel that it has no room for just that it could not create it.
 _SIGNS = (
     "can't allocate memory",
     "can't start new thread",
-    "CUBLAS_STATUS_ALLOC_FAILED",
-    "CUDNN_STATUS_ALLOC_FAILED",
+    "out of memory",
+    "cublas_status_alloc_failed",
+    "cublas_status_not_initialized",
+    "cudnn_status_alloc_failed",
+    "unable to find an engine",
 )
 _ONEDNN_SIGN = "could not create a primitive"
 
@@ -23,7 +27,7 @@ def memory_shortage(error: BaseException) -> str | None:
     text = " ".join(str(error).split())
     # Its name, since torch's class is found at several places and numpy has one of its own.
     known = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    said = text == _ONEDNN_SIGN or any(sign in text for sign in _SIGNS)
+    said = text == _ONEDNN_SIGN or any(sign in text.lower() for sign in _SIGNS)
     if not known and not (isinstance(error, RuntimeError) and said):
         return None
     text = re.sub(r"^\[enforce fail at [^\]]*\][^:]*?(?=DefaultCPUAllocator)", "", text)

@@ -190,6 +190,7 @@ class TrainingRun:
             loggers.message(line)
         keeper = open_keeper(directory, parts)
         stack.enter_context(keeper)
+        parts.step.report = loggers.message
         parts.loaders.report_to(loggers.message, directory / "bad_images.txt")
         return Outputs(
             loggers=loggers,

@@ -1,10 +1,12 @@
 """One optimizer step: forward, loss, backward over a group of batches, then one update."""
 
+import warnings
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
+from training_framework.errors import UserError, one_line
 from training_framework.machine.precision import Precision, autocast
 from training_framework.optimizers import WeightAverage
 from training_framework.training.loss import classification_loss
@@ -34,6 +36,7 @@ class TrainStep(TrainState):
         sums: Where loss and hits of the training batches gather.
         average: Weight average to keep up to date.
         compile_mode: torch.compile's mode for forward and loss; None runs them eagerly.
+        needs_compile: A step that cannot be compiled is an error; otherwise it runs eagerly.
 
     Attributes:
         grad_norm: The gradient's norm before clipping, a scalar on the device, of the last step
@@ -41,6 +44,7 @@ class TrainStep(TrainState):
         micro_batch_size: Most images of one forward pass; a larger batch goes in even parts whose
             gradients add up to its own (a batch norm sees a part at a time). None: all at once.
         phase: Entered around each phase of a step: a profiler's clock, or `untimed`.
+        report: Shows a line to the user; a warning, unless set.
     """
 
     def __init__(
@@ -55,19 +59,23 @@ class TrainStep(TrainState):
         sums: ClassificationSums | None = None,
         average: WeightAverage | None = None,
         compile_mode: str | None = None,
+        needs_compile: bool = True,
     ) -> None:
         scaler = torch.amp.GradScaler(device_type, enabled=precision == "16-mixed")
         super().__init__(model, optimizer, scaler=scaler, sums=sums, average=average)
         self.grad_norm: Tensor | None = None
         self.micro_batch_size: int | None = None
         self.phase: EnterPhase = untimed
+        self.report: Callable[[str], None] = _warn
         self._device_type = device_type
         self._precision: Precision = precision
         self._smoothing = label_smoothing
         self._grad_clip_val = grad_clip_val
         self._forward: Callable[..., tuple[Tensor, Tensor]] = self._logits_and_loss
+        self._needs_compile = needs_compile
         if compile_mode is not None:
-            self._forward = torch.compile(self._logits_and_loss, mode=compile_mode)
+            self._compiled = torch.compile(self._logits_and_loss, mode=compile_mode)
+            self._forward = self._compiled_or_eager
         self._group_starts = True
         self._replays_graphs = compile_mode in ("reduce-overhead", "max-autotune")
 
@@ -78,6 +86,34 @@ class TrainStep(TrainState):
             logits = self.model(images)
         loss = classification_loss(logits, labels, label_smoothing=self._smoothing, mixed=mixed)
         return logits, loss
+
+    def _compiled_or_eager(
+        self, images: Tensor, labels: Tensor, mixed: MixedWith | None
+    ) -> tuple[Tensor, Tensor]:
+        """The compiled forward pass; from the first failure to compile on, the eager one.
+
+        Raises:
+            UserError: It cannot be compiled, and was asked for.
+        """
+        try:
+            return self._compiled(images, labels, mixed)
+        except RuntimeError as error:
+            # Imported by torch.compile, and slow to import without it.
+            from torch._dynamo.exc import TorchDynamoException
+
+            if not isinstance(error, TorchDynamoException):
+                raise
+            cause = getattr(error, "inner_exception", error)
+            first = one_line(f"{type(cause).__name__}: {cause}".partition("\n")[0])
+            if self._needs_compile:
+                raise UserError(
+                    f"compile: the training step cannot be compiled: {first}",
+                    "set compile to false",
+                ) from error
+        self.report(f"note: the training step cannot be compiled, and runs without: {first}")
+        self._forward = self._logits_and_loss
+        self._replays_graphs = False
+        return self._logits_and_loss(images, labels, mixed)
 
     def accumulate(
         self,
@@ -172,3 +208,7 @@ class TrainStep(TrainState):
         """Forget what `accumulate` gathered, so that the step can be made again from its start."""
         self.optimizer.zero_grad(set_to_none=True)
         self._group_starts = True
+
+
+def _warn(line: str) -> None:
+    warnings.warn(line, RuntimeWarning, stacklevel=2)

@@ -1,0 +1,84 @@
+"""Whole runs on a GPU that is not there: all that a plan can choose, and every switch."""
+
+import pytest
+from findings import findings
+
+H200 = {"name": "NVIDIA H200", "capability": (9, 0), "memory_gib": 140}
+V100 = {"name": "Tesla V100-SXM2-16GB", "capability": (7, 0), "memory_gib": 16}
+GTX_1080 = {"name": "NVIDIA GeForce GTX 1080", "capability": (6, 1), "memory_gib": 8}
+GTX_1650 = {"name": "NVIDIA GeForce GTX 1650", "capability": (7, 5), "memory_gib": 4}
+EVERY_AUGMENTATION = {
+    "mixup": 0.2, "cutmix": 1.0, "cutout": 4, "random_erasing": 0.2, "flip": "alternating",
+}  # fmt: skip
+FROM_HOST = {"resident_data": False, "num_workers": 0}
+
+RUNS = {
+    "as planned": {},
+    "recorded": {"cuda_graph": True},
+    "recorded, average and augmentations": {
+        "cuda_graph": True, "ema_decay": 0.9, **EVERY_AUGMENTATION,
+    },
+    "recorded, clipped": {"cuda_graph": True, "optimizer": "adamw", "grad_clip_val": 1.0},
+    "recorded, from the host": {"cuda_graph": True, **FROM_HOST},
+    "recorded, compiled": {"cuda_graph": True, "compile": True},
+    "clipped": {"optimizer": "adamw", "grad_clip_val": 1.0},
+    "accumulated": {"accumulate_grad_batches": 2, "batch_size": 128, "ema_decay": 0.9},
+    "compiled": {"compile": True},
+    "not compiled": {"compile": False, "fused_optimizer": False},
+    "from the host": FROM_HOST,
+    "fp32": {"precision": "32"},
+    "fp16, sgd": {"precision": "16-mixed"},
+    "fp16, adamw, clipped": {
+        "precision": "16-mixed", "optimizer": "adamw", "grad_clip_val": 1.0,
+    },
+    "little memory": {"activation_checkpointing": True, "auto_micro_batch": True},
+    "the other way round": {
+        "channels_last": False, "deterministic": True, "share_early_weights": True,
+        "zero_init_last_norm": True, "label_smoothing": 0.1, "optimizer": "adam",
+        "pin_memory": False,
+    },
+    "two epochs, synthetic": {
+        "data": "synthetic", "epochs": 2, "synthetic_train_images": 512,
+        "synthetic_val_images": 128, "batch_size": 128, **EVERY_AUGMENTATION,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_is_whole_and_its_steps_never_wait(dry_run, name):
+    settings = RUNS[name]
+    report = dry_run(settings)
+    assert report.plan["device"] == "cuda"
+    assert report.steps == report.epochs * report.steps_per_epoch
+    assert findings(report) == []
+    if settings.get("cuda_graph"):
+        assert len(report.recorded) == 2  # forward and backward, and the update
+        assert set(report.replayed.values()) == {2}
+        optimizer = settings.get("optimizer", "sgd")
+        recorded = {name for name, is_recorded, _ in report.fused if is_recorded}
+        assert recorded == {f"aten._fused_{optimizer}_.tensor_lr"}
+    assert len(report.compiled) == bool(settings.get("compile"))
+
+
+@pytest.mark.parametrize("gpu", [H200, V100, GTX_1080, GTX_1650], ids=lambda gpu: gpu["name"])
+def test_what_is_planned_for_a_gpu_runs(dry_run, gpu):
+    report = dry_run({"epochs": 3 if gpu is H200 else 1}, gpu=gpu)
+    assert findings(report) == []
+
+
+def test_a_long_run_compiles_where_it_can(dry_run):
+    settings = {"epochs": 1000, "stop_after_steps": 4, "batch_size": 512}
+    report = dry_run(settings, gpu=H200)
+    assert findings(report) == []
+    assert report.compiled == ["reduce-overhead"]
+    old = dry_run(settings, gpu=GTX_1080)
+    assert findings(old) == []
+    assert old.compiled == []
+
+
+def test_a_logged_row_and_a_save_wait_a_known_number_of_times(dry_run):
+    waits = dry_run(FROM_HOST).waits
+    between = [where for _, where, when in waits if when == "between steps"]
+    assert len(between) <= 4, between  # a check, the sums, the norm and the order of the samples
+    assert len([where for _, where, when in waits if when == "save"]) == 1
+    assert len([where for _, where, when in waits if when == "evaluation"]) == 1
