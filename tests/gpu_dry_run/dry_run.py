@@ -25,7 +25,7 @@ from training_framework.training.run import TrainingRun
 from training_framework.training.trainer import Trainer
 
 SETTINGS = {
-    "data": "digits", "model": "resnet10", "epochs": 1, "batch_size": 256, "accelerator": "gpu",
+    "data": "digits", "model": "resnet10", "epochs": 1, "batch_size": 512, "accelerator": "gpu",
     "tensorboard": False, "resume": "never", "log_every_n_steps": 50,
 }  # fmt: skip
 

@@ -166,6 +166,8 @@ class Device:
         """A tensor has new memory, where another one may have been."""
         for known in (self.writers, self.copies):
             known.pop(storage_of(tensor), None)
+        if self.capturing is not None:  # the graph's own, and no content that it reads
+            self.capturing.writes[storage_of(tensor)] = tensor.untyped_storage()
 
     def record_stream(self, tensor: FakeTensor, stream: Stream) -> None:
         if storage_of(tensor) in self.copies:

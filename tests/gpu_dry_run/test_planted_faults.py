@@ -4,7 +4,7 @@ import pytest
 from findings import findings
 
 PACKAGE = "training_framework."
-RECORDED = {"cuda_graph": True}
+RECORDED = {"cuda_graph": True, "batch_size": 256}  # the fourth of five steps is recorded
 FROM_HOST = {"resident_data": False, "num_workers": 0}
 CUTOUT = {"cutout": 4}
 
