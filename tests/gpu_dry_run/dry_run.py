@@ -118,6 +118,8 @@ def plant(function: str, old: str, new: str) -> None:
     for part in qualified_name.split("."):
         target = getattr(target, part)
     target = getattr(target, "__func__", target)  # of a class method
+    while hasattr(target, "__wrapped__"):  # by a decorator
+        target = target.__wrapped__
     target.__code__ = _code_named(found, qualified_name)
 
 

@@ -21,8 +21,6 @@ RUNS = {
     "recorded, clipped": {**RECORDED, "optimizer": "adamw", "grad_clip_val": 1.0},
     "recorded, compiled, from the host": {**RECORDED, "compile": True, **FROM_HOST},
     "accumulated": {"accumulate_grad_batches": 2, "batch_size": 128, "ema_decay": 0.9},
-    "not compiled or fused": {"compile": False, "fused_optimizer": False},
-    "from the host": FROM_HOST,
     "fp16, sgd": {"precision": "16-mixed"},
     "little memory, fp32": {
         "activation_checkpointing": True, "auto_micro_batch": True, "precision": "32",
@@ -33,6 +31,8 @@ RUNS = {
     },
 }  # fmt: skip
 FURTHER_RUNS = {
+    "from the host": FROM_HOST,
+    "not compiled or fused": {"compile": False, "fused_optimizer": False},
     "recorded": RECORDED,
     "recorded, from the host": {**RECORDED, **FROM_HOST},
     "recorded, adam, fp32": {**RECORDED, "optimizer": "adam", "precision": "32"},
