@@ -93,6 +93,40 @@ def test_the_peak_is_measured_cited_or_said_to_be_unknown():
     assert measure_peak_flops("cuda", "Unheard-of 9000", torch.bfloat16) == (0.0, "n/a")
 
 
+@pytest.mark.parametrize(
+    ("name", "teraflops"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 NVL", 835),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+        ("NVIDIA H20", 148),
+        ("NVIDIA H200 NVL", 835),
+        ("NVIDIA B200", 2250),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("A100-PCIE-40GB", 312),
+        ("NVIDIA A100 80GB PCIe", 312),
+        ("NVIDIA RTX A1000", None),
+        ("NVIDIA RTX A6000", 155),
+        ("NVIDIA A30", 165),
+        ("NVIDIA A10", 125),
+        ("NVIDIA A10G", 70),
+        ("NVIDIA L4", 121),
+        ("NVIDIA L40", 181),
+        ("NVIDIA L40S", 362),
+        ("Tesla T4", 65),
+        ("NVIDIA T400 4GB", None),
+        ("Tesla V100-SXM2-16GB", 125),
+        ("Tesla V100-PCIE-32GB", 112),
+        ("NVIDIA GeForce RTX 5090", 209),
+        ("NVIDIA GeForce RTX 4090", 165),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+    ],
+)
+def test_a_peak_is_cited_for_exactly_that_model(name, teraflops):
+    expected = (0.0, "n/a") if teraflops is None else (teraflops * 1e12, "cited")
+    assert measure_peak_flops("cuda", name, torch.bfloat16) == expected
+
+
 def test_measuring_the_peak_leaves_the_runs_generator_alone():
     torch.manual_seed(0)
     expected = torch.rand(1)

@@ -28,6 +28,14 @@ def test_a_real_failure_of_the_cpu_allocator_is_known_and_keeps_its_number():
         (MemoryError(), "MemoryError"),
         (MemoryError("Unable to allocate 8. EiB"), "Unable to allocate 8. EiB"),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"), None),
+        (
+            RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate`"),
+            None,
+        ),
+        (torch.AcceleratorError("CUDA error: out of memory"), None),
+        (RuntimeError("FIND was unable to find an engine to execute this computation"), None),
+        (RuntimeError("NCCL error: ncclUnhandledCudaError, Cuda failure 2 'out of memory'"), None),
+        (RuntimeError("MPS backend out of memory (MPS allocated: 17.99 GB)"), None),
     ],
 )
 def test_other_memories_are_known_too(error, said):

@@ -111,6 +111,43 @@ def test_bf16_instructions_count_where_they_are_measured_to_be_fast():
     assert "1.9x the speed of fp32, measured" in reason(plan(fast), "precision")
 
 
+GTX_1080 = Accelerator(kind="cuda", name="GTX 1080", capability=(6, 1))
+GTX_1650 = Accelerator(kind="cuda", name="GTX 1650", capability=(7, 5))
+V100 = dataclasses.replace(FP16_GPU, capability=(7, 0))
+
+
+@pytest.mark.parametrize("gpu", [GTX_1080, GTX_1650])
+def test_gpus_without_tensor_cores_get_fp32_in_pytorchs_own_layout(gpu):
+    made = plan(with_gpus(gpu))
+    assert (made.precision, made.channels_last) == ("32", False)
+    assert "no tensor cores" in reason(made, "precision")
+    assert "no tensor cores" in reason(plan(with_gpus(gpu), precision="16-mixed"), "precision")
+    assert plan(with_gpus(gpu), channels_last=True).channels_last
+
+
+def test_bf16_where_the_gpu_does_not_compute_it_says_so():
+    made = plan(with_gpus(V100), precision="bf16-mixed")
+    assert "Tesla V100 does not compute bf16 itself, and precision 16-mixed is faster" in reason(
+        made, "precision"
+    )
+    assert reason(plan(with_gpus(NEW_GPU), precision="bf16-mixed"), "precision") == "asked for"
+    assert plan(with_gpus(V100)).channels_last
+
+
+def test_a_long_run_is_compiled_only_where_it_can_be():
+    def compiled(hardware):
+        made = plan(hardware, epochs=1000)
+        return made.compile, reason(made, "compile")
+
+    assert compiled(with_gpus(V100))[0]
+    assert compiled(with_gpus(NEW_GPU))[0]
+    old = compiled(with_gpus(GTX_1080))
+    assert old == (False, "needs compute capability 7.0, and the GPU has 6.1")
+    bare = dataclasses.replace(with_gpus(NEW_GPU), triton_fault="Triton is not installed")
+    assert compiled(bare) == (False, "Triton is not installed")
+    assert plan(bare, epochs=1000, compile=True).compile
+
+
 def test_durations_become_steps():
     made = plan(
         batch_size=128,

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from training_framework.errors import UserError
 from training_framework.models.resnet import build_model
 from training_framework.optimizers import WeightAverage, build_optimizer
 from training_framework.training.metrics import ClassificationSums
@@ -300,3 +301,45 @@ def test_an_average_that_the_state_lacks_begins_at_its_weights(batch):
     TrainStep(other, sgd(other), device_type="cpu", average=average).load_state_dict(state)
     for name, tensor in model.state_dict().items():
         assert torch.equal(average.state_dict()[name], tensor), name
+
+
+@pytest.fixture
+def _broken_compiler(monkeypatch):
+    compile_with = torch.compile
+
+    def broken(graph, inputs):
+        raise RuntimeError("Triton finds no compiler\nand so on")
+
+    monkeypatch.setattr(torch, "compile", lambda f, mode: compile_with(f, backend=broken))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch's own imports
+@pytest.mark.usefixtures("_broken_compiler")
+def test_a_step_that_cannot_be_compiled_runs_without_and_says_so_once(batch):
+    models = small_network(), small_network()
+    compiled = TrainStep(
+        models[0], sgd(models[0]), device_type="cpu", compile_mode="reduce-overhead",
+        needs_compile=False,
+    )  # fmt: skip
+    plain = TrainStep(models[1], sgd(models[1]), device_type="cpu")
+    said = []
+    compiled.compiled.report = said.append
+    for number in range(2):
+        for step in (compiled, plain):
+            step.accumulate(*batch)
+            step.update(0.1, step=number)
+    assert len(said) == 1
+    assert "cannot be compiled" in said[0] and "runs without torch.compile" in said[0]
+    assert "Triton finds no compiler" in said[0]
+    assert "\n" not in said[0]
+    states = [model.state_dict() for model in models]
+    torch.testing.assert_close(*states, rtol=0, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch's own imports
+@pytest.mark.usefixtures("_broken_compiler")
+def test_a_step_that_is_to_be_compiled_and_cannot_is_one_line_with_a_cure(batch):
+    model = small_network()
+    step = TrainStep(model, sgd(model), device_type="cpu", compile_mode="default")
+    with pytest.raises(UserError, match=r"^compile: .*Triton finds no compiler.*set compile to fa"):
+        step.accumulate(*batch)

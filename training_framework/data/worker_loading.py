@@ -91,7 +91,7 @@ class WorkerLoader:
         self._device = torch.device(device)
         self._num_workers = num_workers
         self._prefetch_factor = prefetch_factor
-        self._pin_memory = pin_memory
+        self._pins = pin_memory and self._device.type == "cuda"
         self._requests = _Requests()
         self._data_loader: DataLoader[HostBatch | _Fault] | None = None
         self._running: Generator[Batch] | None = None
@@ -157,9 +157,13 @@ class WorkerLoader:
                 raise UserError(item.fault, item.cure)
             if self._bad_images is not None:
                 self._bad_images.add(self._split_name, item.bad)
-            # The indices are kept over many batches, in case an error has to name samples. Tensors
-            # from a worker would each occupy a file descriptor.
-            yield item.batch._replace(indices=item.batch.indices.clone())
+            batch = item.batch
+            if not self._pins:
+                # The indices are kept over many batches, in case an error has to name samples.
+                # Tensors from a worker would each occupy a file descriptor. Pinned memory is a
+                # copy already; memory that is not pinned would make the host wait for the device.
+                batch = batch._replace(indices=batch.indices.clone())
+            yield batch
 
     def _start(self) -> DataLoader[HostBatch | _Fault]:
         parallel = self._num_workers > 0
@@ -174,7 +178,7 @@ class WorkerLoader:
             num_workers=self._num_workers,
             prefetch_factor=self._prefetch_factor if parallel else None,
             persistent_workers=parallel,
-            pin_memory=self._pin_memory and self._device.type == "cuda",
+            pin_memory=self._pins,
             worker_init_fn=_follow_parent,
             # A separate one, so that starting an epoch does not change the run's generator.
             generator=torch.Generator(),

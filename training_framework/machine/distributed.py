@@ -116,13 +116,14 @@ def process_group(processes: Processes, device: torch.device) -> Iterator[None]:
 
 
 def largest(values: Sequence[float], device: torch.device) -> list[float]:
-    """The maximum of each value over all processes, in fp32. Waits for the device.
+    """The maximum of each value over all processes, in fp32.
 
-    All processes must call it at the same point.
+    Several processes wait for the device, and must all call it at the same point.
     """
+    if not dist.is_initialized():
+        return [float(value) for value in values]
     numbers = torch.tensor(values, dtype=torch.float32, device=device)
-    if dist.is_initialized():
-        dist.all_reduce(numbers, op=dist.ReduceOp.MAX)
+    dist.all_reduce(numbers, op=dist.ReduceOp.MAX)
     return numbers.tolist()
 
 

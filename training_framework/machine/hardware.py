@@ -5,7 +5,6 @@ import os
 import platform
 import sys
 import time
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +13,12 @@ import torch
 
 from training_framework.errors import UserError
 from training_framework.kernels.compiler import find_compiler, missing_compiler
+from training_framework.machine.accelerators import (
+    Accelerator,
+    find_accelerators,
+    find_triton_fault,
+    gpu_support_fault,
+)
 from training_framework.machine.load import MachineWatch
 from training_framework.machine.memory import can_keep_freed_memory, memory_in_use
 from training_framework.machine.peak_flops import measure_bf16_speed
@@ -38,27 +43,6 @@ MIN_WATCH_SECONDS = 0.08
 
 
 @dataclass(frozen=True, kw_only=True)
-class Accelerator:
-    """One accelerator, usable or not.
-
-    Attributes:
-        kind: PyTorch's device type (`cuda` also for ROCm, `mps`, `xpu`).
-        name: Its name according to the driver.
-        index: Its number among the devices of its kind.
-        memory_bytes: Its own memory; 0 if it shares the host's or if unknown.
-        bf16: Whether it supports bfloat16 in hardware.
-        fault: Why this PyTorch cannot use it, with the cure; empty if it can.
-    """
-
-    kind: str
-    name: str
-    index: int = 0
-    memory_bytes: int = 0
-    bf16: bool = False
-    fault: str = ""
-
-
-@dataclass(frozen=True, kw_only=True)
 class Hardware:
     """The facts about the machine that a plan is based on.
 
@@ -72,6 +56,8 @@ class Hardware:
             not measured or if the CPU has no instructions for bf16.
         cpp_compiler: Name of the C++ compiler for CPU kernels; None if there is no working one.
         cpp_compiler_fault: Why there is none, in a few words.
+        triton_fault: Why Triton, which writes torch.compile's kernels for GPUs, cannot work here;
+            empty if it can, or if there is no GPU for it.
         glibc: Whether glibc allocates memory; glibc can be told to keep freed memory.
         thread_limit: Largest number of threads of OpenMP (OMP_THREAD_LIMIT); None: no limit.
         other_cpu_share: Share of the cores that other processes used during detection, 0 to 1; 0
@@ -86,6 +72,7 @@ class Hardware:
     bf16_speed: float | None = None
     cpp_compiler: str | None = None
     cpp_compiler_fault: str = "no C++ compiler is installed"
+    triton_fault: str = ""
     glibc: bool = False
     thread_limit: int | None = None
     other_cpu_share: float = 0.0
@@ -139,15 +126,18 @@ def detect_hardware() -> Hardware:
         if flag in flags
     ]
     bf16_speed = measure_bf16_speed() if BF16_INSTRUCTIONS & set(sets) else None
+    accelerators = find_accelerators()
+    on_cuda = any(gpu.kind == "cuda" and not gpu.fault for gpu in accelerators)
     return Hardware(
         cpu_name=cpu_name,
         cores=usable_cores(),
         instruction_sets=tuple(sets),
         memory_bytes=_usable_memory(),
-        accelerators=_accelerators(),
+        accelerators=accelerators,
         bf16_speed=bf16_speed,
         cpp_compiler=None if compiler is None else Path(compiler).name,
         cpp_compiler_fault=missing_compiler() if compiler is None else "",
+        triton_fault=find_triton_fault() if on_cuda else "",
         glibc=can_keep_freed_memory(),
         thread_limit=thread_limit,
         other_cpu_share=_other_cpu_share(watch),
@@ -216,112 +206,6 @@ def _usable_memory() -> int:
         return min(total, int(MEMORY_LIMIT_FILE.read_text(encoding="ascii")))
     except (OSError, ValueError):  # no container, or one without a limit ("max")
         return total
-
-
-def _accelerators() -> tuple[Accelerator, ...]:
-    if torch.cuda.is_available():
-        with warnings.catch_warnings():
-            # PyTorch warns in several lines about a GPU that it does not support; we use one line.
-            warnings.simplefilter("ignore")
-            return tuple(_cuda_device(index) for index in range(torch.cuda.device_count()))
-    current = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    if current is not None:
-        count = torch.accelerator.device_count()
-        name = f"{platform.processor() or platform.machine()} {current.type}"
-        return tuple(
-            Accelerator(kind=current.type, name=name, index=index, bf16=current.type == "xpu")
-            for index in range(count)
-        )
-    return _nvidia_devices_without_cuda()
-
-
-def _cuda_device(index: int) -> Accelerator:
-    properties = torch.cuda.get_device_properties(index)
-    capability = (properties.major, properties.minor)
-    # ROCm lists gfx names; there we trust PyTorch's own check at start-up.
-    fault = "" if torch.version.hip else gpu_support_fault(capability, torch.cuda.get_arch_list())
-    return Accelerator(
-        kind="cuda",
-        name=properties.name,
-        index=index,
-        memory_bytes=properties.total_memory,
-        bf16=not fault and torch.cuda.is_bf16_supported(including_emulation=False),
-        fault=fault,
-    )
-
-
-def gpu_support_fault(capability: tuple[int, int], built_for: list[str]) -> str:
-    """Why a build of PyTorch has no kernels for a GPU, with the cure; empty if it has some.
-
-    Machine code (`sm_80`) runs on the same major version with the same or a later minor version.
-    The driver compiles PTX (`compute_90`) for the same or any later version. Source: CUDA C++
-    Programming Guide, "Binary compatibility" and "PTX compatibility".
-
-    Args:
-        capability: The GPU's compute capability, (6, 1) for 6.1.
-        built_for: The list from `torch.cuda.get_arch_list()`.
-    """
-    if not built_for:
-        return ""
-    versions = []
-    for name in built_for:
-        kind, _, digits = name.partition("_")
-        digits = digits.rstrip("af")  # sm_90a, sm_100f: special features of one architecture
-        if not digits.isdigit():
-            continue
-        version = (int(digits[:-1]), int(digits[-1]))
-        versions.append(version)
-        if kind == "sm" and version[0] == capability[0] and version[1] <= capability[1]:
-            return ""
-        if kind == "compute" and version <= capability:
-            return ""
-    if not versions:
-        return ""
-    lowest = ".".join(map(str, min(versions)))
-    mine = ".".join(map(str, capability))
-    return (
-        f"has compute capability {mine}, but PyTorch {torch.__version__} is built for {lowest} "
-        f"and newer; install a PyTorch build with kernels for {mine}"
-        if capability < min(versions)
-        else f"has compute capability {mine}, which PyTorch {torch.__version__} has no kernels "
-        "for; install a newer PyTorch"
-    )
-
-
-def _nvidia_devices_without_cuda() -> tuple[Accelerator, ...]:
-    """NVIDIA GPUs that the driver finds but this PyTorch cannot use."""
-    try:
-        import pynvml
-    except ImportError:
-        return ()
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError:  # no NVIDIA driver: an ordinary machine without a GPU
-        return ()
-    try:
-        if torch.version.cuda is None:
-            fault = (
-                f"cannot be used: PyTorch {torch.__version__} is built without CUDA; "
-                "install a CUDA build (pytorch.org/get-started)"
-            )
-        else:
-            fault = (
-                f"cannot be used by PyTorch {torch.__version__} (CUDA {torch.version.cuda}); "
-                "update the NVIDIA driver, or check CUDA_VISIBLE_DEVICES"
-            )
-        return tuple(
-            Accelerator(
-                kind="cuda",
-                name=pynvml.nvmlDeviceGetName(handle),
-                index=index,
-                memory_bytes=int(pynvml.nvmlDeviceGetMemoryInfo(handle).total),
-                fault=fault,
-            )
-            for index in range(pynvml.nvmlDeviceGetCount())
-            for handle in (pynvml.nvmlDeviceGetHandleByIndex(index),)
-        )
-    finally:
-        pynvml.nvmlShutdown()
 
 
 def library_versions() -> dict[str, str]:

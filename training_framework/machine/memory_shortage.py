@@ -4,13 +4,17 @@ import re
 
 __all__ = ["memory_shortage"]
 
-# PyTorch's messages for full host memory, and those of CUDA libraries. If oneDNN has no memory for
-# a kernel, its message is only that it could not create it.
+# PyTorch's messages for full memory of the host, of CUDA, NCCL and mps. Without memory, cuBLAS
+# cannot start, and cuDNN has no kernel that fits. If oneDNN has no memory for a kernel, its message
+# is only that it could not create it.
 _SIGNS = (
     "can't allocate memory",
     "can't start new thread",
-    "CUBLAS_STATUS_ALLOC_FAILED",
-    "CUDNN_STATUS_ALLOC_FAILED",
+    "out of memory",
+    "cublas_status_alloc_failed",
+    "cublas_status_not_initialized",
+    "cudnn_status_alloc_failed",
+    "unable to find an engine",
 )
 _ONEDNN_SIGN = "could not create a primitive"
 
@@ -23,7 +27,7 @@ def memory_shortage(error: BaseException) -> str | None:
     text = " ".join(str(error).split())
     # By name: torch's class has several import paths, and numpy has its own class.
     known = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    has_sign = text == _ONEDNN_SIGN or any(sign in text for sign in _SIGNS)
+    has_sign = text == _ONEDNN_SIGN or any(sign in text.lower() for sign in _SIGNS)
     if not known and not (isinstance(error, RuntimeError) and has_sign):
         return None
     text = re.sub(r"^\[enforce fail at [^\]]*\][^:]*?(?=DefaultCPUAllocator)", "", text)

@@ -1,6 +1,7 @@
 """The peak speed of a device: from data sheets for GPUs, measured for CPUs."""
 
 import functools
+import re
 import time
 from collections.abc import Callable
 from typing import Literal
@@ -8,28 +9,55 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-__all__ = ["measure_bf16_speed", "measure_peak_flops"]
+__all__ = ["gpu_model", "measure_bf16_speed", "measure_peak_flops"]
 
 PEAK_TRIAL_SECONDS = 0.1
 BF16_TRIALS = 5
 
-# Dense peak of the tensor cores in FLOP/s, by a part of the device's name; bf16 and fp16 are
-# equally fast on all of these. Sources: NVIDIA's data sheets (without sparsity).
+# Dense peak of the tensor cores in FLOP/s, accumulated in fp32, by model (see `gpu_model`); bf16
+# and fp16 are equally fast on all of these. Sources: NVIDIA's data sheets and architecture papers
+# (without sparsity). A model that is not listed has no peak here: a similar name proves nothing.
 CITED_PEAK_FLOPS = {
     "B200": 2250e12,
     "H200": 989e12,
-    "H100 PCIe": 756e12,
+    "H200 NVL": 835e12,
+    "GH200": 989e12,
     "H100": 989e12,
+    "H100 NVL": 835e12,
+    "H100 PCIE": 756e12,
+    "H20": 148e12,
     "A100": 312e12,
-    "L40S": 362e12,
-    "L4": 121e12,
-    "A10G": 70e12,
+    "A100 PCIE": 312e12,
+    "A30": 165e12,
+    "A40": 150e12,
     "A10": 125e12,
+    "A10G": 70e12,
+    "L40S": 362e12,
+    "L40": 181e12,
+    "L4": 121e12,
     "T4": 65e12,
     "V100": 125e12,
+    "V100 PCIE": 112e12,
+    "V100S PCIE": 130e12,
+    "RTX A6000": 155e12,
+    "RTX 5090": 209e12,
     "RTX 4090": 165e12,
     "RTX 3090": 71e12,
 }
+# Words of a name that do not change the peak: who sells it, its memory, and its socket where there
+# is a model without one.
+_BRANDS = re.compile(r"\b(NVIDIA|TESLA|GEFORCE)\b")
+_MEMORY_OR_SOCKET = re.compile(r"\d+GB|HBM\d\w?|SXM\d?")
+
+
+def gpu_model(device_name: str) -> str:
+    """A GPU's model, from its name as the driver gives it.
+
+    `NVIDIA A100-SXM4-80GB` is an `A100`, and `NVIDIA GeForce RTX 4090 Laptop GPU` an
+    `RTX 4090 LAPTOP GPU`, which is another model than `RTX 4090`.
+    """
+    words = re.split(r"[ -]+", _BRANDS.sub("", device_name.upper()).strip())
+    return " ".join(word for word in words if not _MEMORY_OR_SOCKET.fullmatch(word))
 
 
 def measure_peak_flops(
@@ -47,9 +75,9 @@ def measure_peak_flops(
     if device_kind == "cpu":
         return _measured_cpu_peak(dtype), "measured"
     if dtype in (torch.bfloat16, torch.float16):
-        for name_part, flops in CITED_PEAK_FLOPS.items():
-            if name_part in device_name:
-                return flops, "cited"
+        flops = CITED_PEAK_FLOPS.get(gpu_model(device_name))
+        if flops is not None:
+            return flops, "cited"
     return 0.0, "n/a"
 
 

@@ -26,17 +26,19 @@ __all__ = ["ARITHMETIC"]
 
 # A compiled step must run often enough to make up for the time that compiling takes.
 COMPILE_FROM_STEPS = 2000
+# Below it Triton, which writes the kernels, raises.
+TRITON_FROM_CAPABILITY = (7, 0)
 COMPILE_MODES_ON_CUDA = ("default", "reduce-overhead")
 
 
 def _precision(situation: Situation) -> Decision:
     wanted = situation.config.precision
     if wanted not in ("auto", "mixed"):
-        return Decision(wanted, "asked for" + _emulation_note(situation))
+        return Decision(wanted, "asked for" + _slowness_note(situation))
     if situation.on_gpu:
         return _gpu_precision(situation.accelerators[0], wanted)
     if wanted == "mixed":
-        return Decision("bf16-mixed", "asked for" + _emulation_note(situation))
+        return Decision("bf16-mixed", "asked for" + _slowness_note(situation))
     return _cpu_precision(situation.hardware)
 
 
@@ -45,6 +47,9 @@ def _gpu_precision(gpu: Accelerator, wanted: str) -> Decision:
         return Decision("32", f"mixed precision is not proven on {gpu.kind}")
     if gpu.bf16:
         return Decision("bf16-mixed", f"{gpu.name} computes bf16")
+    if not gpu.tensor_cores:
+        slow = f"{gpu.name} has no tensor cores, so half precision is no faster"
+        return Decision("16-mixed" if wanted == "mixed" else "32", slow)
     return Decision("16-mixed", f"{gpu.name} has no bf16; fp16 with gradient scaling")
 
 
@@ -57,15 +62,28 @@ def _cpu_precision(hardware: Hardware) -> Decision:
     return Decision(value, f"the CPU computes bf16 itself ({sets}){measured}")
 
 
-def _emulation_note(situation: Situation) -> str:
+def _slowness_note(situation: Situation) -> str:
     wanted, hardware = situation.config.precision, situation.hardware
-    if situation.on_gpu or wanted == "32":
+    if situation.on_gpu:
+        return _gpu_slowness_note(situation.accelerators[0], wanted)
+    if wanted == "32":
         return ""
     if wanted == "16-mixed" or not hardware.cpu_bf16:
         kind = "fp16" if wanted == "16-mixed" else "bf16"
         return f"; this CPU emulates {kind}, which is slower than precision 32"
     if not hardware.cpu_bf16_pays:
         return f"; bf16 has {hardware.bf16_speed:.2g}x the speed of fp32 here, measured"
+    return ""
+
+
+def _gpu_slowness_note(gpu: Accelerator, wanted: str) -> str:
+    if gpu.capability is None or wanted == "32":
+        return ""
+    if wanted == "bf16-mixed" and not gpu.bf16:
+        faster = "16-mixed" if gpu.tensor_cores else "32"
+        return f"; {gpu.name} does not compute bf16 itself, and precision {faster} is faster"
+    if not gpu.tensor_cores:
+        return f"; {gpu.name} has no tensor cores, and precision 32 is as fast or faster"
     return ""
 
 
@@ -108,6 +126,8 @@ def _channels_last(situation: Situation) -> Decision:
         return Decision(wanted, "asked for")
     if situation.device == "mps":
         return Decision(False, "no gain on mps")
+    if situation.on_gpu and not situation.accelerators[0].tensor_cores:
+        return Decision(False, "slower on GPUs without tensor cores")
     return Decision(True, "the layout convolutions prefer here")
 
 
@@ -218,6 +238,12 @@ def _compile(situation: Situation) -> Decision:
         return Decision(wanted, f"asked for{mode}")
     if not situation.on_cuda:
         return Decision(False, "takes long and gains little off a CUDA GPU")
+    capability = situation.accelerators[0].capability
+    if capability is not None and capability < TRITON_FROM_CAPABILITY:
+        found, needed = (".".join(map(str, c)) for c in (capability, TRITON_FROM_CAPABILITY))
+        return Decision(False, f"needs compute capability {needed}, and the GPU has {found}")
+    if situation.hardware.triton_fault:
+        return Decision(False, situation.hardware.triton_fault)
     worth = steps >= COMPILE_FROM_STEPS
     comparison = "are enough" if worth else "are too few"
     return Decision(worth, f"{steps:,} steps {comparison} to repay compiling")

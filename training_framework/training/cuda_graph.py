@@ -45,7 +45,7 @@ class CudaGraphStep(TrainStep):
 
     def __init__(self, *arguments: Any, record: Record | None = None, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        assert not self._replays_graphs and not self.scaler.is_enabled()
+        assert not (self.compiled and self.compiled.replays_graphs) and not self.scaler.is_enabled()
         self._record = record or _CudaRecord()
         self._steps_made = 0
         self._largest_batch = 0

@@ -4,7 +4,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["classification_loss", "per_sample_losses"]
+__all__ = ["MixedWith", "classification_loss", "per_sample_losses"]
+
+MixedWith = tuple[Tensor, Tensor]
+"""Of mixed images: the other labels, (N,) int64, and the own labels' share, a scalar."""
 
 
 def _at_least_fp32(logits: Tensor) -> Tensor:

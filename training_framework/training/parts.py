@@ -181,6 +181,7 @@ def build_step(plan: TrainPlan, model: nn.Module, device: torch.device) -> Train
         sums=ClassificationSums(device, num_classes=plan.num_classes),
         average=average,
         compile_mode=plan.compile_mode if plan.compile else None,
+        needs_compile="compile" in plan.asked_for,
     )
 
 

@@ -7,15 +7,13 @@ from torch import Tensor, nn
 
 from training_framework.machine.precision import Precision, autocast
 from training_framework.optimizers import WeightAverage
-from training_framework.training.loss import classification_loss
+from training_framework.training.compiled_forward import CompiledForward
+from training_framework.training.loss import MixedWith, classification_loss
 from training_framework.training.metrics import ClassificationSums
 from training_framework.training.phases import EnterPhase, untimed
 from training_framework.training.state import TrainState
 
 __all__ = ["TrainStep"]
-
-MixedWith = tuple[Tensor, Tensor]
-"""Of mixed images: the other labels, (N,) int64, and the own labels' share, a scalar."""
 
 
 class TrainStep(TrainState):
@@ -34,14 +32,14 @@ class TrainStep(TrainState):
         sums: Sums of the training batches' loss and hits.
         average: Weight average to keep up to date.
         compile_mode: torch.compile's mode for forward and loss; None runs them eagerly.
+        needs_compile: Whether a step that cannot be compiled is an error, or runs eagerly.
 
     Attributes:
-        grad_norm: The gradient's norm before clipping, a scalar on the device, of the last step
-            that measured it.
-        micro_batch_size: Maximum images of one forward pass; a larger batch is computed in even
-            parts, whose gradients add up to the batch's (batch norm sees one part at a time).
-            None: all at once.
+        grad_norm: Norm before clipping, a scalar on the device, of the last step that measured it.
+        micro_batch_size: Maximum images of one forward pass. A larger batch is computed in even
+            parts (batch norm sees one part at a time). None: all at once.
         phase: Entered around each phase of a step: a profiler's clock, or `untimed`.
+        compiled: The compiled forward pass; None where it is eager.
     """
 
     def __init__(
@@ -56,6 +54,7 @@ class TrainStep(TrainState):
         sums: ClassificationSums | None = None,
         average: WeightAverage | None = None,
         compile_mode: str | None = None,
+        needs_compile: bool = True,
     ) -> None:
         scaler = torch.amp.GradScaler(device_type, enabled=precision == "16-mixed")
         super().__init__(model, optimizer, scaler=scaler, sums=sums, average=average)
@@ -67,10 +66,11 @@ class TrainStep(TrainState):
         self._smoothing = label_smoothing
         self._grad_clip_val = grad_clip_val
         self._forward: Callable[..., tuple[Tensor, Tensor]] = self._logits_and_loss
+        self.compiled: CompiledForward | None = None
         if compile_mode is not None:
-            self._forward = torch.compile(self._logits_and_loss, mode=compile_mode)
+            compiled = CompiledForward(self._logits_and_loss, compile_mode, needs_compile)
+            self._forward = self.compiled = compiled
         self._group_starts = True
-        self._replays_graphs = compile_mode in ("reduce-overhead", "max-autotune")
 
     def _logits_and_loss(
         self, images: Tensor, labels: Tensor, mixed: MixedWith | None
@@ -101,7 +101,8 @@ class TrainStep(TrainState):
         Returns:
             The batch's mean loss, a scalar on the device.
         """
-        if self._replays_graphs and self._group_starts:
+        replays_graphs = self.compiled is not None and self.compiled.replays_graphs
+        if replays_graphs and self._group_starts:
             # From now on the graphs may overwrite the results of earlier steps in their memory, but
             # not the gradients of this group's earlier batches.
             torch.compiler.cudagraph_mark_step_begin()
@@ -116,7 +117,7 @@ class TrainStep(TrainState):
                         loss = loss * (len(logits) / len(labels))
                 with self.phase("backward"):
                     self.scaler.scale(loss if group_size == 1 else loss / group_size).backward()
-                if self._replays_graphs:  # the next replay writes into the same memory
+                if replays_graphs:  # the next replay writes into the same memory
                     logits, loss = logits.clone(), loss.clone()
                 outputs.append((logits, loss.detach()))
         logits, loss = outputs[0]

@@ -184,9 +184,8 @@ class Trainer:
     def _log_row(self) -> Evaluation | None:
         """Write a row, after an evaluation if one is due.
 
-        Until it is written, the row is kept in the progress (`unlogged`). So a run that is stopped
-        here, or cannot write, resumes with this row. Returns the evaluation; None if none was due
-        or a signal ended it.
+        Until it is written, the row is kept in the progress (`unlogged`): a run that is stopped
+        here, or cannot write, resumes with it. Returns the evaluation, if one was completed.
         """
         progress, plan, parts, step = self.progress, self._plan, self._parts, self._parts.step
         evaluate = parts.evaluate if plan.evaluates_after(progress.step) else None

@@ -1,0 +1,47 @@
+"""What is wrong with a run on a GPU, from what was observed of it."""
+
+from types import SimpleNamespace
+
+# Once an epoch the host puts its order and its draws on the device.
+AT_EPOCH_START = {"data/loading.py", "data/draws.py"}
+# GradScaler asks whether a step overflowed, where the optimizer is not a fused one.
+SCALER = ("item", "training/step.py", "update")
+
+
+def findings(report: SimpleNamespace) -> list[str]:
+    """Everything that is wrong, a line each; nothing for a sound run."""
+    first_steps = {"step 1"} | {
+        f"step {epoch * report.steps_per_epoch + 1}" for epoch in range(report.epochs)
+    }
+    found = [f"the run ends: {report.error.strip().splitlines()[-1]}"] if report.error else []
+    found += [
+        f"the host waits in {when}: {what} at {where}"
+        for what, where, when in report.waits
+        if when.startswith("step") and not _is_known_wait(report, what, where, when, first_steps)
+    ]
+    found += [f"{what}, in {when} at {where}" for what, where, when in report.unordered]
+    found += [
+        f"{what} in {when} at {where} reads memory that may be reused: record_stream is missing"
+        for what, where, when in report.unrecorded
+    ]
+    found += [
+        f"{what} in {when} at {where} is given a tensor in host memory"
+        for what, where, when in report.host_operands
+        if when != "start"
+    ]
+    found += [
+        f"{name} is recorded with a rate that is a number"
+        for name, recorded, tensor_rate in report.fused
+        if recorded and not tensor_rate
+    ]
+    return list(dict.fromkeys(found))
+
+
+def _is_known_wait(
+    report: SimpleNamespace, what: str, where: str, when: str, first_steps: set[str]
+) -> bool:
+    file, _, function = where.partition(":")
+    if file in AT_EPOCH_START and what == "copy cpu to cuda":
+        return when in first_steps
+    scaled = report.plan["precision"] == "16-mixed" and not report.plan["fused_optimizer"]
+    return scaled and (what, file, function.split()[-1]) == SCALER
