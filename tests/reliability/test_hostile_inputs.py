@@ -535,7 +535,7 @@ CODE_IN_NAMES = [
         Attack(
             f"an experiment that sets {variable}",
             COMPARE,
-            r"hostile\.yaml: .*hostile: environment: \w+ could have code loaded; .*",
+            r"hostile\.yaml: .*hostile: environment: \w+ could load code; .*",
             text("hostile.yaml", EXPERIMENT.format(f"{variable}: {value}")),
         )
         for variable, value in (
