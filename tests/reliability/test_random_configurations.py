@@ -143,7 +143,9 @@ def configurations() -> st.SearchStrategy[dict[str, Any]]:
 
 
 def _is_valid(values: dict[str, Any]) -> bool:
-    values = {**values, "milestones": tuple(values.get("milestones", ()))}
+    milestones = values.get("milestones", ())
+    if isinstance(milestones, list):  # as YAML gives them
+        values = {**values, "milestones": tuple(milestones)}
     try:
         TrainConfig(**values)
     except ValidationError:
@@ -272,16 +274,23 @@ class Tries:
             self.faults.append({"fault": fault, "settings": repr(values)})
 
 
+def _show(done: int, count: int, kind: str, tries: Tries) -> None:
+    if done % 50 == 0:
+        print(f"{done:,} of {count:,} {kind} configurations: {dict(tries.outcomes)}", flush=True)
+
+
 def random_configurations(valid: int, invalid: int, start: int) -> dict[str, Any]:
     warm_up()
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="configurations-") as temporary:
         trained, refused = (Tries(Path(temporary) / name, start) for name in ("valid", "invalid"))
-        for values in [*FOUND, *drawn(valid, start)]:
+        for number, values in enumerate([*FOUND, *drawn(valid, start)]):
             trained.valid(values)
+            _show(number + 1, valid + len(FOUND), "valid", trained)
         draws = random.Random(start)
-        for values in drawn(invalid, start + 10**6):
+        for number, values in enumerate(drawn(invalid, start + 10**6)):
             refused.invalid(spoiled(values, draws))
+            _show(number + 1, invalid, "invalid", refused)
     return {
         "valid": valid,
         "invalid": invalid,
