@@ -1,10 +1,17 @@
 # make demo   sets up .venv, trains on the embedded digits, shows the result
-# make test   sets up .venv, runs lint, types and tests
+# make check  sets up .venv, runs lint, types and the tests that take seconds
+# make test   sets up .venv, runs lint, types and all tests
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# No whole trainings and no processes of their own.
+FAST_TESTS := tests/config tests/loggers tests/optimizers tests/plan/test_planner.py tests/switches \
+  tests/data/test_augmentation.py tests/data/test_draws.py tests/data/test_sampling.py \
+  tests/models/test_blocks.py tests/models/test_resnet.py tests/training/test_loss.py \
+  tests/training/test_metrics.py tests/training/test_step.py tests/test_closed_sets.py \
+  tests/test_layers.py
 
-.PHONY: setup demo check test clean
+.PHONY: setup demo lint check test clean
 
 setup: $(VENV)/.complete
 
@@ -18,12 +25,15 @@ $(VENV)/.complete: pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/efficient-resnet train --config digits --name demo --output-dir logs
 
-check: setup
+lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-test: check
+check: lint
+	$(BIN)/python -m pytest -n auto -q $(FAST_TESTS)
+
+test: lint
 	$(BIN)/python -m pytest -n auto --durations=10
 
 clean:
