@@ -100,6 +100,15 @@ def test_emulated_precision_is_called_slow():
     assert "emulates" not in reason(plan(bf16_cpu, precision="bf16-mixed"), "precision")
 
 
+def test_a_cpu_does_not_choose_bf16_where_its_gradients_are_wrong():
+    fast = dataclasses.replace(CPU, instruction_sets=("avx512_bf16",), bf16_speed=1.9)
+    tiny = plan(fast, stem="imagenet", facts=dataclasses.replace(FACTS, image_size=16))
+    assert tiny.precision == "32"
+    assert "gradients" in reason(tiny, "precision")
+    larger = dataclasses.replace(FACTS, image_size=17)
+    assert plan(fast, stem="imagenet", facts=larger).precision == "bf16-mixed"
+
+
 def test_bf16_instructions_count_where_they_are_measured_to_be_fast():
     slow = dataclasses.replace(CPU, instruction_sets=("avx512_bf16",), bf16_speed=0.5)
     assert plan(slow).precision == "32"

@@ -49,6 +49,8 @@ def warm_up() -> None:
     """Make this process ready to be forked into lives."""
     torch.set_num_threads(1)
     _make_training_small()
+    import training_framework.cli.summary  # noqa: F401  # a life may no longer see its file
+
     # A network without storage: nothing is computed, but torch imports what it needs for that.
     use_small_map_convolutions(build_model("resnet10", num_classes=2, stem="cifar"), 8)
     threads = psutil.Process().num_threads()
