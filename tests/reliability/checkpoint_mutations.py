@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["ACCIDENTS", "FORGERIES", "foreign_files"]
+__all__ = ["ACCIDENTS", "FORGERIES", "files_of_other_kinds"]
 
 _DIGEST_FIELD = b'"sha256":"'
 _NO_DIGEST = b"0" * 64
@@ -217,7 +217,7 @@ class _Touch:
         return (open, (str(self._canary), "w"))
 
 
-def foreign_files(canary: Path, run_files: Mapping[str, bytes]) -> dict[str, bytes]:
+def files_of_other_kinds(canary: Path, run_files: Mapping[str, bytes]) -> dict[str, bytes]:
     """Files that are no checkpoints, by what they are; some make the canary if their code runs.
 
     Args:

@@ -702,7 +702,7 @@ def test_an_attack_is_one_line_and_nothing_runs(
     assert not fault_of(attack, status, capsys.readouterr().err)
 
 
-MOST_MEMORY_BYTES = 1 << 30
+MAX_MEMORY_BYTES = 1 << 30
 
 
 def test_attacks_on_memory_are_one_line_and_take_less_than_a_gigabyte(tmp_path: Path) -> None:
@@ -734,7 +734,7 @@ def attack_memory(place: Path) -> None:
             status = main(shlex.split(attack.command))
         fault = fault_of(attack, status, err.getvalue())
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        if (peak - before) * 1024 > MOST_MEMORY_BYTES:
+        if (peak - before) * 1024 > MAX_MEMORY_BYTES:
             fault += f" peak memory {peak // 1024} MiB"
         if fault:
             faults.append(f"{attack.name}: {fault}")

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoint_mutations import ACCIDENTS, FORGERIES, foreign_files
+from checkpoint_mutations import ACCIDENTS, FORGERIES, files_of_other_kinds
 from experiment import run_experiment
 from lives import begin, end_fault, fork_life, warm_up
 from reliability_result import RESULTS, write_result
@@ -43,7 +43,7 @@ def spoiled(
     assert len(contents) > 1, f"{run} has one checkpoint only"
     others = {name: (run / name).read_bytes()
               for name in ("weights.safetensors", "metrics.csv", "config.yaml")}  # fmt: skip
-    yield from foreign_files(canary, others).items()
+    yield from files_of_other_kinds(canary, others).items()
     forged = round(FORGED_SHARE * count)
     for number in range(count):
         mutations = FORGERIES if number < forged else ACCIDENTS
