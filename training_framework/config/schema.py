@@ -6,11 +6,18 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeAlias, get_
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from training_framework.config.architectures import MODELS
+from training_framework.config.architectures import MODELS, Activation, Variation, unfit_options
 from training_framework.config.data_sets import DATA_SETS
 from training_framework.schedules import SCHEDULES
 
-__all__ = ["TRAJECTORY_FREE_KEYS", "OptimizerName", "Section", "TrainConfig", "sections"]
+__all__ = [
+    "TRAJECTORY_FREE_KEYS",
+    "OptimizerName",
+    "Section",
+    "TrainConfig",
+    "as_in_model",
+    "sections",
+]
 
 Section = Literal["data", "model", "training", "machine", "run"]
 
@@ -31,7 +38,7 @@ def _plain_precision(value: Any) -> Any:
 Precision = Annotated[
     Literal["auto", "32", "mixed", "bf16-mixed", "16-mixed"], BeforeValidator(_plain_precision)
 ]
-OptimizerName = Literal["sgd", "adam", "adamw"]
+OptimizerName = Literal["sgd", "adam", "adamw", "muon"]
 if TYPE_CHECKING:
     DataSetName: TypeAlias = str
     ModelName: TypeAlias = str
@@ -83,8 +90,18 @@ class TrainConfig(BaseModel):
     model: ModelName = _setting("model", "resnet18", _one_of(MODELS))
     stem: Literal["auto", "cifar", "imagenet"] = _setting("model", "auto", "first layers: cifar (3x3, stride 1, no pooling), imagenet (7x7, stride 2, pooling), or auto, from the image size")
     weights: FilePath | None = _setting("model", None, "weights to start from: a .safetensors or .pth file with torchvision's names")
+    activation: Activation | Auto = _setting("model", "auto", f"activation function: {_one_of(get_args(Activation))}; auto: the model's own, relu for most")
+    squeeze_excitation: bool | Auto = _setting("model", "auto", "squeeze and excitation in each block; auto: on if the model's name has se")
+    blur_pool: bool | Auto = _setting("model", "auto", "blur before each reduction of the maps; auto: on if the model's name has blur")
+    deep_stem: bool | Auto = _setting("model", "auto", "three 3x3 convolutions instead of the first one; auto: on if the model's name ends in c or d")
+    pooled_shortcut: bool | Auto = _setting("model", "auto", "reduce projected shortcuts by an average instead of a stride; auto: on if the model's name ends in d")
+    whitening: bool | Auto = _setting("model", "auto", "first convolution with fixed filters that whiten patches of the training images; auto: on for resnet8_fast")
+    whitening_bias_epochs: NonNegativeFloat = _setting("model", 3.0, "epochs in which the bias of a whitening first convolution is trained")
     share_early_weights: bool = _setting("model", False, "share one weight between the two convolutions of each early block (resnet10, 18, 34)")
     zero_init_last_norm: bool = _setting("model", False, "start each residual block as the identity, with zeros as the scale of its last norm")
+    dirac_init: bool | Auto = _setting("model", "auto", "start 3x3 convolutions as the identity for as many channels as they read; auto: on for resnet8_fast")
+    norm_momentum: Annotated[float, Field(gt=0, le=1)] | Auto = _setting("model", "auto", "share of a step in batch norm's running statistics; auto: 0.1, and 0.4 for resnet8_fast")
+    freeze_norm_scales: bool | Auto = _setting("model", "auto", "do not train the scales of batch norm; auto: on for resnet8_fast")
 
     epochs: PositiveInt = _setting("training", 15, "passes over the training set")
     batch_size: PositiveInt = _setting("training", 64, "images per forward pass, over all devices together; an optimizer step sees accumulate_grad_batches batches")
@@ -93,6 +110,12 @@ class TrainConfig(BaseModel):
     lr: PositiveFloat | Auto = _setting("training", "auto", "peak learning rate; auto: from the optimizer and the batch size")
     momentum: Fraction = _setting("training", 0.9, "momentum of sgd")
     nesterov: bool | Auto = _setting("training", "auto", "Nesterov momentum for sgd; auto: on if momentum is above 0")
+    muon_momentum: Fraction = _setting("training", 0.6, "momentum of the convolutions with muon, always Nesterov's")
+    muon_iterations: Annotated[int, Field(ge=1, le=10)] = _setting("training", 3, "Newton-Schulz iterations of muon")
+    muon_normalize: bool = _setting("training", True, "with muon, scale each convolution's weight before its update so that its filters have a mean square norm of 1")
+    muon_rest: Literal["sgd", "adamw"] = _setting("training", "sgd", "what updates the weights that muon leaves alone: head, norms, biases")
+    muon_rest_lr: PositiveFloat | Auto = _setting("training", "auto", "peak learning rate of muon_rest; auto: as lr for that optimizer alone")
+    bias_lr_factor: PositiveFloat = _setting("training", 1.0, "learning rate of norms and biases, as a multiple of the others'")
     beta1: Fraction = _setting("training", 0.9, "decay of the first moment of adam and adamw")
     beta2: Fraction = _setting("training", 0.999, "decay of the second moment of adam and adamw")
     eps: PositiveFloat = _setting("training", 1e-8, "term added to the denominators of adam and adamw, to keep them above zero")
@@ -107,6 +130,8 @@ class TrainConfig(BaseModel):
     label_smoothing: Fraction = _setting("training", 0.1, "label smoothing of the training loss")
     grad_clip_val: PositiveFloat | None = _setting("training", None, "clip gradients to this norm; unset: no clipping")
     ema_decay: Fraction = _setting("training", 0.0, "decay of the weight average, which is then evaluated and saved; 0: off")
+    lookahead_steps: NonNegativeInt = _setting("training", 0, "steps after which the weights go back towards slow weights; 0: off")
+    lookahead_share: Annotated[float, Field(gt=0, lt=1)] = _setting("training", 0.5, "for lookahead_steps: share of the way that the slow weights go")
     seed: Annotated[int, Field(ge=0, lt=2**63)] = _setting("training", 0, "seed of all random numbers")
 
     accelerator: Literal["auto", "cpu", "gpu"] = _setting("machine", "auto", "auto, cpu or gpu; auto: a GPU if this PyTorch can use one, else the CPU")
@@ -173,18 +198,13 @@ def _contradictions(config: TrainConfig) -> list[str]:
         )
     if list(config.milestones) != sorted(set(config.milestones)):
         faults.append(f"milestones {list(config.milestones)} do not increase; sort them")
-    if config.nesterov is True and config.optimizer != "sgd":
+    if config.nesterov is True and config.optimizer not in ("sgd", "muon"):
         faults.append(
             f"nesterov is for sgd but optimizer is {config.optimizer}; remove nesterov or use sgd"
         )
     if config.nesterov is True and config.momentum == 0:
         faults.append("nesterov needs momentum above 0; raise momentum or remove nesterov")
-    if config.share_early_weights and MODELS[config.model].block != "basic":
-        basic = _one_of(name for name, found in MODELS.items() if found.block == "basic")
-        faults.append(
-            f"share_early_weights needs pairs of equal convolutions, which {config.model} lacks; "
-            f"use {basic}, or switch it off"
-        )
+    faults += _contradictions_of_network(config)
     if config.compile_mode is not None and config.compile is False:
         faults.append("compile_mode is given but compile is false; remove one of them")
     if config.cuda_graph and config.compile_mode in ("reduce-overhead", "max-autotune"):
@@ -202,6 +222,42 @@ def _contradictions(config: TrainConfig) -> list[str]:
             f"{str(config.data_root)!r}; remove data_root (null) or name the data set in it"
         )
     return faults
+
+
+def _contradictions_of_network(config: TrainConfig) -> list[str]:
+    faults = []
+    architecture = MODELS[config.model]
+    if config.share_early_weights and architecture.block != "basic":
+        basic = _one_of(name for name, found in MODELS.items() if found.block == "basic")
+        faults.append(
+            f"share_early_weights needs pairs of equal convolutions, which {config.model} lacks; "
+            f"use {basic}, or switch it off"
+        )
+    chosen = {key: as_in_model(config, key) for key in Variation._fields}
+    unfit = [*unfit_options(architecture._replace(variation=Variation(**chosen)))]
+    if unfit:
+        faults.append(
+            f"{config.model} has no {' or '.join(unfit)}; switch it off or use another model"
+        )
+    if chosen["deep_stem"] and as_in_model(config, "whitening"):
+        faults.append(
+            "whitening needs a single first convolution but deep_stem makes three; switch one off"
+        )
+    if config.zero_init_last_norm and as_in_model(config, "freeze_norm_scales"):
+        faults.append(
+            "zero_init_last_norm starts scales at zero but freeze_norm_scales leaves them there; "
+            "switch one off"
+        )
+    return faults
+
+
+def as_in_model(config: TrainConfig, key: str) -> Any:
+    """A setting's value; if it is `auto`, the one that the configured model has by itself."""
+    wanted = getattr(config, key)
+    if wanted != "auto":
+        return wanted
+    architecture = MODELS[config.model]
+    return getattr(architecture.variation if key in Variation._fields else architecture, key)
 
 
 # Settings that may change when a run is resumed: they change where files are, what is recorded and

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from pydantic import TypeAdapter
 
+from training_framework.config.architectures import Activation, Variation
 from training_framework.config.schema import OptimizerName
 from training_framework.switches import SWITCHES, Choice
 
@@ -34,6 +35,8 @@ class TrainPlan:
         images_per_step: Images of one optimizer step over all ranks.
         batches_per_epoch: Forward passes an epoch.
         steps_per_epoch: Optimizer steps an epoch; the last may have fewer batches.
+        whitening_bias_steps: Steps in which the bias of a whitening first convolution is trained.
+        norm_momentum: Share of a step in batch norm's running statistics; None: as it was built.
         evaluation_interval_steps: Steps between two evaluations, not necessarily whole.
         more_switches: Values of the switches that have no field of their own, by key.
         asked_for: Settings that can be left to the plan, but were given.
@@ -55,8 +58,18 @@ class TrainPlan:
     stem: Literal["cifar", "imagenet"]
     num_classes: int
     weights: Path | None
+    activation: Activation
+    squeeze_excitation: bool
+    blur_pool: bool
+    deep_stem: bool
+    pooled_shortcut: bool
+    whitening: bool
+    whitening_bias_steps: int
     share_early_weights: bool
     zero_init_last_norm: bool
+    dirac_init: bool
+    norm_momentum: float | None
+    freeze_norm_scales: bool
     # How a step is computed.
     precision: Literal["32", "bf16-mixed", "16-mixed"]
     channels_last: bool
@@ -98,8 +111,14 @@ class TrainPlan:
     # The optimizer.
     optimizer: OptimizerName
     lr: float
+    bias_lr_factor: float
     momentum: float
     nesterov: bool
+    muon_momentum: float
+    muon_iterations: int
+    muon_normalize: bool
+    muon_rest: Literal["sgd", "adamw"]
+    muon_rest_lr: float
     beta1: float
     beta2: float
     eps: float
@@ -108,6 +127,8 @@ class TrainPlan:
     label_smoothing: float
     grad_clip_val: float | None
     ema_decay: float
+    lookahead_steps: int
+    lookahead_share: float
     # The schedule of the learning rate.
     scheduler: str
     warmup_steps: int | None
@@ -135,6 +156,11 @@ class TrainPlan:
         """Steps that the loader processes may have prepared ahead."""
         batches = 0 if self.resident_data else self.num_workers * self.prefetch_factor
         return -(-batches // self.accumulate_grad_batches)
+
+    @property
+    def variation(self) -> Variation:
+        """What is changed in the network's architecture."""
+        return Variation(*(getattr(self, key) for key in Variation._fields))
 
     def switch_values(self) -> dict[str, Any]:
         """The value of every switch, by key."""

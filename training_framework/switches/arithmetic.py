@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from training_framework.config.schema import as_in_model
 from training_framework.errors import UserError
 from training_framework.machine.randomness import use_deterministic_algorithms
 from training_framework.optimizers import has_fused_optimizer
@@ -77,6 +78,12 @@ def _cuda_graph(situation: Situation) -> Decision:
         ),
         "only fused optimizers read the learning rate on the device": (
             config.fused_optimizer is False
+        ),
+        "muon, lookahead and rates of single weights are not recorded": (
+            config.optimizer == "muon"
+            or config.lookahead_steps > 0
+            or config.bias_lr_factor != 1
+            or (not situation.own_network and as_in_model(config, "whitening"))
         ),
     }
     obstacle = next((reason for reason, holds in obstacles.items() if holds), None)

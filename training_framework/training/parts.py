@@ -13,7 +13,16 @@ from training_framework.data import Dataset
 from training_framework.machine.distributed import share_buffers
 from training_framework.machine.randomness import seed_everything
 from training_framework.models.flops import training_flops_per_image
-from training_framework.optimizers import Schedule, WeightAverage, build_optimizer, build_schedule
+from training_framework.models.whitening import first_convolution
+from training_framework.optimizers import (
+    Lookahead,
+    MuonOptions,
+    Schedule,
+    TrainedFor,
+    WeightAverage,
+    build_optimizer,
+    build_schedule,
+)
 from training_framework.plan import PlannedRun, TrainPlan
 from training_framework.runs.record import Costs
 from training_framework.switches import set_up_process
@@ -23,6 +32,7 @@ from training_framework.training.loaders import Loaders, sample_name
 from training_framework.training.metrics import ClassificationSums
 from training_framework.training.network_assembly import assemble_network, prepare_network
 from training_framework.training.step import TrainStep
+from training_framework.training.whitening import whiten
 
 __all__ = ["Parts", "build_parts", "build_plan_schedule", "build_step"]
 
@@ -125,6 +135,8 @@ def build_parts(
         model, lines = assemble_network(plan, device, with_weights=with_weights)
     else:
         model, lines = prepare_network(plan, network, device), []
+    if plan.whitening and with_weights and plan.weights is None:
+        whiten(model, planned, device)
     step = build_step(plan, model, device)
     return Parts(
         planned=planned,
@@ -169,9 +181,18 @@ def build_step(plan: TrainPlan, model: nn.Module, device: torch.device) -> Train
         beta2=plan.beta2,
         eps=plan.eps,
         fused=plan.fused_optimizer,
+        bias_lr_factor=plan.bias_lr_factor,
+        trained_for=_trained_for(plan, model),
+        muon=MuonOptions(
+            rest=plan.muon_rest,
+            rest_lr=plan.muon_rest_lr,
+            momentum=plan.muon_momentum,
+            iterations=plan.muon_iterations,
+            normalize=plan.muon_normalize,
+        ),
     )
     make_step = CudaGraphStep if plan.cuda_graph else TrainStep
-    return make_step(
+    step = make_step(
         wrapped,
         optimizer,
         device_type=device.type,
@@ -183,6 +204,20 @@ def build_step(plan: TrainPlan, model: nn.Module, device: torch.device) -> Train
         compile_mode=plan.compile_mode if plan.compile else None,
         needs_compile="compile" in plan.asked_for,
     )
+    if plan.lookahead_steps:
+        step.lookahead = Lookahead(
+            optimizer, every=plan.lookahead_steps, share=plan.lookahead_share
+        )
+    return step
+
+
+def _trained_for(plan: TrainPlan, model: nn.Module) -> dict[nn.Parameter, TrainedFor]:
+    """The parameters that are not trained to the end: the bias of a whitening convolution."""
+    convolution = first_convolution(model) if plan.whitening else None
+    if convolution is None or not isinstance(convolution.bias, nn.Parameter):
+        return {}
+    then_freezes = plan.world_size == 1 and not plan.compile
+    return {convolution.bias: TrainedFor(plan.whitening_bias_steps, then_freezes)}
 
 
 def build_plan_schedule(plan: TrainPlan) -> Schedule:
