@@ -198,9 +198,13 @@ def _contradictions(config: TrainConfig) -> list[str]:
         )
     if list(config.milestones) != sorted(set(config.milestones)):
         faults.append(f"milestones {list(config.milestones)} do not increase; sort them")
-    if config.nesterov is True and config.optimizer not in ("sgd", "muon"):
+    beside = config.muon_rest if config.optimizer == "muon" else config.optimizer
+    if config.nesterov is True and beside != "sgd":
+        faults.append(f"nesterov is for sgd but optimizer is {beside}; remove nesterov or use sgd")
+    if config.muon_rest_lr != "auto" and config.optimizer != "muon":
         faults.append(
-            f"nesterov is for sgd but optimizer is {config.optimizer}; remove nesterov or use sgd"
+            f"muon_rest_lr is given but optimizer is {config.optimizer}; "
+            "set optimizer to muon or remove muon_rest_lr"
         )
     if config.nesterov is True and config.momentum == 0:
         faults.append("nesterov needs momentum above 0; raise momentum or remove nesterov")

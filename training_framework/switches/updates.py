@@ -11,8 +11,8 @@ OPTIMIZER = Switch(
     choose=as_asked("optimizer"),
     ablation=({"optimizer": "sgd"}, {"optimizer": "muon"}),
     card=Card(
-        use="sgd for long trainings; muon for short ones: it moves the filters of a convolution "
-        "equally far in all directions, and leaves heads, norms and biases to sgd or adamw.",
+        use="Short trainings with muon: it moves the filters of a convolution equally far in all "
+        "directions. What is no convolution's weight is left to `muon_rest`.",
         price="muon multiplies matrices as large as the weights in every step: little beside "
         "batches of hundreds of images. Not yet measured.",
         failure="Beside batches of some images, muon can take longer than the network. It is not "
