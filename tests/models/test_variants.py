@@ -45,7 +45,8 @@ def on_meta(name, **options):
     ],
 )
 def test_parameter_counts_are_the_published_ones(name, num_classes, expected):
-    model = on_meta(name, num_classes=num_classes, stem="cifar" if num_classes == 10 else "imagenet")
+    stem = "cifar" if num_classes == 10 else "imagenet"
+    model = on_meta(name, num_classes=num_classes, stem=stem)
     assert sum(parameter.numel() for parameter in model.parameters()) == expected
 
 

@@ -91,7 +91,7 @@ def test_loaded_weights_keep_their_filters(tmp_path):
 def test_a_users_own_network_stays_as_it_is():
     plan = plan_run(TrainConfig(**{**SETTINGS, "optimizer": "sgd"}), own_network="Own").plan
     assert (plan.whitening, plan.freeze_norm_scales, plan.norm_momentum) == (False, False, None)
-    assert not plan.lookahead_steps == 0
+    assert plan.lookahead_steps == 3
 
 
 def test_a_state_of_another_optimizer_is_refused():

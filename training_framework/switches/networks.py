@@ -5,7 +5,7 @@ from collections.abc import Callable
 from training_framework.config.schema import as_in_model
 from training_framework.models.norms import freeze_norm_scales, set_norm_momentum
 from training_framework.models.whitening import freeze_first_convolution
-from training_framework.switches.switch import Card, Decision, Situation, Switch, off_and_on
+from training_framework.switches.switch import Card, Decision, Situation, Switch
 
 __all__ = ["NETWORKS"]
 
@@ -32,7 +32,6 @@ ACTIVATION = Switch(
     name="activation",
     numbers="different",
     choose=_as_in_model("activation"),
-    ablation=({"activation": "relu"}, {"activation": "gelu"}),
     card=Card(
         use="GELU, SiLU and Mish are smooth; short trainings of small networks are published with "
         "GELU.",
@@ -49,7 +48,6 @@ SQUEEZE_EXCITATION = Switch(
     name="squeeze and excitation",
     numbers="different",
     choose=_as_in_model("squeeze_excitation"),
-    ablation=off_and_on("squeeze_excitation"),
     card=Card(
         use="Trainings to convergence of large networks, whose channels it weighs by the image.",
         price="Two passes over each block's output, and about a tenth more weights. Not yet "
@@ -64,7 +62,6 @@ BLUR_POOL = Switch(
     name="blur pool",
     numbers="different",
     choose=_as_in_model("blur_pool"),
-    ablation=off_and_on("blur_pool"),
     card=Card(
         use="Large images: predictions depend less on shifts by a pixel.",
         price="Convolutions that reduced the maps compute four times as many pixels. Not yet "
@@ -79,7 +76,6 @@ DEEP_STEM = Switch(
     name="deep stem",
     numbers="different",
     choose=_as_in_model("deep_stem"),
-    ablation=off_and_on("deep_stem"),
     card=Card(
         use="Large images (ResNet-C): three 3x3 convolutions see the first pixels.",
         price="With the imagenet stem, about twice the work of the first convolution. Not yet "
@@ -94,7 +90,6 @@ POOLED_SHORTCUT = Switch(
     name="pooled shortcuts",
     numbers="different",
     choose=_as_in_model("pooled_shortcut"),
-    ablation=off_and_on("pooled_shortcut"),
     card=Card(
         use="With the deep stem it makes ResNet-D: a projection sees all pixels, not a quarter.",
         price="One average of each stage's input. Not yet measured.",
@@ -117,7 +112,6 @@ WHITENING = Switch(
     numbers="different",
     choose=_whitening,
     change_network=lambda model, network: freeze_first_convolution(model),
-    ablation=off_and_on("whitening"),
     card=Card(
         use="Short trainings: the first filters need not be learned.",
         price="2,000 images are read before the first step. Not yet measured.",
@@ -132,7 +126,6 @@ DIRAC_INIT = Switch(
     name="identity convolutions",
     numbers="different",
     choose=_as_in_model("dirac_init"),
-    ablation=off_and_on("dirac_init"),
     card=Card(
         use="Short trainings: each layer starts by passing its input on.",
         price="None. Not yet measured.",
@@ -163,7 +156,6 @@ FREEZE_NORM_SCALES = Switch(
     numbers="different",
     choose=_as_in_model("freeze_norm_scales"),
     change_network=lambda model, network: freeze_norm_scales(model),
-    ablation=off_and_on("freeze_norm_scales"),
     card=Card(
         use="Short trainings with a high rate for biases, which the scales would not stand.",
         price="None. Not yet measured.",

@@ -9,7 +9,6 @@ OPTIMIZER = Switch(
     name="optimizer",
     numbers="different",
     choose=as_asked("optimizer"),
-    ablation=({"optimizer": "sgd"}, {"optimizer": "muon"}),
     card=Card(
         use="Short trainings with muon: it moves the filters of a convolution equally far in all "
         "directions. What is no convolution's weight is left to `muon_rest`.",
