@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from training_framework.config.architectures import Activation
-from training_framework.kernels.fused_norm import rectified
+from training_framework.kernels import fused_norm
 
 __all__ = ["ACTIVATIONS", "activated"]
 
@@ -30,7 +30,4 @@ def activated(
         shortcut: (N, C, H, W).
         activation: A key of ACTIVATIONS.
     """
-    if activation == "relu":
-        return rectified(norm, input, shortcut)
-    output: Tensor = norm(input)
-    return ACTIVATIONS[activation](output if shortcut is None else output + shortcut)
+    return fused_norm.activated(norm, input, shortcut, activation, ACTIVATIONS[activation])
