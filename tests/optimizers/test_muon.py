@@ -6,7 +6,7 @@ from torch import nn
 
 from training_framework.errors import UserError
 from training_framework.optimizers import MuonOptions, build_optimizer, set_rates
-from training_framework.optimizers.muon import A, B, C, orthogonalized
+from training_framework.optimizers.muon import A, B, C, in_half_precision, orthogonalized
 
 OPTIONS = MuonOptions(rest_lr=0.05, momentum=0.7, iterations=3)
 
@@ -57,6 +57,26 @@ def test_iterations_on_products_equal_those_on_the_matrix(shape, iterations):
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
     single = orthogonalized(matrices.float(), iterations=iterations)
     torch.testing.assert_close(single.double(), expected, rtol=0, atol=2e-5)
+
+
+def test_half_precision_gives_the_same_directions():
+    torch.manual_seed(0)
+    matrix = torch.randn(16, 144, dtype=torch.float64)
+    found = in_half_precision((matrix / matrix.norm())[None].float(), 3)
+    assert found.dtype == torch.bfloat16
+    expected = newton_schulz(matrix, 3)
+    assert (found[0].double() - expected).norm() <= 0.03 * expected.norm()
+
+
+def test_steps_whose_scaled_gradients_overflow_are_skipped():
+    model = network().float()
+    optimizer = made(model, fused=True)
+    before = copy.deepcopy(model.state_dict())
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**120)
+    scaler.scale(1e6 * model.eval()(torch.ones(1, 2, 8, 8)).square().mean()).backward()
+    scaler.step(optimizer)
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+    assert not optimizer.state
 
 
 def test_five_iterations_bring_the_singular_values_near_one():

@@ -164,8 +164,8 @@ FUSED_NORMS = Switch(
     dimension="fused norms",
     trials=_on_cpu(turned("fused_norms", "fused norms"), compiler=True),
     card=Card(
-        use="A CPU with AVX-512 in fp32 and channels_last: batch norm, shortcut and ReLU become "
-        "one pass over memory.",
+        use="A CPU with AVX-512 in fp32 and channels_last: batch norm, shortcut and ReLU, GELU or "
+        "SiLU become one pass over memory.",
         price="Kernels are compiled once on each machine: some seconds, and a C++ compiler. The "
         "network can be differentiated only once.",
         failure="In other precisions and in evaluation PyTorch's operators run. It is off where "

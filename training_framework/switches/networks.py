@@ -35,8 +35,8 @@ ACTIVATION = Switch(
     card=Card(
         use="GELU, SiLU and Mish are smooth; short trainings of small networks are published with "
         "GELU.",
-        price="The fused norms of the CPU are made for ReLU: others take two more passes over "
-        "memory. Not yet measured.",
+        price="GELU and SiLU compute an exponential for each number; Mish is not fused with norms. "
+        "Not yet measured.",
         failure="Loaded weights were trained with one activation, and need the same.",
         source="Hendrycks and Gimpel, arXiv 1606.08415; Ramachandran et al., arXiv 1710.05941; "
         "Misra, arXiv 1908.08681",
