@@ -1,9 +1,12 @@
 """The parts of a run with the methods of short trainings: whitening, muon, lookahead, rates."""
 
 import copy
+import itertools
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from training_framework.config import TrainConfig
@@ -86,6 +89,22 @@ def test_loaded_weights_keep_their_filters(tmp_path):
     assert torch.equal(loaded.model.conv1.weight, source.model.conv1.weight)
     assert not loaded.model.conv1.weight.requires_grad
     assert source.model.conv1.weight.requires_grad
+
+
+def test_pictures_that_are_skipped_have_no_part_in_the_filters(tmp_path):
+    generator = np.random.default_rng(0)
+    for split, name in itertools.product(("train", "val"), ("ant", "bee")):
+        folder = tmp_path / split / name
+        folder.mkdir(parents=True)
+        for number in range(4):
+            pixels = generator.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / f"{number}.png")
+    settings = {"data": "folder", "data_root": tmp_path, "on_bad_image": "skip", "batch_size": 4}
+    sound = parts_of(**settings)
+    (tmp_path / "train/ant/bad.png").write_bytes((tmp_path / "train/ant/0.png").read_bytes()[:80])
+    with_bad = parts_of(**settings, seed=1)
+    torch.testing.assert_close(with_bad.model.conv1.weight, sound.model.conv1.weight)
+    assert not torch.equal(with_bad.model.fc.weight, sound.model.fc.weight)
 
 
 def test_a_users_own_network_stays_as_it_is():

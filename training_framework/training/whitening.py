@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from training_framework.data import Dataset, EvalTransform
+from training_framework.data import BadImages, Dataset, EvalTransform
 from training_framework.models.whitening import first_convolution, whiten_first_convolution
 from training_framework.plan import PlannedRun
 from training_framework.training.loaders import split_loader
@@ -28,7 +28,7 @@ def whiten(model: nn.Module, planned: PlannedRun, device: torch.device) -> None:
         device: Where the images are normalized.
 
     Raises:
-        UserError: An image cannot be read.
+        UserError: An image cannot be read, and the run does not skip such images.
     """
     source, plan = planned.source, planned.plan
     if first_convolution(model) is None or not isinstance(source, Dataset):
@@ -40,6 +40,12 @@ def whiten(model: nn.Module, planned: PlannedRun, device: torch.device) -> None:
         plan=plan,
         processes=planned.processes,
         device=device,
+        # Images that the run skips are reported where it trains on them.
+        bad_images=(
+            BadImages(train=0, val=len(source.train), report=lambda line: None)
+            if plan.on_bad_image == "skip"
+            else None
+        ),
     )
     transform = EvalTransform(
         mean=planned.facts.mean,
@@ -50,7 +56,8 @@ def whiten(model: nn.Module, planned: PlannedRun, device: torch.device) -> None:
 
     def images() -> Iterator[Tensor]:
         for batch in loader.epoch(0):
-            yield transform(batch)[0]
+            normalized, _ = transform(batch)
+            yield normalized if batch.valid is None else normalized[batch.valid]
 
     try:
         whiten_first_convolution(model, images())
