@@ -109,7 +109,7 @@ class TrainState:
     def checkpoint_bytes(self) -> int:
         """Approximate size of a checkpoint: weights, their average, the optimizer's state."""
         weights = sum(parameter.nbytes for parameter in self._parameters)
-        copies = 1 + (self.average is not None)
+        copies = 1 + (self.average is not None) + (self.lookahead is not None)
         if isinstance(self.optimizer, torch.optim.SGD):
             copies += any(group["momentum"] for group in self.optimizer.param_groups)
         else:
