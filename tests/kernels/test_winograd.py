@@ -87,9 +87,10 @@ def test_output_and_gradients_are_the_exact_ones_to_rounding(shape, stride, layo
     assert ours[2].stride() == weight.stride()
 
 
-@pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("stride", [1, 2])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    ("shape", "threads"), list(zip(SHAPES, [1, 2, 3, 1, 2, 3, 1, 2], strict=True))
+)
 def test_bf16_products_of_numbers_that_bf16_holds_are_exact(shape, stride, threads, monkeypatch):
     """With tiles of 2x2, small integers stay small multiples of a quarter."""
     monkeypatch.setattr(winograd, "tile_side", lambda *_, **__: 2)
@@ -108,7 +109,7 @@ def test_bf16_products_of_numbers_that_bf16_holds_are_exact(shape, stride, threa
 
 
 @pytest.mark.parametrize("stride", [1, 2])
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", SHAPES[:4])
 def test_bf16_products_have_the_error_of_rounded_tiles(shape, stride, side):
     images, weight, upstream = case(*shape, stride=stride)
     output = winograd_convolution(images, weight, stride, True)

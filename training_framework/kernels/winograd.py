@@ -154,9 +154,7 @@ def _check(images: Tensor, weight: Tensor, stride: int) -> None:
 
 
 @torch.library.custom_op("efficient_resnet::winograd_convolution", mutates_args=())
-def winograd_convolution(
-    images: Tensor, weight: Tensor, stride: int, bf16: bool = False
-) -> Tensor:
+def winograd_convolution(images: Tensor, weight: Tensor, stride: int, bf16: bool = False) -> Tensor:
     """3x3 convolution with a padding of 1, in fp32 on the CPU.
 
     Args:
@@ -237,16 +235,12 @@ def _(
     )
 
 
-def _keep_for_backward(
-    ctx: Any, inputs: tuple[Tensor, Tensor, int, bool], output: Tensor
-) -> None:
+def _keep_for_backward(ctx: Any, inputs: tuple[Tensor, Tensor, int, bool], output: Tensor) -> None:
     ctx.save_for_backward(*inputs[:2])
     ctx.options = inputs[2:]
 
 
-def _backward(
-    ctx: Any, grad_output: Tensor
-) -> tuple[Tensor | None, Tensor | None, None, None]:
+def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
     images, weight = ctx.saved_tensors
     stride, bf16 = ctx.options
     wanted = list(ctx.needs_input_grad[:2])

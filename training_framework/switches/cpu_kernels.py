@@ -199,7 +199,7 @@ def bf16_products_pay(situation: Situation) -> bool:
         and not situation.own_network
         and MODELS[config.model].block == "basic"
         and _first_map(situation) >= SMALLEST_MAP
-        and "avx512_bf16" in hardware.instruction_sets
+        and {"avx512", "avx512_bf16"} <= set(hardware.instruction_sets)
         and hardware.cpp_compiler is not None
     )
 
