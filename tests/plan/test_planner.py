@@ -109,6 +109,34 @@ def test_a_cpu_does_not_choose_bf16_where_its_gradients_are_wrong():
     assert plan(fast, stem="imagenet", facts=larger).precision == "bf16-mixed"
 
 
+def test_bf16_goes_into_winograds_products_where_a_network_consists_of_them():
+    fast = dataclasses.replace(
+        NATIVE_CPU, instruction_sets=("avx512", "avx512_bf16"), bf16_speed=1.9
+    )
+    made = plan(fast)
+    assert (made.precision, made.winograd_convolutions, made.bf16_products) == ("32", True, True)
+    slow = plan(dataclasses.replace(fast, bf16_speed=0.5))
+    assert slow.winograd_convolutions and not slow.bf16_products
+    everywhere = (
+        plan(fast, model="resnet50"),  # half of its products are in 1x1 convolutions
+        plan(fast, bf16_products=False),
+        plan(fast, winograd_convolutions=False),
+        plan(dataclasses.replace(fast, cpp_compiler=None)),
+        plan(dataclasses.replace(fast, instruction_sets=("avx512", "amx"))),
+    )
+    assert {made.precision for made in everywhere} == {"bf16-mixed"}
+    assert not any(made.bf16_products for made in everywhere)
+
+
+def test_bf16_products_that_are_asked_for_say_where_they_are_slow_or_useless():
+    made = plan(NATIVE_CPU, bf16_products=True)
+    assert made.bf16_products
+    assert reason(made, "bf16_products") == "asked for; this CPU is slow at it"
+    made = plan(NATIVE_CPU, bf16_products=True, winograd_convolutions=False)
+    assert not made.bf16_products
+    assert reason(made, "bf16_products") == "only works in Winograd's convolutions"
+
+
 def test_bf16_instructions_count_where_they_are_measured_to_be_fast():
     slow = dataclasses.replace(CPU, instruction_sets=("avx512_bf16",), bf16_speed=0.5)
     assert plan(slow).precision == "32"

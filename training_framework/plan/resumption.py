@@ -118,7 +118,7 @@ def _obstacles(then: TrainPlan, fresh: TrainPlan, hardware: Hardware) -> Iterato
     if compiled and then.device == "cpu" and not hardware.cpp_compiler:
         yield _Obstacle(
             f"{' and '.join(compiled)}: {hardware.cpp_compiler_fault}",
-            compiled,
+            (*compiled, "bf16_products"),
             "install a C++ compiler (g++)",
         )
     if then.fused_optimizer and not has_fused_optimizer(then.optimizer, fresh.device):

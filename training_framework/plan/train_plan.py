@@ -81,6 +81,7 @@ class TrainPlan:
     fused_optimizer: bool
     small_map_convolutions: bool
     winograd_convolutions: bool
+    bf16_products: bool
     fused_norms: bool
     sync_batchnorm: bool
     activation_checkpointing: bool
