@@ -4,11 +4,18 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeAlias, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    model_validator,
+)
 
 from training_framework.config.architectures import MODELS
 from training_framework.config.data_sets import DATA_SETS
-from training_framework.schedules import SCHEDULES
+from training_framework.schedules import SCHEDULES, schedule_options
 
 __all__ = ["TRAJECTORY_FREE_KEYS", "OptimizerName", "Section", "TrainConfig", "sections"]
 
@@ -21,6 +28,10 @@ NonNegativeInt = Annotated[int, Field(ge=0, le=MAX_COUNT)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+Epochs = Annotated[
+    PositiveInt | Annotated[float, Field(gt=0, le=MAX_COUNT)],
+    AfterValidator(lambda epochs: int(epochs) if epochs == int(epochs) else epochs),
+]
 
 
 def _plain_precision(value: Any) -> Any:
@@ -86,7 +97,7 @@ class TrainConfig(BaseModel):
     share_early_weights: bool = _setting("model", False, "share one weight between the two convolutions of each early block (resnet10, 18, 34)")
     zero_init_last_norm: bool = _setting("model", False, "start each residual block as the identity, with zeros as the scale of its last norm")
 
-    epochs: PositiveInt = _setting("training", 15, "passes over the training set")
+    epochs: Epochs = _setting("training", 15, "passes over the training set; the last may be a part of one (9.9)")
     batch_size: PositiveInt = _setting("training", 64, "images per forward pass, over all devices together; an optimizer step sees accumulate_grad_batches batches")
     accumulate_grad_batches: PositiveInt = _setting("training", 1, "batches whose gradients are averaged for each optimizer step")
     optimizer: OptimizerName = _setting("training", "sgd", _one_of(get_args(OptimizerName)))
@@ -103,6 +114,8 @@ class TrainConfig(BaseModel):
     warmup_steps: NonNegativeInt | None = _setting("training", None, "warm-up in optimizer steps, instead of warmup_epochs")
     step_size: PositiveFloat = _setting("training", 30.0, "for scheduler step: epochs between two drops")
     milestones: tuple[PositiveFloat, ...] = _setting("training", (), "for scheduler multi_step: epochs at which the rate drops")
+    decay_fraction: Annotated[float, Field(gt=0, le=1)] = _setting("training", 0.2, "for scheduler trapezoid: share of the run, at its end, in which the rate falls")
+    final_lr_fraction: Annotated[float, Field(ge=0, le=1)] = _setting("training", 0.0, "for cosine, linear and trapezoid: rate at the end, as a share of the peak")
     gamma: Annotated[float, Field(gt=0, le=1)] = _setting("training", 0.1, "for step and multi_step: factor of each drop")
     label_smoothing: Fraction = _setting("training", 0.1, "label smoothing of the training loss")
     grad_clip_val: PositiveFloat | None = _setting("training", None, "clip gradients to this norm; unset: no clipping")
@@ -170,6 +183,11 @@ def _contradictions(config: TrainConfig) -> list[str]:
         faults.append(
             f"milestones are given but scheduler is {config.scheduler}; "
             "set scheduler to multi_step or remove milestones"
+        )
+    if config.final_lr_fraction and "final_fraction" not in schedule_options(config.scheduler):
+        faults.append(
+            f"final_lr_fraction is given but scheduler is {config.scheduler}; "
+            "remove final_lr_fraction or use linear"
         )
     if list(config.milestones) != sorted(set(config.milestones)):
         faults.append(f"milestones {list(config.milestones)} do not increase; sort them")

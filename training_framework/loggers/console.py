@@ -36,7 +36,7 @@ class ConsoleLogger:
         *,
         total_steps: int,
         start_step: int = 0,
-        total_epochs: int | None = None,
+        total_epochs: float | None = None,
         terminal: bool | None = None,
         stream: TextIO | None = None,
     ) -> None:

@@ -20,7 +20,8 @@ LEARNING_RATE_PER_64_IMAGES = 0.1
 SMALLEST_EVALUATION_BATCH = 64
 # Settings that the plan takes over as they are.
 _AS_ASKED = (
-    "allow_config_change", "beta1", "beta2", "decay_norm_and_bias", "epochs", "eps", "gamma",
+    "allow_config_change", "beta1", "beta2", "decay_fraction", "decay_norm_and_bias", "epochs",
+    "eps", "final_lr_fraction", "gamma",
     "log_every_n_steps", "model", "on_bad_image", "optimizer", "output_dir", "resume",
     "save_every_n_steps", "save_every_seconds", "save_top_k", "scheduler", "seed",
     "stop_after_steps", "tensorboard", "weight_decay", "weights",
@@ -131,8 +132,10 @@ def _durations(
         )
     else:
         batches = facts.train_images // batch
-    steps = math.ceil(batches / config.accumulate_grad_batches)
-    total = steps * config.epochs
+    accumulate = config.accumulate_grad_batches
+    steps = math.ceil(batches / accumulate)
+    whole_epochs, rest = divmod(max(1, round(config.epochs * batches)), batches)
+    total = whole_epochs * steps + math.ceil(rest / accumulate)
     warmup = config.warmup_steps
     if config.warmup_epochs is not None:
         warmup = round(config.warmup_epochs * steps)
@@ -142,7 +145,7 @@ def _durations(
         "device_batch_size": batch // world_size,
         # Without a backward pass, a batch takes little memory, and tiny ones are slow.
         "evaluation_batch_size": max(batch, SMALLEST_EVALUATION_BATCH * world_size),
-        "images_per_step": batch * config.accumulate_grad_batches,
+        "images_per_step": batch * accumulate,
         "batches_per_epoch": batches,
         "steps_per_epoch": steps,
         "total_steps": total,

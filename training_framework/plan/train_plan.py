@@ -86,7 +86,7 @@ class TrainPlan:
     pin_memory: bool
     # Batches and steps.
     seed: int
-    epochs: int
+    epochs: int | float
     global_batch_size: int
     device_batch_size: int
     evaluation_batch_size: int
@@ -114,6 +114,8 @@ class TrainPlan:
     step_size_steps: int
     milestones_steps: tuple[int, ...]
     gamma: float
+    decay_fraction: float
+    final_lr_fraction: float
     # What is logged and saved, and where.
     name: str
     output_dir: Path
@@ -129,6 +131,20 @@ class TrainPlan:
     more_switches: Mapping[str, Any]
     asked_for: tuple[str, ...]
     choices: tuple[Choice, ...]
+
+    @property
+    def total_batches(self) -> int:
+        """Forward passes of the whole run."""
+        return max(1, round(self.epochs * self.batches_per_epoch))
+
+    def group_size(self, epoch: int, batch: int) -> int:
+        """Forward passes of the step that starts with a batch of an epoch, both counted from 0.
+
+        The last step of an epoch may have fewer, and so may the last of a run that ends in one.
+        """
+        done = epoch * self.batches_per_epoch
+        left = min(self.batches_per_epoch, self.total_batches - done) - batch
+        return min(self.accumulate_grad_batches, left)
 
     @property
     def steps_loaded_ahead(self) -> int:

@@ -101,7 +101,7 @@ class TrainResult:
         last_acc5: Top-5 accuracy of the last evaluation.
         train_loss: Mean training loss of the last logged steps.
         val_loss: Loss of the last evaluation.
-        epoch_seconds: Wall time of each epoch, evaluation included.
+        epoch_seconds: Wall time of each epoch, evaluation included; the last one may be a part.
         images_per_second: Training images over the time of the training steps, all processes.
         steps: Optimizer steps made.
         run_directory: Where everything was written; None on processes that do not write.
@@ -133,6 +133,9 @@ class TrainResult:
         stopped_by: str,
     ) -> "TrainResult":
         """The result of a run with this progress."""
+        seconds = [record["seconds"] for record in progress.epochs]
+        if progress.batch and not stopped_by:  # the run ends within an epoch
+            seconds.append(progress.epoch_seconds)
         return cls(
             best_acc1=progress.best_acc1,
             best_acc5=progress.best_acc5,
@@ -140,7 +143,7 @@ class TrainResult:
             last_acc5=progress.last.get("val/acc5"),
             train_loss=train_loss,
             val_loss=progress.last.get("val/loss"),
-            epoch_seconds=tuple(record["seconds"] for record in progress.epochs),
+            epoch_seconds=tuple(seconds),
             images_per_second=progress.images / max(progress.train_seconds, 1e-9),
             steps=progress.step,
             run_directory=run_directory,

@@ -3,7 +3,6 @@
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
@@ -16,6 +15,7 @@ from training_framework.models.flops import training_flops_per_image
 from training_framework.optimizers import Schedule, WeightAverage, build_optimizer, build_schedule
 from training_framework.plan import PlannedRun, TrainPlan
 from training_framework.runs.record import Costs
+from training_framework.schedules import schedule_options
 from training_framework.switches import set_up_process
 from training_framework.training.cuda_graph import CudaGraphStep
 from training_framework.training.evaluation import Evaluate, Evaluation, evaluate
@@ -187,11 +187,15 @@ def build_step(plan: TrainPlan, model: nn.Module, device: torch.device) -> Train
 
 def build_plan_schedule(plan: TrainPlan) -> Schedule:
     """The learning-rate schedule of a plan, in steps."""
-    options: dict[str, Any] = {}
-    if plan.scheduler == "step":
-        options = {"step_size": plan.step_size_steps, "gamma": plan.gamma}
-    elif plan.scheduler == "multi_step":
-        options = {"milestones": plan.milestones_steps, "gamma": plan.gamma}
+    settings = {
+        "step_size": plan.step_size_steps,
+        "milestones": plan.milestones_steps,
+        "gamma": plan.gamma,
+        "decay_fraction": plan.decay_fraction,
+        "final_fraction": plan.final_lr_fraction,
+    }
+    known = schedule_options(plan.scheduler)
+    options = {key: value for key, value in settings.items() if key in known}
     return build_schedule(
         plan.scheduler,
         total_steps=plan.total_steps,

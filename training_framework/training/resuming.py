@@ -194,7 +194,7 @@ def _converted(progress: Progress, start: Start, plan: TrainPlan) -> Progress:
             batch -= batch % now.accumulate
         steps = progress.epoch * now.steps + math.ceil(batch / now.accumulate)
         progress = dataclasses.replace(progress, step=steps, batch=batch, unlogged=None)
-    if progress.step > plan.total_steps or progress.epoch > plan.epochs:
+    if progress.step > plan.total_steps or progress.epoch > math.ceil(plan.epochs):
         raise UserError(
             f"{start.checkpoint}: its run is at step {progress.step:,}, in epoch "
             f"{progress.epoch + 1:,}, and a run with these settings has {plan.total_steps:,} steps "

@@ -107,7 +107,7 @@ class Trainer:
     def _make_step(self, batches: Iterator[Batch], *, measure_grad_norm: bool) -> None:
         """Add up the gradients of a group of batches, and move the weights."""
         plan, progress, parts, step = self._plan, self.progress, self._parts, self._parts.step
-        group_size = min(plan.accumulate_grad_batches, plan.batches_per_epoch - progress.batch)
+        group_size = plan.group_size(progress.epoch, progress.batch)
         # No function in here: after an error its closure would keep the step, and with it DDP.
         watched = self._micro_batching.accumulate(
             self._group(batches, group_size), partial(self._add_gradient, group_size)
