@@ -229,7 +229,7 @@ def _add_evaluate(commands: Any) -> None:
     add_config_flags(
         parser,
         ("data", "data_root", "batch_size", "accelerator", "precision", "threads", "num_workers",
-         "on_bad_image"),
+         "on_bad_image", "tta"),
     )  # fmt: skip
 
 
@@ -309,6 +309,8 @@ def _evaluate(options: argparse.Namespace) -> None:
         f"{facts.name}: {metrics.count:,} images  top-1 {metrics.acc1:.2f}%  "
         f"top-5 {metrics.acc5:.2f}%  loss {metrics.loss:.4f}  in {evaluation.seconds:.1f} s"
     )
+    if evaluation.acc1_tta is not None:
+        print(f"  with test-time augmentation: top-1 {evaluation.acc1_tta:.2f}%")
 
 
 def _predict(options: argparse.Namespace) -> None:

@@ -27,6 +27,7 @@ PositiveInt = Annotated[int, Field(ge=1, le=MAX_COUNT)]
 NonNegativeInt = Annotated[int, Field(ge=0, le=MAX_COUNT)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+ImageSize = Annotated[int, Field(ge=8, le=4096)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Epochs = Annotated[
     PositiveInt | Annotated[float, Field(gt=0, le=MAX_COUNT)],
@@ -78,7 +79,9 @@ class TrainConfig(BaseModel):
     # fmt: off
     data: DataSetName | None = _setting("data", None, f"data set: {', '.join(DATA_SETS)}, or the path of a folder; unset: the data set found in data_root, else digits")
     data_root: FilePath | None = _setting("data", None, "folder with the data, relative to the working directory")
-    img_size: Annotated[int, Field(ge=8, le=4096)] | None = _setting("data", None, "side of the network's input images in pixels; unset: the data set's own")
+    img_size: ImageSize | None = _setting("data", None, "side of the network's input images in pixels; unset: the data set's own")
+    eval_img_size: ImageSize | None = _setting("data", None, "side of the images that are evaluated, in pixels; unset: img_size")
+    progressive_resolution: tuple[tuple[Fraction, ImageSize], ...] = _setting("data", (), "sizes of the training images over a run, as [[0, 96], [0.6, 128]]: 96 px, and from 60% of the epochs on 128 px; unset: img_size")
     num_classes: Annotated[int, Field(ge=2, le=MAX_COUNT)] | None = _setting("data", None, "number of classes; unset: counted in the data")
     limit_train_images: PositiveInt | None = _setting("data", None, "number of training images to use, drawn evenly over the classes; unset: all")
     synthetic_train_images: PositiveInt = _setting("data", 2048, "training images of the synthetic set")
@@ -87,6 +90,10 @@ class TrainConfig(BaseModel):
     crop_padding: NonNegativeInt | Auto = _setting("data", "auto", "padding in pixels for the random crop of array data sets; 0: no crop")
     cutout: NonNegativeInt = _setting("data", 0, "side in pixels of the square cut out of each training image; 0: off")
     random_erasing: Annotated[float, Field(ge=0, le=1)] = _setting("data", 0.0, "probability of erasing a random rectangle of a training image; 0: off")
+    color_jitter: Annotated[float, Field(ge=0, le=1)] = _setting("data", 0.0, "largest change of brightness, contrast and saturation of a training image, as a share; 0: off")
+    auto_augment: Literal["none", "trivial", "rand"] = _setting("data", "none", "random operations on colors and shapes: trivial (TrivialAugment), rand (RandAugment) or none")
+    rand_augment_operations: Annotated[int, Field(ge=1, le=16)] = _setting("data", 2, "for auto_augment rand: operations for each image")
+    rand_augment_magnitude: Annotated[int, Field(ge=0, le=30)] = _setting("data", 9, "for auto_augment rand: strength of its operations, 0 to 30")
     mixup: NonNegativeFloat = _setting("data", 0.0, "alpha of mixup; 0: off")
     cutmix: NonNegativeFloat = _setting("data", 0.0, "alpha of cutmix; 0: off; with mixup too, each step draws one of them")
     on_bad_image: Literal["stop", "skip"] = _setting("data", "stop", "what to do with an image that cannot be decoded: stop (name it and end the run) or skip (list it in bad_images.txt; at most 1% of a split)")
@@ -117,9 +124,11 @@ class TrainConfig(BaseModel):
     decay_fraction: Annotated[float, Field(gt=0, le=1)] = _setting("training", 0.2, "for scheduler trapezoid: share of the run, at its end, in which the rate falls")
     final_lr_fraction: Annotated[float, Field(ge=0, le=1)] = _setting("training", 0.0, "for cosine, linear and trapezoid: rate at the end, as a share of the peak")
     gamma: Annotated[float, Field(gt=0, le=1)] = _setting("training", 0.1, "for step and multi_step: factor of each drop")
+    train_on_hardest: Fraction = _setting("training", 0.0, "share of each batch that is trained on: the images with the largest loss; 0: all of it")
     label_smoothing: Fraction = _setting("training", 0.1, "label smoothing of the training loss")
     grad_clip_val: PositiveFloat | None = _setting("training", None, "clip gradients to this norm; unset: no clipping")
     ema_decay: Fraction = _setting("training", 0.0, "decay of the weight average, which is then evaluated and saved; 0: off")
+    recompute_norm_batches: NonNegativeInt = _setting("training", 0, "training batches from which the norms of the weight average get new statistics before each evaluation; 0: averaged like the weights")
     seed: Annotated[int, Field(ge=0, lt=2**63)] = _setting("training", 0, "seed of all random numbers")
 
     accelerator: Literal["auto", "cpu", "gpu"] = _setting("machine", "auto", "auto, cpu or gpu; auto: a GPU if this PyTorch can use one, else the CPU")
@@ -151,6 +160,7 @@ class TrainConfig(BaseModel):
     allow_config_change: bool = _setting("run", False, "resume even if settings that change the result differ")
     log_every_n_steps: PositiveInt = _setting("run", 50, "steps between two logged rows")
     val_check_interval: PositiveInt | Annotated[float, Field(gt=0, allow_inf_nan=False)] = _setting("run", 1.0, "interval between evaluations: epochs as a decimal (0.5, 1.0), or steps as a whole number")
+    tta: Literal["none", "mirror", "mirror-translate"] = _setting("run", "none", "accuracy with test-time augmentation, reported beside the plain one: mirror (2 views), mirror-translate (6 views) or none")
     save_every_n_steps: PositiveInt | None = _setting("run", None, "steps between checkpoints, besides those after every epoch and evaluation; unset: no such interval")
     save_every_seconds: PositiveFloat | None = _setting("run", 600.0, "seconds between checkpoints, besides those after every epoch and evaluation; null: no such interval")
     save_top_k: NonNegativeInt = _setting("run", 1, "number of best checkpoints to keep besides the last one")
@@ -166,8 +176,7 @@ class TrainConfig(BaseModel):
         return self
 
 
-def _contradictions(config: TrainConfig) -> list[str]:
-    """Contradictions between settings, each as `fault; cure`."""
+def _schedule_contradictions(config: TrainConfig) -> list[str]:
     given = config.model_fields_set
     faults = []
     if config.warmup_epochs is not None and config.warmup_steps is not None:
@@ -191,6 +200,17 @@ def _contradictions(config: TrainConfig) -> list[str]:
         )
     if list(config.milestones) != sorted(set(config.milestones)):
         faults.append(f"milestones {list(config.milestones)} do not increase; sort them")
+    return faults
+
+
+def _contradictions(config: TrainConfig) -> list[str]:
+    """Contradictions between settings, each as `fault; cure`."""
+    faults = _schedule_contradictions(config)
+    shares = [share for share, _ in config.progressive_resolution]
+    if shares and (shares[0] != 0 or shares != sorted(set(shares))):
+        faults.append(
+            f"progressive_resolution has the shares {shares}; start at 0 and let them grow"
+        )
     if config.nesterov is True and config.optimizer != "sgd":
         faults.append(
             f"nesterov is for sgd but optimizer is {config.optimizer}; remove nesterov or use sgd"
@@ -229,7 +249,7 @@ TRAJECTORY_FREE_KEYS = frozenset(
         "allow_config_change", "auto_micro_batch", "data_root", "devices", "log_every_n_steps", "name", "num_workers",
         "on_bad_image", "output_dir", "pin_memory", "prefetch_factor", "resident_data", "resume",
         "save_every_n_steps", "save_every_seconds", "save_top_k",
-        "stop_after_steps", "strategy", "tensorboard", "val_check_interval", "weights",
+        "stop_after_steps", "strategy", "tensorboard", "tta", "val_check_interval", "weights",
     }
 )  # fmt: skip
 

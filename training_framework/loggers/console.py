@@ -138,6 +138,7 @@ def _evaluation(values: Mapping[str, float]) -> list[str]:
             "val/loss": "val loss {:.3f}",
             "val/acc1": "acc1 {:.2f}%",
             "val/acc5": "acc5 {:.2f}%",
+            "val/acc1_tta": "with TTA {:.2f}%",
             "eval_seconds": "in {:.1f} s",
         },
     )

@@ -22,7 +22,8 @@ SMALLEST_EVALUATION_BATCH = 64
 _AS_ASKED = (
     "allow_config_change", "beta1", "beta2", "decay_fraction", "decay_norm_and_bias", "epochs",
     "eps", "final_lr_fraction", "gamma",
-    "log_every_n_steps", "model", "on_bad_image", "optimizer", "output_dir", "resume",
+    "log_every_n_steps", "model", "on_bad_image", "optimizer", "output_dir",
+    "rand_augment_magnitude", "rand_augment_operations", "resume",
     "save_every_n_steps", "save_every_seconds", "save_top_k", "scheduler", "seed",
     "stop_after_steps", "tensorboard", "weight_decay", "weights",
 )  # fmt: skip
@@ -65,7 +66,9 @@ def make_plan(
     )
     durations = _durations(config, facts, world_size, batches_per_epoch, choices)
     stem = _stem(config, facts, choices)
-    lr = _learning_rate(config, durations["images_per_step"], choices)
+    lr = _learning_rate(
+        config, durations["images_per_step"] * (config.train_on_hardest or 1), choices
+    )
     chosen = choose_all(
         Situation(
             config=config,
@@ -89,6 +92,7 @@ def make_plan(
         stem=stem,
         num_classes=_num_classes(config, facts),
         image_size=facts.image_size,
+        eval_img_size=_evaluation_size(config, facts),
         lr=lr,
         nesterov=_nesterov(config),
         momentum=config.momentum if config.optimizer == "sgd" else 0.0,
@@ -195,7 +199,16 @@ def _num_classes(config: TrainConfig, facts: DatasetFacts) -> int:
     return wanted or found
 
 
-def _learning_rate(config: TrainConfig, images_per_step: int, choices: Choices) -> float:
+def _evaluation_size(config: TrainConfig, facts: DatasetFacts) -> int:
+    if config.eval_img_size is not None and facts.storage == "loader":
+        raise UserError(
+            "eval_img_size is for data sets, and your own loader makes its images",
+            "remove eval_img_size",
+        )
+    return config.eval_img_size or facts.image_size
+
+
+def _learning_rate(config: TrainConfig, images_per_step: float, choices: Choices) -> float:
     if config.lr != "auto":
         return config.lr
     if config.optimizer == "sgd":

@@ -10,6 +10,7 @@ import torch
 from pydantic import TypeAdapter
 
 from training_framework.config.schema import OptimizerName
+from training_framework.data.resolution import Resolutions
 from training_framework.switches import SWITCHES, Choice
 
 __all__ = ["Choice", "TrainPlan"]
@@ -79,6 +80,12 @@ class TrainPlan:
     random_erasing: float
     mixup: float
     cutmix: float
+    color_jitter: float
+    auto_augment: Literal["none", "trivial", "rand"]
+    rand_augment_operations: int
+    rand_augment_magnitude: int
+    progressive_resolution: tuple[tuple[float, int], ...]
+    eval_img_size: int
     on_bad_image: Literal["stop", "skip"]
     resident_data: bool
     num_workers: int
@@ -108,6 +115,9 @@ class TrainPlan:
     label_smoothing: float
     grad_clip_val: float | None
     ema_decay: float
+    recompute_norm_batches: int
+    train_on_hardest: float
+    tta: Literal["none", "mirror", "mirror-translate"]
     # The schedule of the learning rate.
     scheduler: str
     warmup_steps: int | None
@@ -131,6 +141,13 @@ class TrainPlan:
     more_switches: Mapping[str, Any]
     asked_for: tuple[str, ...]
     choices: tuple[Choice, ...]
+
+    @property
+    def resolutions(self) -> Resolutions | None:
+        """The size of the training images by epoch; None: always `image_size`."""
+        if not self.progressive_resolution:
+            return None
+        return Resolutions.of(self.progressive_resolution, self.epochs)
 
     @property
     def total_batches(self) -> int:

@@ -6,6 +6,7 @@ from training_framework.switches.cpu_kernels import CPU_KERNELS
 from training_framework.switches.data_path import DATA_PATH
 from training_framework.switches.methods import METHODS
 from training_framework.switches.processes import PROCESSES
+from training_framework.switches.short_runs import SHORT_RUNS
 from training_framework.switches.switch import Switch
 
 __all__ = ["SWITCHES"]
@@ -19,4 +20,5 @@ SWITCHES: tuple[Switch, ...] = (
     *DATA_PATH,
     *METHODS,
     *AUGMENTATIONS,
+    *SHORT_RUNS,
 )

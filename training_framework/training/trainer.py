@@ -129,13 +129,13 @@ class Trainer:
 
     def _add_gradient(self, group_size: int, position: int, batch: Batch) -> WatchedBatch:
         plan, progress, step = self._plan, self.progress, self._parts.step
-        start = time.perf_counter()
+        transform, start = self._parts.loaders.train_transform, time.perf_counter()
         with step.phase("transform"):
             done = progress.epoch * plan.batches_per_epoch + progress.batch + position
-            images, labels, mixed = self._parts.loaders.train_transform(
-                batch, step=done, epoch=progress.epoch
-            )
+            images, labels, mixed = transform(batch, step=done, epoch=progress.epoch)
         self._interval.data_wait += time.perf_counter() - start
+        if self._parts.select is not None:
+            images, labels, mixed = self._parts.select(images, labels, mixed)
         pair = None if mixed is None else (mixed.other_labels, mixed.lam)
         is_last = position == group_size - 1
         loss = step.accumulate(images, labels, pair, group_size=group_size, last_of_group=is_last)
