@@ -81,7 +81,7 @@ def test_help_shows_every_setting_with_its_default_and_no_alias(capsys, monkeypa
         flag = f"--{key.replace('_', '-')}"
         assert re.search(rf"{flag} (VALUE|\[VALUE\]) ", text), key
         assert str(field.description) in text
-    assert "passes over the training set (15)" in text
+    assert "passes over the training set; 9.9 ends within the last one (15)" in text
     assert "for runs; a run is written to <output_dir>/<name>/version_N (logs)" in text
     assert "(slower) (false)" in text
     for alias in ALIASES:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from training_framework.checkpoint import load_checkpoint
 from training_framework.config import TrainConfig
-from training_framework.data import Batch, MixedLabels
+from training_framework.data import Batch
 from training_framework.data.resolution import Resolutions, resized
 from training_framework.measure.verify.difference import compare_runs
 from training_framework.models.flops import forward_flops_per_image, training_flops_per_image
@@ -32,7 +32,7 @@ TINY: dict[str, Any] = {
 }  # fmt: skip
 METHODS: dict[str, Any] = {
     "progressive_resolution": ((0.0, 8), (0.5, 12)), "eval_img_size": 16, "tta": "mirror-translate",
-    "train_on_hardest": 0.5, "ema_decay": 0.9, "recompute_norm_batches": 2, "mixup": 0.2,
+    "train_on_hardest": 0.5, "average_from": 0.2, "recompute_norm_batches": 2, "mixup": 0.2,
     "auto_augment": "rand", "color_jitter": 0.2, "scheduler": "trapezoid",
 }  # fmt: skip
 
@@ -62,6 +62,7 @@ def run(**settings: Any) -> Any:
 def test_a_run_with_all_methods_stops_and_resumes_bit_for_bit(in_tmp_path: Path) -> None:
     straight = run(**METHODS, name="straight")
     assert straight.steps == 10  # 2.5 epochs of 4
+    assert load_checkpoint(straight.run_directory / "checkpoints/last.ckpt")["average"]
     for steps in (3, None):  # within an epoch, and to the end, which is within one too
         result = run(**METHODS, name="stopped", stop_after_steps=steps)
     comparison = compare_runs(straight.run_directory, result.run_directory)
@@ -131,7 +132,7 @@ def test_the_images_with_the_largest_loss_are_trained_on(mixed: bool) -> None:
     )
     images = torch.rand(8, 3, 12, 12).contiguous(memory_format=torch.channels_last)
     labels, others = torch.arange(8) % 4, (torch.arange(8) + 1) % 4
-    pair = MixedLabels(labels, others, torch.tensor(0.3)) if mixed else None
+    pair = (others, torch.tensor(0.3)) if mixed else None
     before = {key: value.clone() for key, value in parts.model.state_dict().items()}
     chosen, chosen_labels, chosen_pair = parts.select(images, labels, pair)
     with torch.no_grad():
@@ -143,7 +144,7 @@ def test_the_images_with_the_largest_loss_are_trained_on(mixed: bool) -> None:
     assert torch.equal(chosen, images[best]) and torch.equal(chosen_labels, labels[best])
     assert chosen.is_contiguous(memory_format=torch.channels_last)
     if mixed:
-        assert torch.equal(chosen_pair.other_labels, others[best])
+        assert torch.equal(chosen_pair[0], others[best])
     # Looking at a batch changes no statistics.
     after = parts.model.state_dict()
     assert all(torch.equal(after[key], value) for key, value in before.items())

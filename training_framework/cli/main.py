@@ -234,6 +234,7 @@ def _add_evaluate(commands: Any) -> None:
         ("data", "data_root", "batch_size", "accelerator", "precision", "threads", "num_workers",
          "on_bad_image", "tta"),
     )  # fmt: skip
+    parser.usage = f"{parser.prog} CHECKPOINT [--SETTING VALUE ...]"
 
 
 def _add_predict(commands: Any) -> None:

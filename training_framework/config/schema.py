@@ -104,7 +104,7 @@ class TrainConfig(BaseModel):
     share_early_weights: bool = _setting("model", False, "share one weight between the two convolutions of each early block (resnet10, 18, 34)")
     zero_init_last_norm: bool = _setting("model", False, "start each residual block as the identity, with zeros as the scale of its last norm")
 
-    epochs: Epochs = _setting("training", 15, "passes over the training set; the last may be a part of one (9.9)")
+    epochs: Epochs = _setting("training", 15, "passes over the training set; 9.9 ends within the last one")
     batch_size: PositiveInt = _setting("training", 64, "images per forward pass, over all devices together; an optimizer step sees accumulate_grad_batches batches")
     accumulate_grad_batches: PositiveInt = _setting("training", 1, "batches whose gradients are averaged for each optimizer step")
     optimizer: OptimizerName = _setting("training", "sgd", _one_of(get_args(OptimizerName)))
@@ -122,12 +122,13 @@ class TrainConfig(BaseModel):
     step_size: PositiveFloat = _setting("training", 30.0, "for scheduler step: epochs between two drops")
     milestones: tuple[PositiveFloat, ...] = _setting("training", (), "for scheduler multi_step: epochs at which the rate drops")
     decay_fraction: Annotated[float, Field(gt=0, le=1)] = _setting("training", 0.2, "for scheduler trapezoid: share of the run, at its end, in which the rate falls")
-    final_lr_fraction: Annotated[float, Field(ge=0, le=1)] = _setting("training", 0.0, "for cosine, linear and trapezoid: rate at the end, as a share of the peak")
+    final_lr_fraction: Annotated[float, Field(ge=0, le=1)] = _setting("training", 0.0, f"rate at the end, as a share of the peak, for scheduler {_one_of(name for name in SCHEDULES if 'final_fraction' in schedule_options(name))}")
     gamma: Annotated[float, Field(gt=0, le=1)] = _setting("training", 0.1, "for step and multi_step: factor of each drop")
     train_on_hardest: Fraction = _setting("training", 0.0, "share of each batch that is trained on: the images with the largest loss; 0: all of it")
     label_smoothing: Fraction = _setting("training", 0.1, "label smoothing of the training loss")
     grad_clip_val: PositiveFloat | None = _setting("training", None, "clip gradients to this norm; unset: no clipping")
     ema_decay: Fraction = _setting("training", 0.0, "decay of the weight average, which is then evaluated and saved; 0: off")
+    average_from: Fraction = _setting("training", 0.0, "share of the run from which on the weights are averaged evenly (SWA), evaluated and saved; 0: off")
     recompute_norm_batches: NonNegativeInt = _setting("training", 0, "training batches from which the norms of the weight average get new statistics before each evaluation; 0: averaged like the weights")
     seed: Annotated[int, Field(ge=0, lt=2**63)] = _setting("training", 0, "seed of all random numbers")
 
@@ -206,6 +207,8 @@ def _schedule_contradictions(config: TrainConfig) -> list[str]:
 def _contradictions(config: TrainConfig) -> list[str]:
     """Contradictions between settings, each as `fault; cure`."""
     faults = _schedule_contradictions(config)
+    if config.average_from and config.ema_decay:
+        faults.append("average_from and ema_decay are both given; keep one of them")
     shares = [share for share, _ in config.progressive_resolution]
     if shares and (shares[0] != 0 or shares != sorted(set(shares))):
         faults.append(

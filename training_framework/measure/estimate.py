@@ -180,5 +180,7 @@ def _evaluation_seconds(parts: Parts) -> float:
             tta=plan.tta,
         )
         seconds, images = found.seconds, found.metrics.count
-    of_average = plan.recompute_norm_batches * plan.global_batch_size if plan.ema_decay else 0
+    of_average = (
+        plan.recompute_norm_batches * plan.global_batch_size if plan.averages_weights else 0
+    )
     return seconds / images * (parts.planned.facts.val_images + of_average)

@@ -126,11 +126,14 @@ def _train(parts: Parts, group: Sequence[tuple[int, int, Batch]], rate: float, s
     total = 0.0
     for position, (epoch, number, batch) in enumerate(group):
         inputs = parts.loaders.train_transform(batch, step=number, epoch=epoch)
-        images, labels, mixed = inputs if parts.select is None else parts.select(*inputs)
+        images, labels, mixed = inputs
+        pair = None if mixed is None else (mixed.other_labels, mixed.lam)
+        if parts.select is not None:
+            images, labels, pair = parts.select(images, labels, pair)
         loss = parts.step.accumulate(
             images,
             labels,
-            None if mixed is None else (mixed.other_labels, mixed.lam),
+            pair,
             group_size=len(group),
             last_of_group=position == len(group) - 1,
         )

@@ -115,6 +115,7 @@ class TrainPlan:
     label_smoothing: float
     grad_clip_val: float | None
     ema_decay: float
+    average_from: float
     recompute_norm_batches: int
     train_on_hardest: float
     tta: Literal["none", "mirror", "mirror-translate"]
@@ -168,6 +169,11 @@ class TrainPlan:
         """Steps that the loader processes may have prepared ahead."""
         batches = 0 if self.resident_data else self.num_workers * self.prefetch_factor
         return -(-batches // self.accumulate_grad_batches)
+
+    @property
+    def averages_weights(self) -> bool:
+        """Whether an average of the weights is evaluated and saved."""
+        return bool(self.ema_decay or self.average_from)
 
     def switch_values(self) -> dict[str, Any]:
         """The value of every switch, by key."""

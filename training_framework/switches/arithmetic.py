@@ -75,6 +75,7 @@ def _cuda_graph(situation: Situation) -> Decision:
         "progressive_resolution changes the shape of the batches": bool(
             config.progressive_resolution
         ),
+        "train_on_hardest looks at the images before the step": bool(config.train_on_hardest),
         "fp16's scale is read from the device in every step": (
             situation.chosen["precision"] == "16-mixed"
         ),

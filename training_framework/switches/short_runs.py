@@ -70,9 +70,25 @@ TRAIN_ON_HARDEST = Switch(
 )
 
 
+AVERAGE_FROM = Switch(
+    key="average_from",
+    name="even weight average",
+    numbers="different",
+    choose=as_asked("average_from"),
+    card=Card(
+        use="The last part of a run at a high, even rate: the mean of its weights is evaluated and "
+        "saved, which is often better than the last ones.",
+        price=f"A second copy of the weights, and one pass over them each step. {_UNMEASURED}",
+        failure="A rate that falls to zero leaves nothing to average. The norms' statistics are "
+        "averaged too, and fit the mean weights badly: set recompute_norm_batches.",
+        source="Izmailov et al., Averaging Weights Leads to Wider Optima, arXiv 1803.05407",
+    ),
+)
+
+
 def _recompute_norm_batches(situation: Situation) -> Decision:
     config = situation.config
-    if config.recompute_norm_batches and not config.ema_decay:
+    if config.recompute_norm_batches and not (config.ema_decay or config.average_from):
         return Decision(0, "there is no weight average: the norms have statistics of their own")
     if config.recompute_norm_batches and situation.facts.storage == "loader":
         raise UserError(
@@ -114,4 +130,10 @@ TTA = Switch(
     ),
 )
 
-SHORT_RUNS = (PROGRESSIVE_RESOLUTION, TRAIN_ON_HARDEST, RECOMPUTE_NORM_BATCHES, TTA)
+SHORT_RUNS = (
+    PROGRESSIVE_RESOLUTION,
+    TRAIN_ON_HARDEST,
+    AVERAGE_FROM,
+    RECOMPUTE_NORM_BATCHES,
+    TTA,
+)

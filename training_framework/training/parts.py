@@ -13,7 +13,13 @@ from training_framework.data import Dataset
 from training_framework.machine.distributed import share_buffers
 from training_framework.machine.randomness import seed_everything
 from training_framework.models.flops import forward_flops_per_image, training_flops_per_image
-from training_framework.optimizers import Schedule, WeightAverage, build_optimizer, build_schedule
+from training_framework.optimizers import (
+    EvenAverage,
+    Schedule,
+    WeightAverage,
+    build_optimizer,
+    build_schedule,
+)
 from training_framework.plan import PlannedRun, TrainPlan
 from training_framework.runs.record import Costs
 from training_framework.schedules import schedule_options
@@ -199,6 +205,8 @@ def build_step(plan: TrainPlan, model: nn.Module, device: torch.device) -> Train
         )
     # DDP has now given every rank the weights of rank 0, so all ranks average the same weights.
     average = WeightAverage(model, decay=plan.ema_decay) if plan.ema_decay else None
+    if plan.average_from:
+        average = EvenAverage(model, first_step=round(plan.average_from * plan.total_steps))
     optimizer = build_optimizer(
         model,
         name=plan.optimizer,

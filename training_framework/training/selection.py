@@ -3,10 +3,9 @@
 import torch
 from torch import Tensor
 
-from training_framework.data import MixedLabels
 from training_framework.machine.precision import autocast
 from training_framework.plan import TrainPlan
-from training_framework.training.loss import per_sample_losses
+from training_framework.training.loss import MixedWith, per_sample_losses
 from training_framework.training.step import TrainStep
 
 __all__ = ["HardestImages", "hardest"]
@@ -43,9 +42,9 @@ class HardestImages:
 
     @torch.no_grad()
     def __call__(
-        self, images: Tensor, labels: Tensor, mixed: MixedLabels | None
-    ) -> tuple[Tensor, Tensor, MixedLabels | None]:
-        """The chosen images, (n, C, H, W), their labels, and their mixed labels."""
+        self, images: Tensor, labels: Tensor, mixed: MixedWith | None
+    ) -> tuple[Tensor, Tensor, MixedWith | None]:
+        """The chosen images, (n, C, H, W), their labels, and their other labels if mixed."""
         with self._step.phase("forward"):
             chosen = hardest(self._losses(images, labels, mixed), self._share)
             is_channels_last = images.is_contiguous(memory_format=torch.channels_last)
@@ -54,11 +53,10 @@ class HardestImages:
                 images = images.contiguous(memory_format=torch.channels_last)
             labels = labels.index_select(0, chosen)
             if mixed is not None:
-                others = mixed.other_labels.index_select(0, chosen)
-                mixed = MixedLabels(labels, others, mixed.lam)
+                mixed = (mixed[0].index_select(0, chosen), mixed[1])
         return images, labels, mixed
 
-    def _losses(self, images: Tensor, labels: Tensor, mixed: MixedLabels | None) -> Tensor:
+    def _losses(self, images: Tensor, labels: Tensor, mixed: MixedWith | None) -> Tensor:
         network = self._step.network
         network.eval()
         parts = images.split(self._step.micro_batch_size or len(images))
@@ -68,5 +66,5 @@ class HardestImages:
         losses = per_sample_losses(logits, labels)
         if mixed is None:
             return losses
-        others = per_sample_losses(logits, mixed.other_labels)
-        return mixed.lam * losses + (1 - mixed.lam) * others
+        other_labels, lam = mixed
+        return lam * losses + (1 - lam) * per_sample_losses(logits, other_labels)

@@ -142,12 +142,14 @@ class StepSampler:
                 step=self._epoch * plan.batches_per_epoch + self._batch,
                 epoch=self._epoch,
             )
-            select = self.parts.select
-            images, labels, mixed = inputs if select is None else select(*inputs)
+            images, labels, mixed = inputs
+            pair = None if mixed is None else (mixed.other_labels, mixed.lam)
+            if self.parts.select is not None:
+                images, labels, pair = self.parts.select(images, labels, pair)
             self.parts.step.accumulate(
                 images,
                 labels,
-                None if mixed is None else (mixed.other_labels, mixed.lam),
+                pair,
                 group_size=group,
                 last_of_group=position == group - 1,
             )

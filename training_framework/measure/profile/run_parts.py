@@ -31,11 +31,14 @@ def step_on(parts: Parts, batch: Batch) -> None:
     group = parts.plan.accumulate_grad_batches
     for position in range(group):
         inputs = parts.loaders.train_transform(batch, step=0, epoch=0)
-        images, labels, mixed = inputs if parts.select is None else parts.select(*inputs)
+        images, labels, mixed = inputs
+        pair = None if mixed is None else (mixed.other_labels, mixed.lam)
+        if parts.select is not None:
+            images, labels, pair = parts.select(images, labels, pair)
         parts.step.accumulate(
             images,
             labels,
-            None if mixed is None else (mixed.other_labels, mixed.lam),
+            pair,
             group_size=group,
             last_of_group=position == group - 1,
         )
