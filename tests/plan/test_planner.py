@@ -107,6 +107,8 @@ def test_a_cpu_does_not_choose_bf16_where_its_gradients_are_wrong():
     assert "gradients" in reason(tiny, "precision")
     larger = dataclasses.replace(FACTS, image_size=17)
     assert plan(fast, stem="imagenet", facts=larger).precision == "bf16-mixed"
+    growing = plan(fast, stem="imagenet", facts=larger, progressive_resolution=((0.0, 16),))
+    assert growing.precision == "32"
 
 
 def test_bf16_instructions_count_where_they_are_measured_to_be_fast():
