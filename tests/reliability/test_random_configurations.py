@@ -48,6 +48,8 @@ SMALL: dict[str, st.SearchStrategy[Any]] = {
     "progressive_resolution": st.just([])
     | st.tuples(st.floats(0.1, 0.9), st.integers(8, 14)).map(lambda later: [[0.0, 8], list(later)]),
     "rand_augment_operations": st.integers(1, 3),
+    "average_from": st.sampled_from([0.0, 0.0, 0.0, 0.5]),
+    "final_lr_fraction": st.sampled_from([0.0, 0.0, 0.0, 0.1]),
     "recompute_norm_batches": st.integers(0, 3),
     "epochs": st.integers(1, 3) | st.floats(0.3, 3),
     "batch_size": st.integers(2, 12),

@@ -18,7 +18,7 @@ from training_framework.plan import plan_run
 from training_framework.train import EfficientResNet18Trainer
 from training_framework.training.norm_statistics import recompute_norms
 from training_framework.training.parts import build_parts, build_step
-from training_framework.training.selection import HardestImages, hardest
+from training_framework.training.selection import HardestImages, all_images, hardest
 from training_framework.training.shape_warmup import warm_up_shapes
 from training_framework.training.test_time_augmentation import averaged_logits
 
@@ -156,7 +156,7 @@ def test_at_least_one_image_is_chosen_and_ties_go_to_the_first() -> None:
 
 
 def test_selection_is_off_unless_asked_for() -> None:
-    assert parts_of().select is None
+    assert parts_of().select is all_images
     assert isinstance(parts_of(train_on_hardest=0.5).select, HardestImages)
 
 

@@ -128,8 +128,7 @@ def _train(parts: Parts, group: Sequence[tuple[int, int, Batch]], rate: float, s
         inputs = parts.loaders.train_transform(batch, step=number, epoch=epoch)
         images, labels, mixed = inputs
         pair = None if mixed is None else (mixed.other_labels, mixed.lam)
-        if parts.select is not None:
-            images, labels, pair = parts.select(images, labels, pair)
+        images, labels, pair = parts.select(images, labels, pair)
         loss = parts.step.accumulate(
             images,
             labels,

@@ -30,7 +30,7 @@ from training_framework.training.loaders import Loaders, sample_name
 from training_framework.training.metrics import ClassificationSums
 from training_framework.training.network_assembly import assemble_network, prepare_network
 from training_framework.training.norm_statistics import recompute_norms
-from training_framework.training.selection import HardestImages
+from training_framework.training.selection import HardestImages, Select, all_images
 from training_framework.training.step import TrainStep
 
 __all__ = ["Parts", "build_parts", "build_plan_schedule", "build_step"]
@@ -49,7 +49,7 @@ class Parts:
         schedule: Multiplier of the plan's learning rate by step.
         sample_name: From a sample's position in the training split to its name in messages.
         lines: What there is to say about the building.
-        select: Chooses the images of a batch to train on; None: all.
+        select: Chooses the images of a batch to train on.
     """
 
     planned: PlannedRun
@@ -60,7 +60,7 @@ class Parts:
     schedule: Schedule
     sample_name: Callable[[int], str]
     lines: tuple[str, ...]
-    select: HardestImages | None = None
+    select: Select = all_images
     _flops_by_size: dict[int, float] = field(default_factory=dict, init=False, repr=False)
 
     @property
@@ -181,7 +181,7 @@ def build_parts(
         loaders=Loaders.build(planned, device),
         schedule=build_plan_schedule(plan),
         sample_name=functools.partial(sample_name, source),
-        select=HardestImages(step, plan, device.type) if plan.train_on_hardest else None,
+        select=HardestImages(step, plan, device.type) if plan.train_on_hardest else all_images,
         lines=(*(source.notes if isinstance(source, Dataset) else ()), *lines),
     )
 

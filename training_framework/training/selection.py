@@ -1,5 +1,7 @@
 """Trains on the hardest images of each batch: those with the largest loss."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -8,7 +10,17 @@ from training_framework.plan import TrainPlan
 from training_framework.training.loss import MixedWith, per_sample_losses
 from training_framework.training.step import TrainStep
 
-__all__ = ["HardestImages", "hardest"]
+__all__ = ["HardestImages", "Select", "all_images", "hardest"]
+
+Select = Callable[[Tensor, Tensor, MixedWith | None], tuple[Tensor, Tensor, MixedWith | None]]
+"""From images, labels and the other labels of mixed images to those that are trained on."""
+
+
+def all_images(
+    images: Tensor, labels: Tensor, mixed: MixedWith | None
+) -> tuple[Tensor, Tensor, MixedWith | None]:
+    """The whole batch."""
+    return images, labels, mixed
 
 
 def hardest(losses: Tensor, share: float) -> Tensor:

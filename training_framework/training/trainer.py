@@ -135,8 +135,7 @@ class Trainer:
             images, labels, mixed = transform(batch, step=done, epoch=progress.epoch)
         self._interval.data_wait += time.perf_counter() - start
         pair = None if mixed is None else (mixed.other_labels, mixed.lam)
-        if self._parts.select is not None:
-            images, labels, pair = self._parts.select(images, labels, pair)
+        images, labels, pair = self._parts.select(images, labels, pair)
         is_last = position == group_size - 1
         loss = step.accumulate(images, labels, pair, group_size=group_size, last_of_group=is_last)
         return WatchedBatch.of(batch, loss)

@@ -144,8 +144,7 @@ class StepSampler:
             )
             images, labels, mixed = inputs
             pair = None if mixed is None else (mixed.other_labels, mixed.lam)
-            if self.parts.select is not None:
-                images, labels, pair = self.parts.select(images, labels, pair)
+            images, labels, pair = self.parts.select(images, labels, pair)
             self.parts.step.accumulate(
                 images,
                 labels,

@@ -33,8 +33,7 @@ def step_on(parts: Parts, batch: Batch) -> None:
         inputs = parts.loaders.train_transform(batch, step=0, epoch=0)
         images, labels, mixed = inputs
         pair = None if mixed is None else (mixed.other_labels, mixed.lam)
-        if parts.select is not None:
-            images, labels, pair = parts.select(images, labels, pair)
+        images, labels, pair = parts.select(images, labels, pair)
         parts.step.accumulate(
             images,
             labels,
