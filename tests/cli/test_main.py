@@ -59,7 +59,7 @@ def test_version_is_that_of_the_package(capsys):
 @pytest.mark.parametrize(
     "command",
     ["", "train", "plan", "evaluate", "predict", "data", "data subset", "data pack", "data inspect",
-     "compare", "tune", "report", "profile", "verify-resume"],
+     "compare", "tune", "report", "profile", "verify-resume", "recipes", "estimate", "lr-range"],
 )  # fmt: skip
 def test_help_is_readable_at_80_columns(command, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
