@@ -22,7 +22,7 @@ def add_estimate(commands: Any) -> None:
     parser = commands.add_parser("estimate", help=summary, description=summary, allow_abbrev=False)
     parser.set_defaults(run=_estimate, parser=parser)
     add_config_flags(parser)
-    parser.usage = f"{parser.prog} [--config FILE] [--price-per-hour P] [--watts W] [...]"
+    parser.usage = f"{parser.prog} [--config FILE] [--price-per-hour P] [...]"
     group = parser.add_argument_group("estimate")
     group.add_argument("--steps", type=int, default=30, help="steps to time at each size (30)")
     group.add_argument(
