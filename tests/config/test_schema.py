@@ -25,7 +25,7 @@ def test_precision_refuses_what_it_does_not_know(value):
 @pytest.mark.parametrize(
     "settings",
     [
-        {"epochs": 1.0},
+        {"epochs": 0.0},
         {"epochs": True},
         {"epochs": "3"},
         {"epochs": 0},

@@ -107,6 +107,8 @@ def test_a_cpu_does_not_choose_bf16_where_its_gradients_are_wrong():
     assert "gradients" in reason(tiny, "precision")
     larger = dataclasses.replace(FACTS, image_size=17)
     assert plan(fast, stem="imagenet", facts=larger).precision == "bf16-mixed"
+    growing = plan(fast, stem="imagenet", facts=larger, progressive_resolution=((0.0, 16),))
+    assert growing.precision == "32"
 
 
 def test_bf16_goes_into_winograds_products_where_a_network_consists_of_them():
@@ -405,3 +407,26 @@ def test_what_needs_a_compiler_is_refused_without_one(key):
     assert plan(NATIVE_CPU, precision="32", **{key: True}).switch_values()[key] is True
     with pytest.raises(UserError, match=rf"^{key}: no C\+\+ compiler .*, or set {key} to false$"):
         plan(bare, precision="32", **{key: True})
+
+
+@pytest.mark.parametrize(
+    ("epochs", "total", "last_group"),
+    # 5 batches an epoch in groups of 2: whole epochs have 3 steps.
+    [(2, 6, 1), (1.6, 5, 1), (1.8, 5, 2), (0.4, 1, 2), (0.01, 1, 1)],
+)
+def test_a_run_may_end_within_an_epoch(epochs, total, last_group):
+    facts = dataclasses.replace(FACTS, train_images=50)
+    made = plan(facts=facts, epochs=epochs, batch_size=10, accumulate_grad_batches=2)
+    assert made.total_steps == total
+    groups, epoch, batch = [], 0, 0
+    while epoch * 5 + batch < made.total_batches:
+        groups.append(made.group_size(epoch, batch))
+        batch += groups[-1]
+        if batch == 5:
+            epoch, batch = epoch + 1, 0
+    assert (len(groups), groups[-1]) == (total, last_group)
+    assert sum(groups) == made.total_batches
+
+
+def test_whole_epochs_stay_whole_numbers():
+    assert plan(epochs=3.0).epochs == 3 and isinstance(plan(epochs=3.0).epochs, int)

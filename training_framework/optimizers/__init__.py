@@ -10,6 +10,7 @@ from torch import nn
 
 from training_framework.errors import UserError
 from training_framework.optimizers.averaging import WeightAverage
+from training_framework.optimizers.even_average import EvenAverage
 from training_framework.optimizers.fused_on_cpu import (
     FusedAdamOnCpu,
     FusedAdamWOnCpu,
@@ -24,6 +25,7 @@ from training_framework.schedules import SCHEDULES, Schedule, build_schedule
 __all__ = [
     "OPTIMIZERS",
     "SCHEDULES",
+    "EvenAverage",
     "Lookahead",
     "Muon",
     "MuonOptions",

@@ -22,7 +22,7 @@ FREE_FIELDS = frozenset(
         "device_name", "evaluation_interval_steps", "keep_memory", "log_every_n_steps", "name",
         "num_workers", "on_bad_image", "output_dir", "pin_memory", "prefetch_factor",
         "resident_data", "resume", "save_every_n_steps", "save_every_seconds", "save_top_k",
-        "stop_after_steps", "tensorboard", "weights",
+        "stop_after_steps", "tensorboard", "tta", "weights",
     }
 )  # fmt: skip
 # Fields that change with the number of processes.

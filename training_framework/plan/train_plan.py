@@ -11,6 +11,7 @@ from pydantic import TypeAdapter
 
 from training_framework.config.architectures import Activation, Variation
 from training_framework.config.schema import OptimizerName
+from training_framework.data.resolution import Resolutions
 from training_framework.switches import SWITCHES, Choice
 
 __all__ = ["Choice", "TrainPlan"]
@@ -93,6 +94,12 @@ class TrainPlan:
     random_erasing: float
     mixup: float
     cutmix: float
+    color_jitter: float
+    auto_augment: Literal["none", "trivial", "rand"]
+    rand_augment_operations: int
+    rand_augment_magnitude: int
+    progressive_resolution: tuple[tuple[float, int], ...]
+    eval_img_size: int
     on_bad_image: Literal["stop", "skip"]
     resident_data: bool
     num_workers: int
@@ -100,7 +107,7 @@ class TrainPlan:
     pin_memory: bool
     # Batches and steps.
     seed: int
-    epochs: int
+    epochs: int | float
     global_batch_size: int
     device_batch_size: int
     evaluation_batch_size: int
@@ -130,12 +137,18 @@ class TrainPlan:
     ema_decay: float
     lookahead_steps: int
     lookahead_share: float
+    average_from: float
+    recompute_norm_batches: int
+    train_on_hardest: float
+    tta: Literal["none", "mirror", "mirror-translate"]
     # The schedule of the learning rate.
     scheduler: str
     warmup_steps: int | None
     step_size_steps: int
     milestones_steps: tuple[int, ...]
     gamma: float
+    decay_fraction: float
+    final_lr_fraction: float
     # What is logged and saved, and where.
     name: str
     output_dir: Path
@@ -153,6 +166,27 @@ class TrainPlan:
     choices: tuple[Choice, ...]
 
     @property
+    def resolutions(self) -> Resolutions | None:
+        """The size of the training images by epoch; None: always `image_size`."""
+        if not self.progressive_resolution:
+            return None
+        return Resolutions.of(self.progressive_resolution, self.epochs)
+
+    @property
+    def total_batches(self) -> int:
+        """Forward passes of the whole run."""
+        return max(1, round(self.epochs * self.batches_per_epoch))
+
+    def group_size(self, epoch: int, batch: int) -> int:
+        """Forward passes of the step that starts with a batch of an epoch, both counted from 0.
+
+        The last step of an epoch may have fewer, and so may the last of a run that ends in one.
+        """
+        done = epoch * self.batches_per_epoch
+        left = min(self.batches_per_epoch, self.total_batches - done) - batch
+        return min(self.accumulate_grad_batches, left)
+
+    @property
     def steps_loaded_ahead(self) -> int:
         """Steps that the loader processes may have prepared ahead."""
         batches = 0 if self.resident_data else self.num_workers * self.prefetch_factor
@@ -162,6 +196,11 @@ class TrainPlan:
     def variation(self) -> Variation:
         """What is changed in the network's architecture."""
         return Variation(*(getattr(self, key) for key in Variation._fields))
+
+    @property
+    def averages_weights(self) -> bool:
+        """Whether an average of the weights is evaluated and saved."""
+        return bool(self.ema_decay or self.average_from)
 
     def switch_values(self) -> dict[str, Any]:
         """The value of every switch, by key."""

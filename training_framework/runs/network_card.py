@@ -32,7 +32,7 @@ class NetworkCard:
         stem: `cifar` or `imagenet`.
         share_early_weights: As in `build_model`.
         class_names: One for each class, in label order.
-        image_size: Side in pixels of the images it was trained on.
+        image_size: Side in pixels of the images to evaluate it on.
         mean: Per-channel mean of its input, in units where 255 is 1.
         std: Per-channel standard deviation, same units.
         center_crop: Whether evaluation uses the middle of an image resized to 256/224 of
@@ -61,7 +61,7 @@ class NetworkCard:
             stem=plan.stem,
             share_early_weights=plan.share_early_weights,
             class_names=facts.class_names or tuple(map(str, range(plan.num_classes))),
-            image_size=plan.image_size,
+            image_size=plan.eval_img_size,
             mean=facts.mean,
             std=facts.std,
             center_crop=facts.storage == "files",

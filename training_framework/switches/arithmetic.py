@@ -73,6 +73,10 @@ def _cuda_graph(situation: Situation) -> Decision:
         "only works on a CUDA GPU": not situation.on_cuda,
         "several processes train together": situation.world_size > 1,
         "a step of several batches is not recorded": config.accumulate_grad_batches > 1,
+        "progressive_resolution changes the shape of the batches": bool(
+            config.progressive_resolution
+        ),
+        "train_on_hardest looks at the images before the step": bool(config.train_on_hardest),
         "fp16's scale is read from the device in every step": (
             situation.chosen["precision"] == "16-mixed"
         ),

@@ -7,6 +7,7 @@ from training_framework.switches.data_path import DATA_PATH
 from training_framework.switches.methods import METHODS
 from training_framework.switches.networks import NETWORKS
 from training_framework.switches.processes import PROCESSES
+from training_framework.switches.short_runs import SHORT_RUNS
 from training_framework.switches.switch import Switch
 from training_framework.switches.updates import UPDATES
 
@@ -23,4 +24,5 @@ SWITCHES: tuple[Switch, ...] = (
     *NETWORKS,
     *UPDATES,
     *AUGMENTATIONS,
+    *SHORT_RUNS,
 )

@@ -35,7 +35,8 @@ def _strides_over_single_pixels(situation: Situation) -> bool:
     PyTorch 2.13 gives weight gradients of 1e14 for such a 3x3 convolution in bf16 on a CPU with
     avx512_bf16: (16, 128, 1, 1) to 256 channels, stride 2, padding 1, channels_last.
     """
-    return situation.stem == "imagenet" and situation.facts.image_size <= 16
+    sizes = [size for _, size in situation.config.progressive_resolution]
+    return situation.stem == "imagenet" and min([situation.facts.image_size, *sizes]) <= 16
 
 
 def _gpu_precision(gpu: Accelerator, wanted: str) -> Decision:
