@@ -1,7 +1,8 @@
 """Runs one training on a fake GPU, in this process, and says what was observed.
 
-A case is an object with `settings` of the configuration, `gpu` (arguments of `fake_cuda`) and
-`plants`: faults to plant, as [function, text, text in its place].
+A case is an object with `settings` of the configuration, `gpu` (arguments of `fake_cuda`),
+`processes` (how many there seem to be, of which this is rank 0) and `plants`: faults to plant, as
+[function, text, text in its place].
 """
 
 import contextlib
@@ -14,6 +15,7 @@ from unittest import mock
 
 import torch
 from fake_cuda import fake_cuda
+from fake_processes import fake_processes
 from observer import Observed
 
 from training_framework.checkpoint import CheckpointKeeper
@@ -21,6 +23,7 @@ from training_framework.config import TrainConfig
 from training_framework.machine import hardware
 from training_framework.training import parts as parts_module
 from training_framework.training import run as run_module
+from training_framework.training.finiteness import FinitenessGuard
 from training_framework.training.run import TrainingRun
 from training_framework.training.trainer import Trainer
 
@@ -47,16 +50,23 @@ def fault_of_fake_cuda() -> str:
 def report_of(case: dict[str, Any]) -> dict[str, Any]:
     """Run a case in this process and say what was observed."""
     observed, error, steps, facts = Observed(), "", 0, dict[str, Any]()
+    processes = case.get("processes", 1)
     gpu = {key: tuple(v) if key == "capability" else v for key, v in case.get("gpu", {}).items()}
     for function, old, new in case.get("plants", []):
         plant(function, old, new)
     try:
-        with fake_cuda(observed, **gpu) as mode, _noting_when(observed), _as_on_a_gpu_machine():
+        with contextlib.ExitStack() as stack:
+            mode = stack.enter_context(fake_cuda(observed, count=processes, **gpu))
+            if processes > 1:
+                stack.enter_context(fake_processes(processes))
+            stack.enter_context(_noting_when(observed))
+            stack.enter_context(_as_on_a_gpu_machine())
             training = TrainingRun(TrainConfig(**{**SETTINGS, **case.get("settings", {})}))
             plan = training.plan
             facts = {
                 "plan": {"device": plan.device, **plan.switch_values()},
                 "epochs": plan.epochs,
+                "world_size": plan.world_size,
                 "steps_per_epoch": plan.steps_per_epoch,
             }
             with mode:
@@ -93,8 +103,11 @@ def _noting_when(observed: Observed) -> Any:
 
 
 def _as_on_a_gpu_machine() -> Any:
-    """Triton is there, and tensors without content are not written."""
-    stack = contextlib.ExitStack()
+    """Triton is there, and tensors without content are not written, nor a reason to stop."""
+    stack, settle = contextlib.ExitStack(), FinitenessGuard.settle
+    stack.enter_context(
+        mock.patch.object(FinitenessGuard, "settle", lambda self, _, **how: settle(self, 0, **how))
+    )
     stack.enter_context(mock.patch.object(hardware, "find_triton_fault", lambda: ""))
     stack.enter_context(mock.patch.object(CheckpointKeeper, "_write", lambda *_: None))
     stack.enter_context(mock.patch.object(run_module, "save_weights", lambda *_: None))

@@ -35,6 +35,7 @@ class Observed:
         replayed: Graphs that it launches, by step.
         recorded: Operators in each graph.
         compiled: Modes that torch.compile was called with.
+        collectives: What several processes do together: its name, the elements, and when.
     """
 
     when: str = "start"
@@ -47,6 +48,7 @@ class Observed:
     replayed: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     recorded: list[int] = dataclasses.field(default_factory=list)
     compiled: list[str] = dataclasses.field(default_factory=list)
+    collectives: list[tuple[str, int, str]] = dataclasses.field(default_factory=list)
 
 
 def place() -> str:
@@ -250,6 +252,9 @@ class ObservingMode(FakeTensorMode):
             for tensor in made:
                 self.device.forget(tensor)
             return
+        if func.namespace == "c10d":
+            elements = sum(tensor.numel() for tensor in _on("cuda", args[0]))
+            self.device.observed.collectives.append((name, elements, self.device.observed.when))
         copies = list(_copies(name, args, kwargs, result))
         for source, target, non_blocking in copies:
             kind = f"copy {source.device.type} to {target.device.type}"
