@@ -46,7 +46,10 @@ def fake_cuda(
     memory_gib: int = 140,
     count: int = 1,
 ) -> Iterator[ObservingMode]:
-    """`count` GPUs of that kind, of which this process uses cuda:0; enter the mode that it gives to compute with fake tensors on it."""
+    """`count` GPUs of that kind, of which this process uses cuda:0.
+
+    Enter the mode that this gives to compute with fake tensors there.
+    """
     device = Device(observed)
     properties = types.SimpleNamespace(
         name=name, major=capability[0], minor=capability[1], total_memory=memory_gib * GIB,

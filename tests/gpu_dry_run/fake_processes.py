@@ -20,11 +20,12 @@ from training_framework.training import evaluation, parts, stopping
 def fake_processes(world_size: int) -> Iterator[None]:
     """The environment of torchrun on one machine, and a group whose collectives do nothing.
 
-    The collectives go through PyTorch's dispatcher, where they are observed. DistributedDataParallel
-    is the real one, but for what reads a tensor's content or needs a clock of CUDA: the comparison
-    of the processes' parameters, the division into buckets after the first step, the statistics of
-    the logger. PyTorch's own reduction expects results that a fake group does not give, so a
-    hook of the same effect takes its place.
+    The collectives go through PyTorch's dispatcher, where they are observed.
+
+    DistributedDataParallel is the real one, but for what reads a tensor's content or needs a clock
+    of CUDA: the comparison of the processes' parameters, the division into buckets after the first
+    step, the statistics of the logger. Its own reduction expects results that a fake group does not
+    give, so a hook of the same effect takes its place.
     """
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     values = ("0", str(world_size), "0", str(world_size), "127.0.0.1", "1")
