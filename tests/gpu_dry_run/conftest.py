@@ -57,6 +57,7 @@ def dry_run(_server: "subprocess.Popen[str]") -> DryRun:
         *,
         gpu: dict[str, Any] | None = None,
         processes: int = 1,
+        resumed_with: dict[str, Any] | None = None,
         plants: tuple[tuple[str, str, str], ...] = (),
         may_fail: bool = False,
     ) -> Report:
@@ -64,6 +65,8 @@ def dry_run(_server: "subprocess.Popen[str]") -> DryRun:
         case = {
             "settings": settings or {}, "gpu": gpu or {}, "processes": processes, "plants": plants,
         }  # fmt: skip
+        if resumed_with is not None:
+            case["resumed_with"] = resumed_with
         print(json.dumps(case), file=_server.stdin, flush=True)
         report = SimpleNamespace(**json.loads(_server.stdout.readline()))
         assert hasattr(report, "plan"), report.error

@@ -11,7 +11,7 @@ SCALER = ("item", "training/step.py", "update")
 
 def findings(report: SimpleNamespace) -> list[str]:
     """Everything that is wrong, a line each; nothing for a sound run."""
-    first_steps = {"step 1"} | {
+    first_steps = {"step 1", f"step {report.resumed_at + 1}"} | {
         f"step {epoch * report.steps_per_epoch + 1}" for epoch in range(report.epochs)
     }
     found = [f"the run ends: {report.error.strip().splitlines()[-1]}"] if report.error else []
@@ -35,6 +35,8 @@ def findings(report: SimpleNamespace) -> list[str]:
         for name, recorded, tensor_rate in report.fused
         if recorded and not tensor_rate
     ]
+    found += [f"the optimizer's state has another layout than the weights in {when}"
+              for when in report.layouts]  # fmt: skip
     if report.world_size > 1:
         found += _wrong_collectives(report)
     return list(dict.fromkeys(found))

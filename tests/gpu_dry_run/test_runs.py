@@ -94,6 +94,21 @@ def test_a_long_run_compiles_where_it_can(dry_run):
     assert old.compiled == []
 
 
+TO_CHANNELS_LAST = {"settings": {"channels_last": False, "batch_size": 256},
+                    "resumed_with": {"channels_last": True}}  # fmt: skip
+
+
+def test_a_run_resumed_in_another_memory_layout_is_whole(dry_run):
+    report = dry_run(**TO_CHANNELS_LAST)
+    assert report.plan["channels_last"]
+    assert report.steps == 5
+    assert findings(report) == []
+    kept = ("training_framework.training.state:TrainState._load_optimizer",
+            "value.stride() != parameter.stride()", "False")  # fmt: skip
+    found = findings(dry_run(**TO_CHANNELS_LAST, plants=(kept,)))
+    assert "the optimizer's state has another layout than the weights in step 4" in found
+
+
 def test_a_logged_row_waits_once_and_a_save_once(dry_run):
     waits = dry_run({**FROM_HOST, "batch_size": 256, "log_every_n_steps": 2}).waits
     between = [where.split()[-1] for _, where, when in waits if when == "between steps"]
