@@ -18,6 +18,7 @@ from training_framework.machine.accelerators import (
     find_accelerators,
     find_triton_fault,
     gpu_support_fault,
+    one_device_is_visible,
 )
 from training_framework.machine.load import MachineWatch
 from training_framework.machine.memory import can_keep_freed_memory, memory_in_use
@@ -52,6 +53,8 @@ class Hardware:
         instruction_sets: The relevant ones of the CPU: avx2, avx512, avx512_bf16, amx, arm_bf16.
         memory_bytes: Host memory that this process may use (within the container limit).
         accelerators: All that were found, usable or not.
+        one_device_each: Whether the environment shows this process one device alone, as SLURM does
+            where each process of a machine gets its own.
         bf16_speed: Measured speed of a bf16 convolution on this CPU as a multiple of fp32; None if
             not measured or if the CPU has no instructions for bf16.
         cpp_compiler: Name of the C++ compiler for CPU kernels; None if there is no working one.
@@ -69,6 +72,7 @@ class Hardware:
     instruction_sets: tuple[str, ...]
     memory_bytes: int
     accelerators: tuple[Accelerator, ...]
+    one_device_each: bool = False
     bf16_speed: float | None = None
     cpp_compiler: str | None = None
     cpp_compiler_fault: str = "no C++ compiler is installed"
@@ -134,6 +138,7 @@ def detect_hardware() -> Hardware:
         instruction_sets=tuple(sets),
         memory_bytes=_usable_memory(),
         accelerators=accelerators,
+        one_device_each=one_device_is_visible(),
         bf16_speed=bf16_speed,
         cpp_compiler=None if compiler is None else Path(compiler).name,
         cpp_compiler_fault=missing_compiler() if compiler is None else "",

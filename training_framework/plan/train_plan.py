@@ -10,6 +10,12 @@ import torch
 from pydantic import TypeAdapter
 
 from training_framework.config.schema import OptimizerName
+from training_framework.machine.precision import (
+    Fp32Precision,
+    Precision,
+    ProductFormat,
+    product_format,
+)
 from training_framework.switches import SWITCHES, Choice
 
 __all__ = ["Choice", "TrainPlan"]
@@ -58,7 +64,8 @@ class TrainPlan:
     share_early_weights: bool
     zero_init_last_norm: bool
     # How a step is computed.
-    precision: Literal["32", "bf16-mixed", "16-mixed"]
+    precision: Precision
+    fp32_precision: Fp32Precision
     channels_last: bool
     compile: bool
     compile_mode: Literal[
@@ -135,6 +142,11 @@ class TrainPlan:
         """Steps that the loader processes may have prepared ahead."""
         batches = 0 if self.resident_data else self.num_workers * self.prefetch_factor
         return -(-batches // self.accumulate_grad_batches)
+
+    @property
+    def product_format(self) -> ProductFormat:
+        """What the network's convolutions and matrix products multiply."""
+        return product_format(self.precision, self.fp32_precision)
 
     def switch_values(self) -> dict[str, Any]:
         """The value of every switch, by key."""

@@ -9,7 +9,7 @@ from torch import nn
 from training_framework.errors import UserError
 from training_framework.machine.randomness import use_deterministic_algorithms
 from training_framework.optimizers import has_fused_optimizer
-from training_framework.switches.precision import PRECISION
+from training_framework.switches.precision import FP32_PRECISION, PRECISION
 from training_framework.switches.switch import (
     Card,
     Decision,
@@ -35,10 +35,8 @@ def _channels_last(situation: Situation) -> Decision:
     wanted = situation.config.channels_last
     if wanted != "auto":
         return Decision(wanted, "asked for")
-    if situation.device == "mps":
-        return Decision(False, "no gain on mps")
-    if situation.on_gpu and not situation.accelerators[0].tensor_cores:
-        return Decision(False, "slower on GPUs without tensor cores")
+    if situation.on_gpu and situation.accelerators[0].channels_last_fault:
+        return Decision(False, situation.accelerators[0].channels_last_fault)
     return Decision(True, "the layout convolutions prefer here")
 
 
@@ -245,6 +243,7 @@ DETERMINISTIC = Switch(
 
 ARITHMETIC = (
     PRECISION,
+    FP32_PRECISION,
     CHANNELS_LAST,
     CUDA_GRAPH,
     COMPILE_MODE,
