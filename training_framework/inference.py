@@ -141,7 +141,7 @@ def predict_files(
         mean=card.mean,
         std=card.std,
     )
-    plan = make_plan(config, detect_hardware(), facts)
+    plan = make_plan(config, detect_hardware(), facts, own_network=card.model)
     device = plan.torch_device(0)
     torch.set_num_threads(plan.threads)
     network.to(device)

@@ -125,7 +125,7 @@ class TrainConfig(BaseModel):
     fused_norms: bool | Auto = _setting("machine", "auto", "compute batch norm, shortcut and ReLU in one pass over memory, with kernels compiled on this machine; auto: on a CPU with AVX-512 in fp32")
     keep_memory: bool | Auto = _setting("machine", "auto", "keep freed host memory for the next step instead of returning it to the system; auto: on a CPU under Linux")
     activation_checkpointing: bool = _setting("machine", False, "recompute each block's activations in the backward pass: less memory, more time")
-    auto_micro_batch: bool = _setting("machine", False, "if memory runs out, halve the parts in which each batch is computed and continue with the same effective batch; batch norm sees the parts (one process)")
+    auto_micro_batch: bool | Auto = _setting("machine", "auto", "if memory runs out, halve the parts in which each batch is computed and continue with the same effective batch; batch norm sees the parts (one process); auto: on a GPU whose memory seems too small")
     threads: PositiveInt | Auto = _setting("machine", "auto", "CPU threads of PyTorch; auto: one per core, divided among the processes")
     num_workers: Annotated[int, Field(ge=0, le=1024)] | Auto = _setting("machine", "auto", "loader processes; auto: from the cores and the data set")
     prefetch_factor: PositiveInt = _setting("machine", 4, "batches that each loader process prepares in advance")

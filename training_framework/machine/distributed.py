@@ -103,7 +103,7 @@ def process_group(processes: Processes, device: torch.device) -> Iterator[None]:
     backend = BACKENDS[device.type]
     if not dist.is_backend_available(backend):
         raise UserError(
-            f"processes on {device.type} talk by {backend}, which PyTorch {torch.__version__} lacks",
+            f"processes on {device.type} need {backend}, which PyTorch {torch.__version__} lacks",
             "install a PyTorch build with it, or set accelerator to cpu",
         )
     if device.type == "cuda":

@@ -86,7 +86,7 @@ def check_processes(
     device = accelerators[0].kind if accelerators else "cpu"
     if world_size > 1 and device not in BACKENDS:
         raise UserError(
-            f"{world_size} processes were started, but PyTorch cannot connect processes on {device}",
+            f"{world_size} processes were started, and PyTorch cannot connect those on {device}",
             "start one process, without torchrun, or set accelerator to cpu",
         )
     if accelerators and len(accelerators) < local_world_size:
@@ -96,7 +96,7 @@ def check_processes(
             f"use --nproc-per-node={len(accelerators)}, or accelerator: cpu; if each process has "
             "a GPU of its own, show it that one alone in CUDA_VISIBLE_DEVICES",
         )
-    if config.auto_micro_batch and world_size > 1:
+    if config.auto_micro_batch is True and world_size > 1:
         raise UserError(
             f"auto_micro_batch is for one process, and {world_size} train together: one "
             "that is short of memory cannot change what the others compute",
