@@ -128,15 +128,17 @@ def test_a_run_goes_on_multiplying_what_it_multiplied():
         gpu = Accelerator(kind="cuda", name=name, memory_bytes=2**36, capability=capability)
         return dataclasses.replace(CPU, accelerators=(gpu,))
 
+    # Whether there is a fused optimizer is asked of the device itself, which is not here.
+    fp32 = {"precision": "32", "fused_optimizer": False}
     new, old = machine("A100", (8, 0)), machine("V100", (7, 0))
-    exact = plan_on(new, precision="32", fp32_precision="ieee")
-    plan, lines = resumed(exact, plan_on(new, precision="32"), new)
+    exact = plan_on(new, fp32_precision="ieee", **fp32)
+    plan, lines = resumed(exact, plan_on(new, **fp32), new)
     assert plan.product_format == "fp32"
     assert "fp32_precision ieee (a new run here: tf32)" in lines
-    then = plan_on(new, precision="32")
+    then = plan_on(new, **fp32)
     with pytest.raises(UserError, match=r"multiplied in TF32, which V100 does not have; resume on"):
-        resumed(then, plan_on(old, precision="32"), old)
-    fresh = plan_on(old, precision="32", allow_config_change=True)
+        resumed(then, plan_on(old, **fp32), old)
+    fresh = plan_on(old, allow_config_change=True, **fp32)
     assert resumed(then, fresh, old)[0].product_format == "fp32"
     # In mixed precision, no product is left to it.
     mixed = plan_on(new, precision="16-mixed")

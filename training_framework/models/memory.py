@@ -1,5 +1,6 @@
 """The memory that training a network takes, estimated without computing anything."""
 
+import itertools
 from typing import NamedTuple
 
 import torch
@@ -32,7 +33,8 @@ def training_memory(model: nn.Module, image_size: int) -> TrainingMemory:
     """
     # Evaluation mode, as norms of one image need it; they save the same input.
     shape_only = meta_copy(model).eval()
-    weights = {parameter.untyped_storage()._cdata for parameter in shape_only.parameters()}
+    own = itertools.chain(shape_only.parameters(), shape_only.buffers())
+    kept_anyway = {tensor.untyped_storage()._cdata for tensor in own}
     saved: dict[int, Tensor] = {}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -42,7 +44,7 @@ def training_memory(model: nn.Module, image_size: int) -> TrainingMemory:
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         shape_only(torch.empty(1, 3, image_size, image_size, device="meta"))
-    activations = (tensor for storage, tensor in saved.items() if storage not in weights)
+    activations = (tensor for storage, tensor in saved.items() if storage not in kept_anyway)
     return TrainingMemory(
         activation_bytes=sum(tensor.untyped_storage().nbytes() for tensor in activations),
         weight_bytes=sum(p.numel() * p.element_size() for p in shape_only.parameters()),
