@@ -14,7 +14,7 @@ from training_framework.config import TrainConfig
 from training_framework.config.schema import TRAJECTORY_FREE_KEYS
 from training_framework.data.facts import DatasetFacts
 from training_framework.errors import UserError
-from training_framework.machine.hardware import Accelerator, Hardware, detect_hardware
+from training_framework.machine.hardware import Hardware, detect_hardware
 from training_framework.plan import TrainPlan, make_plan, planned_run, resumed_plan
 from training_framework.plan.resumption import FREE_FIELDS
 from training_framework.train import main
@@ -121,28 +121,6 @@ def test_another_kind_of_device_is_refused_or_everything_is_decided_for_it():
     plan, lines = resumed(then, fresh)
     assert plan == fresh
     assert "device cuda -> cpu" in lines
-
-
-def test_a_run_goes_on_multiplying_what_it_multiplied():
-    def machine(name: str, capability: tuple[int, int]) -> Hardware:
-        gpu = Accelerator(kind="cuda", name=name, memory_bytes=2**36, capability=capability)
-        return dataclasses.replace(CPU, accelerators=(gpu,))
-
-    # Whether there is a fused optimizer is asked of the device itself, which is not here.
-    fp32 = {"precision": "32", "fused_optimizer": False}
-    new, old = machine("A100", (8, 0)), machine("V100", (7, 0))
-    exact = plan_on(new, fp32_precision="ieee", **fp32)
-    plan, lines = resumed(exact, plan_on(new, **fp32), new)
-    assert plan.product_format == "fp32"
-    assert "fp32_precision ieee (a new run here: tf32)" in lines
-    then = plan_on(new, **fp32)
-    with pytest.raises(UserError, match=r"multiplied in TF32, which V100 does not have; resume on"):
-        resumed(then, plan_on(old, **fp32), old)
-    fresh = plan_on(old, allow_config_change=True, **fp32)
-    assert resumed(then, fresh, old)[0].product_format == "fp32"
-    # In mixed precision, no product is left to it.
-    mixed = plan_on(new, precision="16-mixed")
-    assert resumed(mixed, plan_on(old, precision="16-mixed"), old)[0].precision == "16-mixed"
 
 
 def test_threads_stay_since_they_round(monkeypatch):

@@ -85,7 +85,7 @@ class Processes:
 
 @contextmanager
 def process_group(processes: Processes, device: torch.device) -> Iterator[None]:
-    """Join the other processes, by the backend for their devices; a no-op for one process.
+    """Join the other processes, by the backend for their device; a no-op for one.
 
     A UserError in one process ends the others with the same UserError; otherwise they would only
     report that the process is gone.
@@ -97,22 +97,18 @@ def process_group(processes: Processes, device: torch.device) -> Iterator[None]:
     if processes.world_size == 1:
         yield
         return
+    _check_backend(device.type)
     # torch.distributed.nn binds the current group as default arguments at import. A later import,
     # by DistributedDataParallel, would keep this group for ever.
     importlib.import_module("torch.distributed.nn.functional")
-    backend = BACKENDS[device.type]
-    if not dist.is_backend_available(backend):
-        raise UserError(
-            f"processes on {device.type} need {backend}, which PyTorch {torch.__version__} lacks",
-            "install a PyTorch build with it, or set accelerator to cpu",
-        )
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        dist.init_process_group(backend, device_id=device)
+        dist.init_process_group("nccl", device_id=device)
+    elif device.type == "xpu":
+        torch.xpu.set_device(device)
+        dist.init_process_group("xccl")
     else:
-        if device.type == "xpu":
-            torch.xpu.set_device(device)
-        dist.init_process_group(backend)
+        dist.init_process_group("gloo")
     try:
         yield
     except BaseException as error:
@@ -125,6 +121,15 @@ def process_group(processes: Processes, device: torch.device) -> Iterator[None]:
     finally:
         gc.collect()
         dist.destroy_process_group()
+
+
+def _check_backend(device_type: str) -> None:
+    backend = BACKENDS[device_type]
+    if not dist.is_backend_available(backend):
+        raise UserError(
+            f"processes on {device_type} need {backend}, which PyTorch {torch.__version__} lacks",
+            "install a PyTorch build with it, or set accelerator to cpu",
+        )
 
 
 def largest(values: Sequence[float], device: torch.device) -> list[float]:

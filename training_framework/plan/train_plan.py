@@ -143,11 +143,6 @@ class TrainPlan:
         batches = 0 if self.resident_data else self.num_workers * self.prefetch_factor
         return -(-batches // self.accumulate_grad_batches)
 
-    @property
-    def product_format(self) -> ProductFormat:
-        """What the network's convolutions and matrix products multiply."""
-        return product_format(self.precision, self.fp32_precision)
-
     def switch_values(self) -> dict[str, Any]:
         """The value of every switch, by key."""
         return {
@@ -171,6 +166,11 @@ class TrainPlan:
         if self.device == "cpu":
             return torch.device("cpu")
         return torch.device(self.device, self.device_indices[local_rank])
+
+    @property
+    def product_format(self) -> ProductFormat:
+        """What the network's convolutions and matrix products multiply."""
+        return product_format(self.precision, self.fp32_precision)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values (numbers, text, lists, mappings) for checkpoints and run.json."""

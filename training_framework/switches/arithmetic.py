@@ -151,6 +151,9 @@ def _compile(situation: Situation) -> Decision:
     if capability is not None and capability < TRITON_FROM_CAPABILITY:
         found, needed = (".".join(map(str, c)) for c in (capability, TRITON_FROM_CAPABILITY))
         return Decision(False, f"needs compute capability {needed}, and the GPU has {found}")
+    if not situation.accelerators[0].tensor_cores:
+        # torch.compile always chooses channels_last for convolutions on NVIDIA's GPUs.
+        return Decision(False, "computes in channels_last, slower on GPUs without tensor cores")
     if situation.hardware.triton_fault:
         return Decision(False, situation.hardware.triton_fault)
     worth = steps >= COMPILE_FROM_STEPS
