@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from training_framework.machine.precision import product_format, set_fp32_precision
-from training_framework.switches.precision import FP32_PRECISION
+from training_framework.switches.fp32_precision import FP32_PRECISION
 
 
 @pytest.fixture(autouse=True)

@@ -97,10 +97,10 @@ def process_group(processes: Processes, device: torch.device) -> Iterator[None]:
     if processes.world_size == 1:
         yield
         return
-    _check_backend(device.type)
     # torch.distributed.nn binds the current group as default arguments at import. A later import,
     # by DistributedDataParallel, would keep this group for ever.
     importlib.import_module("torch.distributed.nn.functional")
+    _check_backend(device.type)
     if device.type == "cuda":
         torch.cuda.set_device(device)
         dist.init_process_group("nccl", device_id=device)

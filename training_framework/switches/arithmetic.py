@@ -9,7 +9,8 @@ from torch import nn
 from training_framework.errors import UserError
 from training_framework.machine.randomness import use_deterministic_algorithms
 from training_framework.optimizers import has_fused_optimizer
-from training_framework.switches.precision import FP32_PRECISION, PRECISION
+from training_framework.switches.fp32_precision import FP32_PRECISION
+from training_framework.switches.precision import PRECISION
 from training_framework.switches.switch import (
     Card,
     Decision,
