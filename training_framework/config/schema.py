@@ -114,7 +114,7 @@ class TrainConfig(BaseModel):
     strategy: Literal["auto", "ddp"] = _setting("machine", "auto", "auto: DistributedDataParallel if torchrun starts several processes; ddp: the same, but refuse to train in one process")
     sync_batchnorm: bool = _setting("machine", False, "compute batch-norm statistics over the batches of all devices")
     precision: Precision = _setting("machine", "auto", "32, bf16-mixed, 16-mixed, mixed (the device's best of the two), or auto")
-    fp32_precision: Literal["auto", "ieee", "tf32"] = _setting("machine", "auto", "what a CUDA GPU multiplies in precision 32: ieee (24 bits), tf32 (11 bits, on tensor cores), or auto (tf32 where the GPU has it)")
+    fp32_precision: Literal["auto", "ieee", "tf32"] = _setting("machine", "auto", "products in precision 32 on a CUDA GPU: ieee (24 bits of each factor), tf32 (11 bits, on tensor cores), or auto (tf32 where the GPU has it)")
     channels_last: bool | Auto = _setting("machine", "auto", "channels-last memory format; auto: on")
     compile: bool | Auto = _setting("machine", "auto", "use torch.compile; auto: only where it pays off")
     compile_mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] | None = _setting("machine", None, "mode of torch.compile; unset: reduce-overhead on a GPU, default on a CPU")

@@ -16,7 +16,7 @@ def _fp32_precision(situation: Situation) -> Decision:
         return Decision(wanted, "asked for")
     if situation.chosen["precision"] != "32":
         return Decision("tf32")
-    return Decision("tf32", "the tensor cores multiply 11 bits of fp32; ieee for all 24")
+    return Decision("tf32", "tensor cores multiply 11 bits of each number; ieee keeps all 24")
 
 
 def _set_fp32_precision(value: Any, device_type: str) -> None:
@@ -31,8 +31,8 @@ FP32_PRECISION = Switch(
     choose=_fp32_precision,
     set_up_process=_set_fp32_precision,
     card=Card(
-        use="Precision 32 on NVIDIA GPUs from compute capability 8.0 on: the tensor cores work, "
-        "which for fp32 itself stand still.",
+        use="Precision 32 on NVIDIA GPUs from compute capability 8.0 on: their tensor cores "
+        "multiply TF32, but not fp32.",
         price="Convolutions and matrix products keep eleven bits of their factors, as with fp16, "
         "and the range of fp32. They add up in fp32.",
         failure="Elsewhere there is no TF32, and the plan keeps ieee. In mixed precision no "
