@@ -35,6 +35,7 @@ from training_framework.machine.hardware import detect_hardware
 from training_framework.machine.load import MachineWatch
 from training_framework.machine.memory import peak_memory
 from training_framework.machine.peak_flops import measure_peak_flops
+from training_framework.machine.precision import Precision, product_format
 from training_framework.measure.compare import workers
 from training_framework.measure.compare.comparison import Comparison, OpenWorker
 from training_framework.measure.compare.environment import device_label
@@ -125,9 +126,10 @@ class LoopSampler:
         build_seconds = time.perf_counter() - started
         warmup = self._timed(order["warmup_steps"])[0]
         self._steps = order["steps"] or max(3, round(order["seconds"] / min(warmup)))
-        dtype = torch.bfloat16 if name == "B1" else torch.float32
-        peak, source = order["peak"] or measure_peak_flops(plan.device, plan.device_name, dtype)
-        precision = "bf16-mixed" if name == "B1" else "32"
+        precision: Precision = "bf16-mixed" if name == "B1" else "32"
+        # On a GPU with TF32, PyTorch's own setting uses it for convolutions, and so does the plan.
+        factors = product_format(precision, plan.fp32_precision)
+        peak, source = order["peak"] or measure_peak_flops(plan.device, plan.device_name, factors)
         self.facts = VariantFacts(
             device=plan.device,
             device_name=plan.device_name,

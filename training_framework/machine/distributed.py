@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from training_framework.errors import UserError
 
 __all__ = [
+    "BACKENDS",
     "Processes",
     "gathered",
     "is_first_to_report",
@@ -30,6 +31,9 @@ __all__ = [
     "value_of_first_process",
 ]
 
+# How processes talk to each other, by PyTorch's type of their devices. A type that is missing here
+# has no such way, and one process trains on it.
+BACKENDS = {"cpu": "gloo", "cuda": "nccl", "xpu": "xccl"}
 BOARD_TIMEOUT = timedelta(seconds=5)
 # One process may take longer than another to open a large data set or to compile kernels.
 FIRST_PROCESS_TIMEOUT = timedelta(minutes=10)
@@ -86,7 +90,7 @@ class Processes:
 
 @contextmanager
 def process_group(processes: Processes, device: torch.device) -> Iterator[None]:
-    """Join the other processes, by NCCL for CUDA devices and gloo elsewhere; a no-op for one.
+    """Join the other processes, by the backend for their device; a no-op for one.
 
     A UserError in one process ends the others with the same UserError; otherwise they would only
     report that the process is gone.
@@ -114,9 +118,13 @@ def process_group(processes: Processes, device: torch.device) -> Iterator[None]:
     # torch.distributed.nn binds the current group as default arguments at import. A later import,
     # by DistributedDataParallel, would keep this group for ever.
     importlib.import_module("torch.distributed.nn.functional")
+    _check_backend(device.type)
     if device.type == "cuda":
         torch.cuda.set_device(device)
         dist.init_process_group("nccl", device_id=device)
+    elif device.type == "xpu":
+        torch.xpu.set_device(device)
+        dist.init_process_group("xccl")
     else:
         dist.init_process_group("gloo")
     must_abort = False
@@ -147,6 +155,15 @@ def _abort_group() -> None:
     group.abort()
     dist.destroy_process_group()  # which waits for nobody now
     signal.alarm(0)
+
+
+def _check_backend(device_type: str) -> None:
+    backend = BACKENDS[device_type]
+    if not dist.is_backend_available(backend):
+        raise UserError(
+            f"processes on {device_type} need {backend}, which PyTorch {torch.__version__} lacks",
+            "install a PyTorch build with it, or set accelerator to cpu",
+        )
 
 
 def largest(values: Sequence[float], device: torch.device) -> list[float]:

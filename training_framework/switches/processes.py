@@ -45,8 +45,9 @@ def _threads(situation: Situation) -> Decision:
     if wanted != "auto":
         threads, why = wanted, "asked for"
     else:
-        threads = max(1, hardware.cores // situation.local_world_size)
-        why = f"{hardware.cores} cores, {situation.local_world_size} process(es)"
+        threads = hardware.cores_each(situation.local_world_size)
+        shared = "" if hardware.own_cores else f", {situation.local_world_size} process(es)"
+        why = f"{hardware.cores} cores{shared}"
     limit = hardware.thread_limit
     if limit is not None and threads > limit:
         return Decision(limit, f"OMP_THREAD_LIMIT allows no more ({threads}: {why})")

@@ -13,7 +13,6 @@ from training_framework.data import Batch
 from training_framework.machine.load import MachineWatch
 from training_framework.machine.memory import peak_memory
 from training_framework.machine.peak_flops import measure_peak_flops
-from training_framework.machine.precision import compute_dtype
 from training_framework.measure.compare.result import Measurement, VariantFacts
 from training_framework.plan import plan_run
 from training_framework.training.parts import build_parts
@@ -72,7 +71,7 @@ class StepSampler:
         warmup, _ = self._timed(warmup_steps)
         self._steps = steps or max(FEWEST_STEPS, round(seconds / min(warmup)))
         peak_flops, peak_source = peak or measure_peak_flops(
-            plan.device, plan.device_name, compute_dtype(plan.precision)
+            plan.device, plan.device_name, plan.product_format
         )
         self.facts = VariantFacts(
             device=plan.device,

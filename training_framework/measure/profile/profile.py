@@ -174,7 +174,8 @@ def _profile(
     busy = _device_busy(window, profiled_steps, phases.undivided_seconds)
     ceilings = _ceilings(parts, steps, phases.undivided_seconds, busy)
     say("measuring the machine's limits")
-    limits = measure_limits(parts.device, plan.device_name, compute_dtype(plan.precision))
+    dtype = compute_dtype(plan.precision)
+    limits = measure_limits(parts.device, plan.device_name, dtype, plan.product_format)
     plot = directory / "roofline.png"
     points = _roofline(parts, window, profiled_steps, limits, plot)
     tables = _tables(window, profiled_steps)
