@@ -1,8 +1,11 @@
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
+import torch
 from torch.autograd import DeviceType
 
+from training_framework.measure.profile import trace
 from training_framework.measure.profile.trace import (
     Kernel,
     OperatorCall,
@@ -123,3 +126,17 @@ def test_groups_have_means_per_step_and_shares_and_the_rate_while_they_run():
 )
 def test_names_tell_the_type_of_the_layer(name, layer_type):
     assert layer_type_of(name) == layer_type
+
+
+def test_allocations_on_a_gpu_are_recorded_with_pythons_stacks_alone(monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(
+        torch.cuda.memory, "_record_memory_history", lambda **options: asked.append(options)
+    )
+    monkeypatch.setattr(trace, "synchronize", lambda device: None)
+    monkeypatch.setattr(trace, "profile", mock.MagicMock())
+    window = trace.KernelWindow(
+        device=torch.device("cuda"), trace=tmp_path / "t.json", memory_snapshot=tmp_path / "m"
+    )
+    window.begin()
+    assert asked == [{"stacks": "python", "max_entries": trace.MEMORY_EVENTS}]
