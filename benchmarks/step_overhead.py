@@ -17,7 +17,6 @@ import argparse
 import json
 import os
 import platform
-import subprocess
 import tempfile
 import time
 from collections.abc import Sequence
@@ -37,6 +36,7 @@ from training_framework.data import Dataset
 from training_framework.data.augmentation import scale_and_shift
 from training_framework.loggers import CsvLogger, LoggerGroup
 from training_framework.machine.hardware import detect_hardware, library_versions
+from training_framework.measure.compare.environment import source_commit
 from training_framework.plan import plan_run
 from training_framework.runs.progress import Progress
 from training_framework.training.network_assembly import prepare_network
@@ -197,7 +197,7 @@ def compare(config: TrainConfig, *, rounds: int) -> dict[str, Any]:
     return {
         "experiment": "step-overhead",
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        "commit": _commit(),
+        "commit": source_commit() or "",
         "clock": CLOCK,
         "limit": "at most 3% or 100 microseconds a step",
         "device": sides.device.type,
@@ -247,13 +247,6 @@ def _busy_seconds() -> float:
     times, own = psutil.cpu_times(), psutil.Process().cpu_times()
     idle = times.idle + getattr(times, "iowait", 0.0)
     return sum(times) - idle - getattr(times, "guest", 0.0) - own.user - own.system
-
-
-def _commit() -> str:
-    command = ["git", "describe", "--always", "--dirty"]
-    folder = Path(__file__).parent
-    described = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-    return described.stdout.strip()
 
 
 def _device_name(device: torch.device) -> str:

@@ -21,7 +21,7 @@ import functools
 import shlex
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -230,6 +230,11 @@ def experiment(row: str, settings: Mapping[str, Any] | None = None, **changes: A
     )
 
 
+def settings_of(texts: Sequence[str]) -> dict[str, Any]:
+    """`batch_size=8` and the like as settings by key, typed as YAML would."""
+    return {key: parse_yaml(value) for key, _, value in (text.partition("=") for text in texts)}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("row", nargs="?", choices=ROWS)
@@ -256,7 +261,7 @@ def main() -> int:
         parser.error("name a row")
     chosen = experiment(
         options.row,
-        {key: parse_yaml(value) for key, _, value in (s.partition("=") for s in options.settings)},
+        settings_of(options.settings),
         rounds=options.rounds,
         seconds=options.seconds,
         rounds_per_process=options.rounds_per_process,
