@@ -59,6 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, metavar="DIR", help="folder for all results")
     parser.add_argument("--part", type=int, nargs="+", help="numbers of parts (all)")
+    parser.add_argument("--only", nargs="+", metavar="TASK", help="of these parts, these tasks")
     parser.add_argument("--list", action="store_true", help="list the parts and their tasks")
     parser.add_argument("--accelerator", choices=["gpu", "cpu"], default="gpu")
     parser.add_argument("--small", action="store_true", help="tiny sizes, to try the suite")
@@ -95,8 +96,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
-    done = [suite.run(number, chosen[number - 1], options.minutes) for number in numbers]
-    return int(not all(done))
+    done = True
+    for number in numbers:
+        part = chosen[number - 1]
+        wanted = [task for task in part.tasks if options.only is None or task.name in options.only]
+        if wanted:
+            part = Part(title=part.title, tasks=tuple(wanted))
+            done = suite.run(number, part, options.minutes) and done
+    return int(not done)
 
 
 def listing(chosen: Sequence[Part]) -> list[str]:
