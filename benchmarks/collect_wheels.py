@@ -4,7 +4,7 @@
     python benchmarks/collect_wheels.py --python 3.11 --machine aarch64 --output DIR
 
 The versions are those of the environment that this runs in. The wheels go to benchmarks/wheels/,
-which git ignores: 30 MB, and 7 MB with --without-plots. gpu_suite.py reads them there.
+which git ignores: 30 MB, and 13 MB with --without-plots. gpu_suite.py reads them there.
 """
 
 import argparse
