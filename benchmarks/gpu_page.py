@@ -101,7 +101,8 @@ def _cuda_tests(folder: Path) -> list[Section]:
     return [
         Section(
             heading="Tests that need CUDA",
-            answer=f"{passed} of {counts['tests']} passed.",
+            answer=f"{passed} passed, {counts['failures'] + counts['errors']} failed, "
+            f"{counts['skipped']} skipped.",
             rows=[[key, str(count)] for key, count in counts.items()],
             notes=[f"{case.get('classname')}: {case.get('name')}" for case in bad],
             command="python -m pytest -m cuda",

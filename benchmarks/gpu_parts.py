@@ -273,7 +273,7 @@ def _costs(options: Options) -> tuple[Task, ...]:
             proves="where the time of a step goes, and which operator takes the most",
             command=(
                 *FRAMEWORK, "profile", "--data", "synthetic", "--img-size", "32",
-                "--accelerator", options.accelerator, "--name", "profile",
+                "--accelerator", options.accelerator, "--name", "profile", "--tensorboard", "false",
                 "--output-dir", ".", "--steps", "3" if options.small else "20",
                 *small,
             ),
