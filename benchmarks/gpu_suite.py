@@ -74,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             accelerator=options.accelerator,
             small=options.small,
             cifar10="scratch/cifar10" if options.cifar10 else "",
-            recipe=options.config,
+            recipe=recipe_for_tasks(options.config),
             lightning=importlib.util.find_spec("pytorch_lightning") is not None,
         )
     )
@@ -104,6 +104,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             part = Part(title=part.title, tasks=tuple(wanted))
             done = suite.run(number, part, options.minutes) and done
     return int(not done)
+
+
+def recipe_for_tasks(config: str) -> str:
+    """A file as tasks can find it, which run in another folder; names of recipes stay."""
+    file = Path(config)
+    return str(file.resolve()) if file.is_file() else config
 
 
 def listing(chosen: Sequence[Part]) -> list[str]:
@@ -175,14 +181,18 @@ class Suite:
             if self._is_done(task):
                 print(f"{task.name}: done before", flush=True)
                 continue
+            before = self._ledger["tasks"].get(task.name, {})
             entry = self._ledger["tasks"][task.name] = {
                 "part": number,
                 "proves": task.proves,
                 "command": list(task.command),
                 "result": task.result,
                 "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-                **self._outcome(task, deadline),
+                "status": "running",  # this stays if the machine is taken away
+                "seconds": 0.0,
             }
+            self._save()
+            entry |= self._outcome(task, before.get("command"), deadline)
             self._save()
             print(f"{task.name}: {entry['status']}, {entry['seconds']:.0f} s", flush=True)
             self._show_end_of_log(task)
@@ -193,14 +203,15 @@ class Suite:
         entry = self._ledger["tasks"].get(task.name, {})
         return entry.get("status") == "done" and entry["command"] == list(task.command)
 
-    def _outcome(self, task: Task, deadline: float) -> dict[str, Any]:
-        """Run a task: its status, seconds and exit status."""
+    def _outcome(
+        self, task: Task, earlier_command: list[str] | None, deadline: float
+    ) -> dict[str, Any]:
+        """Run a task, or resume it if this command began it: status, seconds, exit status."""
         if task.missing:
             return {"status": "not available", "reason": task.missing, "seconds": 0.0}
         result = self._folder / task.result
-        before = self._ledger["tasks"].get(task.name, {})
         if task.resume and result.is_file():
-            if before.get("command") == list(task.command):
+            if earlier_command == list(task.command):
                 resumed = self._process(task, task.resume, deadline)
                 if resumed["status"] != "failed":
                     return resumed

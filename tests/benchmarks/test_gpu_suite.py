@@ -152,6 +152,9 @@ def test_an_unfinished_result_is_resumed_and_one_of_other_settings_is_set_aside(
     task = script_task(tmp_path, "half", stops, result="r.json", resume=(str(resume),))
     part = gpu_parts.Part(title="", tasks=(task,))
     assert suite().run(1, part, 5.0) is False
+    left = json.loads((tmp_path / "out/ledger.json").read_text())
+    left["tasks"]["half"]["status"] = "running"  # as if the machine was taken away
+    (tmp_path / "out/ledger.json").write_text(json.dumps(left))
     assert suite().run(1, part, 5.0) is True
     assert (tmp_path / "out/r.json").read_text() == "resumed"
     other = gpu_parts.Task(**{**vars(task), "command": (*task.command, "--other")})
