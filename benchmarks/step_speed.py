@@ -82,6 +82,7 @@ ROWS |= {f"gpu-32px-{batch}": {**CIFAR_ON_GPU, "batch_size": batch} for batch in
 ROWS["gpu-resnet50"] = {
     **ROWS["resnet50"], "synthetic_train_images": 1024, "batch_size": 256, "accelerator": "gpu",
 }  # fmt: skip
+EAGER = {"compile": False, "cuda_graph": False}
 RECORDED = {"precision": "bf16-mixed", "compile": False, "cuda_graph": True}
 ON_GPU = (
     Variant(name="as planned"),
@@ -95,7 +96,7 @@ ON_GPU = (
 SAME_KERNELS = {
     "precision": "32",
     "channels_last": True,
-    "compile": False,
+    **EAGER,
     "small_map_convolutions": False,
     "winograd_convolutions": False,
     "fused_norms": False,
@@ -144,7 +145,7 @@ class LoopSampler:
             flops_per_image=training_flops_per_image(self._loop.model, plan.image_size),
             peak_flops=peak,
             peak_flops_source=source,
-            plan={**plan.as_dict(), "precision": precision, "compile": False},
+            plan={**plan.as_dict(), "precision": precision, **EAGER},
             build_seconds=build_seconds,
             warmup_step_seconds=warmup,
         )
