@@ -147,7 +147,7 @@ def _cuda_test_files() -> list[str]:
 
 def _step_speed(options: Options, row: str) -> Task:
     quick = ("--rounds", "2", "--rounds-per-process", "2", "--seconds", "0.05")
-    usual = ("--rounds", "6", "--rounds-per-process", "6", "--seconds", "1")
+    usual = ("--rounds", "6", "--rounds-per-process", "6", "--seconds", "0.6")
     settings = [f"{key}={value}" for key, value in SMALL.items()] if options.small else []
     return _resumable(
         f"step-speed-{row}",

@@ -63,7 +63,13 @@ def test_all_loops_are_timed_by_the_clock_of_the_framework(monkeypatch):
         return timing.time_steps(make_step, count, device)
 
     monkeypatch.setattr(step_speed, "time_steps", watched)
-    base = {"img_size": 8, "batch_size": 4, "synthetic_train_images": 8, "accelerator": "cpu"}
+    base = {
+        "img_size": 8,
+        "batch_size": 4,
+        "synthetic_train_images": 8,
+        "accelerator": "cpu",
+        "threads": 1,
+    }
     experiment = step_speed.experiment(
         "lightning-tiny", base, rounds=1, seconds=0.01, steps=2, warmup_steps=1
     )
