@@ -245,7 +245,10 @@ def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | No
     stride, bf16 = ctx.options
     wanted = list(ctx.needs_input_grad[:2])
     gradients = winograd_convolution_backward(grad_output, images, weight, stride, wanted, bf16)
-    return (*(g if want else None for g, want in zip(gradients, wanted, strict=True)), None, None)
+    by_images, by_weight = (
+        gradient if want else None for gradient, want in zip(gradients, wanted, strict=True)
+    )
+    return by_images, by_weight, None, None
 
 
 winograd_convolution.register_autograd(_backward, setup_context=_keep_for_backward)
