@@ -117,6 +117,7 @@ def test_bf16_goes_into_winograds_products_where_a_network_consists_of_them():
     )
     made = plan(fast)
     assert (made.precision, made.winograd_convolutions, made.bf16_products) == ("32", True, True)
+    assert not plan(fast, precision="32").bf16_products
     slow = plan(dataclasses.replace(fast, bf16_speed=0.5))
     assert slow.winograd_convolutions and not slow.bf16_products
     everywhere = (

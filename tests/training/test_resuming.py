@@ -215,7 +215,7 @@ def test_saves_between_evaluations_change_no_number(in_tmp_path):
     same_weights(straight, often)
     folder = Path("logs/often/version_0/checkpoints")
     steps = [load_checkpoint(folder / f"{name}.ckpt")["progress"]["step"] for name in STEMS]
-    assert steps == [5, 6]
+    assert steps[0] < steps[1] == 6  # a save that still waits for the disk gives way to the next
 
 
 STEMS = ("last-1", "last")

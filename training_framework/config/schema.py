@@ -170,7 +170,7 @@ class TrainConfig(BaseModel):
     fused_optimizer: bool | Auto = _setting("machine", "auto", "use torch's fused optimizer; auto: where the device has one")
     small_map_convolutions: bool | Auto = _setting("machine", "auto", "compute convolutions on small feature maps as matrix products; auto: on a CPU in fp32")
     winograd_convolutions: bool | Auto = _setting("machine", "auto", "compute 3x3 convolutions by Winograd's algorithm, with kernels compiled on this machine; auto: on a CPU with AVX-512 in fp32")
-    bf16_products: bool | Auto = _setting("machine", "auto", "compute the products of Winograd's convolutions in bf16; all else stays in fp32; auto: on a CPU with fast avx512_bf16")
+    bf16_products: bool | Auto = _setting("machine", "auto", "compute the products of Winograd's convolutions in bf16; all else stays in fp32; auto: on a CPU with fast avx512_bf16 if precision is auto")
     fused_norms: bool | Auto = _setting("machine", "auto", "compute batch norm, shortcut and activation in one pass over memory, with kernels compiled on this machine; auto: on a CPU with AVX-512 in fp32")
     keep_memory: bool | Auto = _setting("machine", "auto", "keep freed host memory for the next step instead of returning it to the system; auto: on a CPU under Linux")
     activation_checkpointing: bool = _setting("machine", False, "recompute each block's activations in the backward pass: less memory, more time")
