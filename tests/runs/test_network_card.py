@@ -55,6 +55,17 @@ def test_both_kinds_of_file_give_the_network_and_its_card_back(tmp_path, network
             assert torch.equal(loaded(images), network(images))
 
 
+def test_a_varied_network_is_built_again_from_its_card(tmp_path, images):
+    variation = Variation(activation="gelu", squeeze_excitation=True, deep_stem=True)
+    card = dataclasses.replace(CARD, variation=variation, share_early_weights=False)
+    network = card.build().eval()
+    save_weights(network.state_dict(), tmp_path / "a.safetensors", card.as_metadata())
+    loaded, found = load_network(tmp_path / "a.safetensors")
+    assert found == card
+    with torch.inference_mode():
+        assert torch.equal(loaded(images), network(images))
+
+
 def test_predicting_sets_this_process_up_as_planned(tmp_path, network, monkeypatch):
     write(tmp_path / "a.ckpt", network)
     Image.new("RGB", (8, 8)).save(tmp_path / "image.png")
@@ -66,17 +77,6 @@ def test_predicting_sets_this_process_up_as_planned(tmp_path, network, monkeypat
     list(inference.predict_files(tmp_path / "a.ckpt", [tmp_path], top=1, overrides=overrides))
     ((values, device_type),) = seen
     assert (values["threads"], values["fp32_precision"], device_type) == (1, "ieee", "cpu")
-
-
-def test_a_varied_network_is_built_again_from_its_card(tmp_path, images):
-    variation = Variation(activation="gelu", squeeze_excitation=True, deep_stem=True)
-    card = dataclasses.replace(CARD, variation=variation, share_early_weights=False)
-    network = card.build().eval()
-    save_weights(network.state_dict(), tmp_path / "a.safetensors", card.as_metadata())
-    loaded, found = load_network(tmp_path / "a.safetensors")
-    assert found == card
-    with torch.inference_mode():
-        assert torch.equal(loaded(images), network(images))
 
 
 def test_the_average_is_taken_where_there_is_one(tmp_path, network):

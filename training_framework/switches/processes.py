@@ -32,7 +32,8 @@ SYNC_BATCHNORM = Switch(
     card=Card(
         use="Several processes with few images each (below about 16), or results that must not "
         "depend on the number of processes.",
-        price="Two small messages between all processes for each norm and step.",
+        price="Two small messages between all processes for each norm and step. On CUDA the host "
+        "also waits for the device in each norm (PyTorch issue 78656).",
         failure="With one process there is nothing to synchronize. It turns fused_norms off.",
         source="PyTorch documentation of torch.nn.SyncBatchNorm",
     ),

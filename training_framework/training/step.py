@@ -1,7 +1,5 @@
 """One optimizer step: forward, loss, backward over a group of batches, then one update."""
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 
@@ -65,18 +63,17 @@ class TrainStep(TrainState):
         self._precision: Precision = precision
         self._smoothing = label_smoothing
         self._grad_clip_val = grad_clip_val
-        self._forward: Callable[..., tuple[Tensor, Tensor]] = self._logits_and_loss
         self.compiled: CompiledForward | None = None
         if compile_mode is not None:
-            compiled = CompiledForward(self._logits_and_loss, compile_mode, needs_compile)
-            self._forward = self.compiled = compiled
+            self.compiled = CompiledForward(self._logits_and_loss, compile_mode, needs_compile)
+        self._forward = self.synchronized(self.compiled or self._logits_and_loss)
         self._group_starts = True
 
     def _logits_and_loss(
         self, images: Tensor, labels: Tensor, mixed: MixedWith | None
     ) -> tuple[Tensor, Tensor]:
         with autocast(self._device_type, self._precision):
-            logits = self.model(images)
+            logits = self.network(images)
         loss = classification_loss(logits, labels, label_smoothing=self._smoothing, mixed=mixed)
         return logits, loss
 

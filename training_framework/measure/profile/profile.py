@@ -12,7 +12,7 @@ from training_framework.config import TrainConfig
 from training_framework.errors import UserError
 from training_framework.machine.hardware import library_versions
 from training_framework.machine.precision import compute_dtype
-from training_framework.measure.profile.advice import Verdict, give_verdict
+from training_framework.measure.profile.advice import Run, Verdict, give_verdict
 from training_framework.measure.profile.ceilings import (
     Ceilings,
     measure_loader_alone,
@@ -186,9 +186,12 @@ def _profile(
         verdict=give_verdict(
             ceilings,
             phases.shares,
-            plan=plan,
-            facts=parts.planned.facts,
-            hardware=parts.planned.hardware,
+            run=Run(
+                settings=parts.planned.settings,
+                plan=plan,
+                facts=parts.planned.facts,
+                hardware=parts.planned.hardware,
+            ),
             bottleneck=_named([*tables["operators"], *tables["kernels"]], limits),
         ),
         **tables,
