@@ -90,7 +90,7 @@ def parts(options: Options) -> tuple[Part, ...]:
                     "what each switch gains alone and among the others",
                     "--accelerator",
                     options.accelerator,
-                ),  # fmt: skip
+                ),
             ),
         ),
         Part(title="kinds of runs", tasks=_trainings(options)),
