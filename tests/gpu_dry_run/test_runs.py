@@ -85,13 +85,28 @@ def test_what_is_planned_for_an_older_gpu_runs(dry_run, gpu):
 
 
 def test_a_long_run_compiles_where_it_can(dry_run):
-    settings = {"epochs": 1000, "stop_after_steps": 2}
+    settings = {"epochs": 25_000, "stop_after_steps": 5}
     report = dry_run(settings, gpu=H200)
     assert findings(report) == []
-    assert report.compiled == ["reduce-overhead"]
+    assert report.compiled == ["default"]
+    assert set(report.replayed.values()) == {2}
+    eager = dry_run({**settings, "cuda_graph": False}, gpu=H200)
+    assert findings(eager) == []
+    assert eager.compiled == ["reduce-overhead"]
     old = dry_run(settings, gpu=GTX_1080)
     assert findings(old) == []
     assert old.compiled == []
+
+
+def test_a_step_that_cannot_be_recorded_runs_as_it_is(dry_run):
+    reads_the_device = (
+        "training_framework.training.cuda_graph:CudaGraphStep._record_backward",
+        "            loss.backward()\n", "            loss.backward(); loss.item()\n",
+    )  # fmt: skip
+    report = dry_run({"epochs": 1000, "stop_after_steps": 6}, plants=(reads_the_device,))
+    assert report.steps == 6
+    assert report.plan["cuda_graph"]
+    assert not report.replayed
 
 
 def test_a_logged_row_and_a_save_wait_a_known_number_of_times(dry_run):

@@ -5,15 +5,20 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from training_framework.data import Batch, TrainTransform
 from training_framework.machine.precision import Precision, autocast
 from training_framework.optimizers import WeightAverage
 from training_framework.training.compiled_forward import CompiledForward
+from training_framework.training.even_parts import even_parts
 from training_framework.training.loss import MixedWith, classification_loss
 from training_framework.training.metrics import ClassificationSums
 from training_framework.training.phases import EnterPhase, untimed
 from training_framework.training.state import TrainState
 
-__all__ = ["TrainStep"]
+__all__ = ["StepInput", "TrainStep"]
+
+StepInput = tuple[Tensor, Tensor, MixedWith | None]
+"""Images, (N, C, H, W) float; labels, (N,) int64; the other labels and the share, if mixed."""
 
 
 class TrainStep(TrainState):
@@ -80,6 +85,18 @@ class TrainStep(TrainState):
         loss = classification_loss(logits, labels, label_smoothing=self._smoothing, mixed=mixed)
         return logits, loss
 
+    def report_to(self, report: Callable[[str], None]) -> None:
+        """Say through `report` where a step cannot be compiled, and runs without."""
+        if self.compiled is not None:
+            self.compiled.report = report
+
+    def transformed(
+        self, transform: TrainTransform, batch: Batch, *, step: int, epoch: int
+    ) -> StepInput:
+        """A loaded batch as `accumulate` takes it; see `TrainTransform.__call__`."""
+        images, labels, mixed = transform(batch, step=step, epoch=epoch)
+        return images, labels, None if mixed is None else (mixed.other_labels, mixed.lam)
+
     def accumulate(
         self,
         images: Tensor,
@@ -107,7 +124,7 @@ class TrainStep(TrainState):
             # not the gradients of this group's earlier batches.
             torch.compiler.cudagraph_mark_step_begin()
         self._group_starts = last_of_group
-        parts = self._parts(images, labels, mixed)
+        parts = even_parts(images, labels, mixed, most=self.micro_batch_size)
         outputs = []
         with self.synchronization(last_of_group):
             for part in parts:
@@ -128,19 +145,6 @@ class TrainStep(TrainState):
             if self.sums is not None:
                 self.sums.update(logits, labels, loss)
         return loss
-
-    def _parts(
-        self, images: Tensor, labels: Tensor, mixed: MixedWith | None
-    ) -> list[tuple[Tensor, Tensor, MixedWith | None]]:
-        """The batch, in as few even parts as possible."""
-        if self.micro_batch_size is None or len(labels) <= self.micro_batch_size:
-            return [(images, labels, mixed)]
-        count = -(-len(labels) // self.micro_batch_size)
-        parts = zip(images.tensor_split(count), labels.tensor_split(count), strict=True)
-        if mixed is None:
-            return [(*part, None) for part in parts]
-        others = mixed[0].tensor_split(count)
-        return [(*part, (other, mixed[1])) for part, other in zip(parts, others, strict=True)]
 
     def update(self, lr: float, *, step: int, measure_grad_norm: bool = False) -> Tensor | None:
         """Move the weights by the gathered gradient and forget it.

@@ -132,19 +132,17 @@ class StepSampler:
         group = min(plan.accumulate_grad_batches, plan.batches_per_epoch - self._batch)
         image_count = 0
         for position in range(group):
-            images, labels, mixed = self.parts.loaders.train_transform(
-                next(self._batches),
+            batch = next(self._batches)
+            inputs = self.parts.step.transformed(
+                self.parts.loaders.train_transform,
+                batch,
                 step=self._epoch * plan.batches_per_epoch + self._batch,
                 epoch=self._epoch,
             )
             self.parts.step.accumulate(
-                images,
-                labels,
-                None if mixed is None else (mixed.other_labels, mixed.lam),
-                group_size=group,
-                last_of_group=position == group - 1,
+                *inputs, group_size=group, last_of_group=position == group - 1
             )
-            image_count += len(labels)
+            image_count += len(batch.labels)
             self._batch += 1
         # Sampling continues past the planned end, where a schedule may be at zero.
         planned_step = self._steps_made % plan.total_steps

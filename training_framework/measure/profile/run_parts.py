@@ -30,14 +30,8 @@ def step_on(parts: Parts, batch: Batch) -> None:
     """An optimizer step on one loaded batch, used as often as the run accumulates batches."""
     group = parts.plan.accumulate_grad_batches
     for position in range(group):
-        images, labels, mixed = parts.loaders.train_transform(batch, step=0, epoch=0)
-        parts.step.accumulate(
-            images,
-            labels,
-            None if mixed is None else (mixed.other_labels, mixed.lam),
-            group_size=group,
-            last_of_group=position == group - 1,
-        )
+        inputs = parts.step.transformed(parts.loaders.train_transform, batch, step=0, epoch=0)
+        parts.step.accumulate(*inputs, group_size=group, last_of_group=position == group - 1)
     # A rate of 0 keeps the weights: training on one batch again and again would spoil them.
     parts.step.update(0.0, step=0)
 
