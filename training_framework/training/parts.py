@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,11 +18,13 @@ from training_framework.optimizers import Schedule, WeightAverage, build_optimiz
 from training_framework.plan import PlannedRun, TrainPlan
 from training_framework.runs.record import Costs
 from training_framework.switches import set_up_process
+from training_framework.training.batch_counting import BatchCounter
 from training_framework.training.cuda_graph import CudaGraphStep
 from training_framework.training.evaluation import Evaluate, Evaluation, evaluate
 from training_framework.training.loaders import Loaders, sample_name
 from training_framework.training.metrics import ClassificationSums
 from training_framework.training.network_assembly import assemble_network, prepare_network
+from training_framework.training.recording import CudaRecord
 from training_framework.training.step import TrainStep
 
 __all__ = ["Parts", "build_parts", "build_plan_schedule", "build_step"]
@@ -71,31 +74,41 @@ class Parts:
         """Training FLOPs of an image."""
         return training_flops_per_image(self.model, self.plan.image_size)
 
+    @functools.cached_property
+    def _counter(self) -> BatchCounter:
+        return BatchCounter(
+            self.evaluated,
+            self.loaders.eval_transform,
+            device=self.device,
+            num_classes=self.plan.num_classes,
+            precision=self.plan.precision,
+            record=CudaRecord() if self.plan.cuda_graph else None,
+        )
+
     @property
     def evaluate(self) -> Evaluate | None:
         """One evaluation, which may ask whether to stop; None where there is no validation set."""
-        loaders, model = self.loaders, self.evaluated
-        plan, device, val = self.plan, self.device, loaders.val
+        loaders, counter = self.loaders, self._counter
+        device, val = self.device, loaders.val
         if val is None:
             return None
+        counter.limit(self.step.micro_batch_size)
 
         # Without `self`: after an error the closure would keep the step, and with it DDP.
         def run_evaluation(should_stop: Callable[[], bool] | None) -> Evaluation:
             # Every rank has norm statistics of its own; saved, and so evaluated, are rank 0's.
-            share_buffers(model)
-            evaluation = evaluate(
-                model,
-                val,
-                loaders.eval_transform,
-                device=device,
-                num_classes=plan.num_classes,
-                precision=plan.precision,
-                should_stop=should_stop,
-            )
+            share_buffers(counter.model)
+            evaluation = evaluate(counter, val, device=device, should_stop=should_stop)
             loaders.share_bad_images()
             return evaluation
 
         return run_evaluation
+
+    def report_to(self, report: Callable[[str], None], bad_images_file: Path) -> None:
+        """Say what happens while training through `report`, and list bad images in a file."""
+        self.step.report_to(report)
+        self._counter.report = report
+        self.loaders.report_to(report, bad_images_file)
 
     def close(self) -> None:
         """End the loaders' processes."""
@@ -170,7 +183,10 @@ def build_step(plan: TrainPlan, model: nn.Module, device: torch.device) -> Train
         eps=plan.eps,
         fused=plan.fused_optimizer,
     )
-    make_step = CudaGraphStep if plan.cuda_graph else TrainStep
+    make_step: Callable[..., TrainStep] = TrainStep
+    if plan.cuda_graph:
+        is_required = "cuda_graph" in plan.asked_for
+        make_step = functools.partial(CudaGraphStep, is_required=is_required)
     return make_step(
         wrapped,
         optimizer,
