@@ -85,7 +85,7 @@ FAULTS = [
     (
         "the weight average counts on the host",
         "optimizers.averaging:WeightAverage.set_decay",
-        "self._decay_at(step)", "float(self._averaged[0].sum())",
+        "fill_(self._decay_at(step))", "fill_(float(self._averaged[0].sum()))",
         {"ema_decay": 0.9}, "item at optimizers/averaging.py",
     ),
     (

@@ -302,6 +302,20 @@ def test_a_step_is_recorded_without_asking_where_that_works_and_pays():
         assert why in reason(made, "cuda_graph")
 
 
+def test_weights_are_cast_together_where_that_is_asked_for_and_possible():
+    gpu = with_gpus(NEW_GPU)
+    assert not plan(gpu).master_weights
+    assert plan(gpu, master_weights=True).master_weights
+    for why, settings in (
+        ("precision 32", {"precision": "32"}),
+        ("torch.compile casts", {"compile": True}),
+        ("recomputed activations", {"activation_checkpointing": True}),
+    ):
+        made = plan(gpu, master_weights=True, **settings)
+        assert not made.master_weights
+        assert why in reason(made, "master_weights")
+
+
 def test_an_evaluation_on_a_gpu_has_the_largest_batch_that_is_useful_and_fits():
     assert plan(batch_size=16).evaluation_batch_size == 64
     assert plan(with_gpus(NEW_GPU), batch_size=16).evaluation_batch_size == 1024

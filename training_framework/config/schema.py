@@ -115,6 +115,8 @@ class TrainConfig(BaseModel):
     sync_batchnorm: bool = _setting("machine", False, "compute batch-norm statistics over the batches of all devices")
     precision: Precision = _setting("machine", "auto", "32, bf16-mixed, 16-mixed, mixed (the device's best of the two), or auto")
     channels_last: bool | Auto = _setting("machine", "auto", "channels-last memory format; auto: on")
+    pad_stem: bool = _setting("machine", False, "pad the images to four channels for the first convolution")
+    master_weights: bool = _setting("machine", False, "in mixed precision, compute with half-precision copies of the weights, made together from their fp32 masters in each forward pass (one process, not compiled)")
     compile: bool | Auto = _setting("machine", "auto", "use torch.compile; auto: only where it pays off")
     compile_mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] | None = _setting("machine", None, "mode of torch.compile; unset: reduce-overhead on a GPU whose steps are not recorded, else default")
     cuda_graph: bool | Auto = _setting("machine", "auto", "record the whole step as CUDA graphs and replay them (one CUDA GPU, one batch per step, not fp16); auto: where that works and the run is long enough")

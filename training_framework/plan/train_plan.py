@@ -60,6 +60,8 @@ class TrainPlan:
     # How a step is computed.
     precision: Literal["32", "bf16-mixed", "16-mixed"]
     channels_last: bool
+    pad_stem: bool
+    master_weights: bool
     compile: bool
     compile_mode: Literal[
         "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"

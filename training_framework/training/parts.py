@@ -196,6 +196,7 @@ def build_step(plan: TrainPlan, model: nn.Module, device: torch.device) -> Train
         grad_clip_val=plan.grad_clip_val,
         sums=ClassificationSums(device, num_classes=plan.num_classes),
         average=average,
+        master_weights=plan.master_weights,
         compile_mode=plan.compile_mode if plan.compile else None,
         needs_compile="compile" in plan.asked_for,
     )

@@ -6,11 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from training_framework.data import Batch, TrainTransform
-from training_framework.machine.precision import Precision, autocast
+from training_framework.machine.precision import Precision
 from training_framework.optimizers import WeightAverage
 from training_framework.training.compiled_forward import CompiledForward
 from training_framework.training.even_parts import even_parts
-from training_framework.training.loss import MixedWith, classification_loss
+from training_framework.training.forward_pass import ForwardPass
+from training_framework.training.loss import MixedWith
 from training_framework.training.metrics import ClassificationSums
 from training_framework.training.phases import EnterPhase, untimed
 from training_framework.training.state import TrainState
@@ -36,6 +37,7 @@ class TrainStep(TrainState):
         grad_clip_val: Largest norm of the gradient; None: no clipping.
         sums: Sums of the training batches' loss and hits.
         average: Weight average to keep up to date.
+        master_weights: Whether half-precision copies of the weights are made together.
         compile_mode: torch.compile's mode for forward and loss; None runs them eagerly.
         needs_compile: Whether a step that cannot be compiled is an error, or runs eagerly.
 
@@ -58,6 +60,7 @@ class TrainStep(TrainState):
         grad_clip_val: float | None = None,
         sums: ClassificationSums | None = None,
         average: WeightAverage | None = None,
+        master_weights: bool = False,
         compile_mode: str | None = None,
         needs_compile: bool = True,
     ) -> None:
@@ -66,24 +69,19 @@ class TrainStep(TrainState):
         self.grad_norm: Tensor | None = None
         self.micro_batch_size: int | None = None
         self.phase: EnterPhase = untimed
-        self._device_type = device_type
-        self._precision: Precision = precision
-        self._smoothing = label_smoothing
         self._grad_clip_val = grad_clip_val
-        self._forward: Callable[..., tuple[Tensor, Tensor]] = self._logits_and_loss
+        self._forward: Callable[..., tuple[Tensor, Tensor]] = ForwardPass(
+            model,
+            device_type=device_type,
+            precision=precision,
+            label_smoothing=label_smoothing,
+            master_weights=master_weights,
+        )
         self.compiled: CompiledForward | None = None
         if compile_mode is not None:
-            compiled = CompiledForward(self._logits_and_loss, compile_mode, needs_compile)
-            self._forward = self.compiled = compiled
+            self.compiled = CompiledForward(self._forward, compile_mode, needs_compile)
+            self._forward = self.compiled
         self._group_starts = True
-
-    def _logits_and_loss(
-        self, images: Tensor, labels: Tensor, mixed: MixedWith | None
-    ) -> tuple[Tensor, Tensor]:
-        with autocast(self._device_type, self._precision):
-            logits = self.model(images)
-        loss = classification_loss(logits, labels, label_smoothing=self._smoothing, mixed=mixed)
-        return logits, loss
 
     def report_to(self, report: Callable[[str], None]) -> None:
         """Say through `report` where a step cannot be compiled, and runs without."""
