@@ -101,7 +101,7 @@ class ClassificationSums:
             return
         not_above = self._not_above(logits, labels)
         hits = (not_above > self._thresholds).sum(dim=0)
-        total = loss.sum(dtype=self._sums.dtype)
+        total = loss if loss.ndim == 0 else loss.sum(dtype=self._sums.dtype)
         self._hit_sums.add_(hits)
         self._loss_sum.add_(total, alpha=len(labels) if loss.ndim == 0 else 1)
 
