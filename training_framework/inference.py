@@ -85,6 +85,7 @@ def evaluate_file(path: Path, overrides: Mapping[str, Any]) -> tuple[Evaluation,
             device=device,
             num_classes=plan.num_classes,
             precision=plan.precision,
+            tta=plan.tta,
         )
         counter.report = _to_stderr
         evaluation = evaluate(counter, loader, device=device)

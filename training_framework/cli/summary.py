@@ -31,8 +31,8 @@ def plan_lines(plan: TrainPlan, hardware: Hardware, facts: DatasetFacts) -> list
             f"validation images, {plan.num_classes} classes, {plan.image_size} px"
         ),
         *_wrapped(
-            f"steps     {plan.total_steps:,} = {plan.epochs} epochs x {plan.steps_per_epoch:,}, of "
-            f"{plan.images_per_step} images: {plan.accumulate_grad_batches} x "
+            f"steps     {plan.total_steps:,} = {plan.epochs:,} epochs x {plan.steps_per_epoch:,}, "
+            f"of {plan.images_per_step} images: {plan.accumulate_grad_batches} x "
             f"{plan.world_size} device(s) x {plan.device_batch_size}"
         ),
         *_wrapped(f"evaluate  every {plan.evaluation_interval_steps:g} steps and after the last"),
@@ -66,6 +66,8 @@ def result_lines(result: TrainResult) -> list[str]:
             f"last   top-1 {result.last_acc1:6.2f}%   top-5 {result.last_acc5:6.2f}%   "
             f"loss {result.val_loss:.4f}"
         )
+    if result.last_acc1_tta is not None:
+        lines.append(f"       top-1 {result.last_acc1_tta:6.2f}%   with test-time augmentation")
     if result.epoch_seconds:
         total = sum(result.epoch_seconds)
         lines.append(

@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 
 from training_framework.data import augmentation
+from training_framework.data.appearance import Appearance
 from training_framework.data.batch import Batch
 from training_framework.data.draws import BatchDraws
+from training_framework.data.resolution import Resolutions, resized
 
 __all__ = ["DrawnBatch", "EvalTransform", "FlipMode", "MixedLabels", "TrainTransform"]
 
@@ -18,6 +20,7 @@ _FLIP = 0
 _CROP = slice(1, 3)
 _CUTOUT = slice(3, 5)
 _ERASING = slice(5, 10)
+_APPEARANCE = slice(10, None)
 
 
 class MixedLabels(NamedTuple):
@@ -65,6 +68,7 @@ class EvalTransform:
         device: The device of the batches.
         dtype: Of the result for uint8 images.
         channels_last: Whether the result is channels_last in memory.
+        size: Side in pixels to which uint8 images are resized; None: they keep their size.
     """
 
     def __init__(
@@ -75,7 +79,9 @@ class EvalTransform:
         device: torch.device | str,
         dtype: torch.dtype = torch.float32,
         channels_last: bool = True,
+        size: int | None = None,
     ) -> None:
+        self._size = size
         self._scale, self._shift = augmentation.scale_and_shift(mean, std, device)
         self._dtype = dtype
         self._memory_format = torch.channels_last if channels_last else torch.contiguous_format
@@ -85,7 +91,10 @@ class EvalTransform:
 
     def __call__(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The batch's images, (N, C, H, W) float, and its labels, (N,) int64."""
-        return self.normalized(batch.images), batch.labels
+        images = self.normalized(batch.images)
+        if self._size is not None and not batch.images.is_floating_point():
+            images = resized(images, self._size)
+        return images, batch.labels
 
     def normalized(self, images: Tensor) -> Tensor:
         """(N, C, H, W) images as floats."""
@@ -124,10 +133,12 @@ class TrainTransform:
         crop_padding: Padding in pixels of pad-and-crop; 0: off.
         cutout: Side in pixels of the square that is cut out; 0: off.
         random_erasing: Probability of losing a rectangle; 0: off.
+        appearance: Changes of colors and shapes; None: none.
+        resolutions: Size of the result by epoch, for uint8 images; None: they keep theirs.
         mixup: Alpha of mixup's beta distribution; 0: off.
         cutmix: Alpha of cutmix's beta distribution; 0: off. With both, each step draws one of them.
-        dtype: Of the result for uint8 images; with mixup it is float32, since rounding a blend of
-            rounded images gives other numbers than rounding it once.
+        dtype: Of the result for uint8 images; with mixup and resolutions it is float32: images that
+            are rounded, blended and rounded again have other numbers than those rounded once.
         channels_last: Whether the result is channels_last in memory.
     """
 
@@ -143,6 +154,8 @@ class TrainTransform:
         crop_padding: int = 0,
         cutout: int = 0,
         random_erasing: float = 0.0,
+        appearance: Appearance | None = None,
+        resolutions: Resolutions | None = None,
         mixup: float = 0.0,
         cutmix: float = 0.0,
         dtype: torch.dtype = torch.float32,
@@ -152,13 +165,15 @@ class TrainTransform:
         self._crop_padding = crop_padding
         self._cutout = cutout
         self._random_erasing = random_erasing
+        self._appearance = appearance or Appearance()
+        self._resolutions = resolutions
         self._mixup = mixup
         self._cutmix = cutmix
         self._to_floats = EvalTransform(
             mean=mean,
             std=std,
             device=device,
-            dtype=torch.float32 if mixup else dtype,
+            dtype=torch.float32 if mixup or resolutions else dtype,
             channels_last=channels_last,
         )
         self._draws_per_sample = max(
@@ -166,6 +181,7 @@ class TrainTransform:
             _CROP.stop if crop_padding else 0,
             _CUTOUT.stop if cutout else 0,
             _ERASING.stop if random_erasing else 0,
+            _APPEARANCE.start + changes if (changes := self._appearance.draws_per_sample) else 0,
         )
         self._draws = BatchDraws(
             seed=seed,
@@ -187,7 +203,15 @@ class TrainTransform:
         Returns:
             (N, C, H, W) float images, (N,) int64 labels, and the mixed labels if images were mixed.
         """
-        return self.augmented(self.drawn(batch, step=step, epoch=epoch))
+        return self.augmented(
+            self.drawn(batch, step=step, epoch=epoch), size=self._size(batch.images, epoch)
+        )
+
+    def _size(self, images: Tensor, epoch: int) -> int | None:
+        """The side to which images are resized in an epoch; None: they keep their size."""
+        if self._resolutions is None or images.is_floating_point():
+            return None
+        return self._resolutions.at(epoch)
 
     def drawn(self, batch: Batch, *, step: int, epoch: int) -> DrawnBatch:
         """The batch with everything that is drawn for it; see `__call__` for the arguments."""
@@ -199,19 +223,28 @@ class TrainTransform:
                 sides = self._draws.first_sides(batch.indices)
                 mirrored = augmentation.alternating_flip_flags(sides, epoch)
         if self._mixup or self._cutmix:
-            height, width = batch.images.shape[2:]
+            size = self._size(batch.images, epoch)
+            height, width = batch.images.shape[2:] if size is None else (size, size)
             mixing = _on_device(self._mixing(step, height, width), batch.images.device)
         return DrawnBatch(batch.images, batch.labels, samples, mirrored, mixing)
 
-    def augmented(self, drawn: DrawnBatch) -> tuple[Tensor, Tensor, MixedLabels | None]:
+    def augmented(
+        self, drawn: DrawnBatch, *, size: int | None = None
+    ) -> tuple[Tensor, Tensor, MixedLabels | None]:
         """Augment a batch by what is drawn for it: see `__call__` for the result.
 
         It depends on nothing but these tensors, and never waits for the device.
+
+        Args:
+            drawn: The batch.
+            size: Side in pixels of the result; None: that of the images.
         """
         if drawn.images.is_floating_point():
             images = self._to_floats.normalized(drawn.images)
         else:
             images = self._augmented_pixels(drawn)
+            if size is not None:
+                images = resized(images, size)
         if drawn.mixing is None:
             return images, drawn.labels, None
         lam, other_share = drawn.mixing[:2]
@@ -230,6 +263,8 @@ class TrainTransform:
         if self._crop_padding and draws is not None:
             offsets = (draws[_CROP] * (2 * self._crop_padding + 1)).long()
             images = augmentation.pad_and_crop(images, self._crop_padding, offsets[0], offsets[1])
+        if self._appearance.draws_per_sample and draws is not None:
+            images = self._appearance(images, draws[_APPEARANCE])
         images = self._to_floats.normalized(images)
         if self._cutout and draws is not None:
             height, width = images.shape[2:]

@@ -22,7 +22,7 @@ FREE_FIELDS = frozenset(
         "device_name", "evaluation_interval_steps", "keep_memory", "log_every_n_steps", "name",
         "num_workers", "on_bad_image", "output_dir", "pin_memory", "prefetch_factor",
         "resident_data", "resume", "save_every_n_steps", "save_every_seconds", "save_top_k",
-        "stop_after_steps", "tensorboard", "weights",
+        "stop_after_steps", "tensorboard", "tta", "weights",
     }
 )  # fmt: skip
 # Fields that change with the number of processes.
@@ -118,7 +118,7 @@ def _obstacles(then: TrainPlan, fresh: TrainPlan, hardware: Hardware) -> Iterato
     if compiled and then.device == "cpu" and not hardware.cpp_compiler:
         yield _Obstacle(
             f"{' and '.join(compiled)}: {hardware.cpp_compiler_fault}",
-            compiled,
+            (*compiled, "bf16_products"),
             "install a C++ compiler (g++)",
         )
     if then.fused_optimizer and not has_fused_optimizer(then.optimizer, fresh.device):

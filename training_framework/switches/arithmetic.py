@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from training_framework.config.schema import as_in_model
 from training_framework.errors import UserError
 from training_framework.machine.randomness import use_deterministic_algorithms
 from training_framework.optimizers import has_fused_optimizer
@@ -94,11 +95,21 @@ def _recording_obstacle(situation: Situation) -> str:
             situation.world_size > 1
         ),
         "a step of several batches is not recorded": config.accumulate_grad_batches > 1,
+        "progressive_resolution changes the shape of the batches": bool(
+            config.progressive_resolution
+        ),
+        "train_on_hardest looks at the images before the step": bool(config.train_on_hardest),
         "fp16's scale is read from the device in every step": (
             situation.chosen["precision"] == "16-mixed"
         ),
         "only fused optimizers read the learning rate on the device": (
             config.fused_optimizer is False
+        ),
+        "muon, lookahead and rates of single weights are not recorded": (
+            config.optimizer == "muon"
+            or config.lookahead_steps > 0
+            or config.bias_lr_factor != 1
+            or (not situation.own_network and as_in_model(config, "whitening"))
         ),
     }
     return next((reason for reason, holds in obstacles.items() if holds), "")

@@ -14,6 +14,10 @@ from training_framework.machine.precision import Precision, autocast
 from training_framework.training.loss import per_sample_losses
 from training_framework.training.metrics import ClassificationSums
 from training_framework.training.recording import Record, reason_of, root_cause
+from training_framework.training.test_time_augmentation import (
+    TestTimeAugmentation,
+    averaged_logits,
+)
 
 __all__ = ["BatchCounter", "Transform"]
 
@@ -37,10 +41,12 @@ class BatchCounter:
         device: Where the model is.
         num_classes: Classes of the logits.
         precision: What the forward pass computes in.
+        tta: Test-time augmentation whose accuracy is measured too.
         record: How the forward pass is recorded; None: it is not.
 
     Attributes:
         sums: What was counted.
+        sums_tta: The same with test-time augmentation; None without it.
         most_images: Maximum images of a forward pass; None: no limit.
         report: Shows a line to the user; a warning, unless set.
     """
@@ -53,10 +59,15 @@ class BatchCounter:
         device: torch.device,
         num_classes: int,
         precision: Precision,
+        tta: TestTimeAugmentation = "none",
         record: Record | None = None,
     ) -> None:
         self.model = model
         self.sums = ClassificationSums(device, num_classes=num_classes)
+        self._tta: TestTimeAugmentation = tta
+        self.sums_tta: ClassificationSums | None = None
+        if tta != "none":
+            self.sums_tta = ClassificationSums(device, num_classes=num_classes)
         self.most_images: int | None = None
         self.report: Callable[[str], None] = _warn
         self._transform = transform
@@ -66,6 +77,12 @@ class BatchCounter:
         self._replay: Callable[[], None] | None = None
         self._recorded: Batch | None = None  # the memory that a replay reads
         self._seen: Counter[tuple[torch.Size, torch.dtype]] = Counter()
+
+    def reset(self) -> None:
+        """Start again at zero."""
+        self.sums.reset()
+        if self.sums_tta is not None:
+            self.sums_tta.reset()
 
     def count(self, batch: Batch) -> None:
         """Add a batch to the sums. Does not wait for the device, unless it records.
@@ -123,7 +140,12 @@ class BatchCounter:
         images, labels = self._transform(batch)
         with autocast(self._device.type, self._precision):
             logits = self.model(images)
-        self.sums.count(logits, labels, per_sample_losses(logits, labels), valid=batch.valid)
+            if self.sums_tta is not None:
+                views = averaged_logits(self.model, images, logits, self._tta)
+        losses = per_sample_losses(logits, labels)
+        self.sums.count(logits, labels, losses, valid=batch.valid)
+        if self.sums_tta is not None:
+            self.sums_tta.count(views, labels, losses, valid=batch.valid)
 
     def _replays(self, batch: Batch) -> bool:
         if self._record is None or batch.valid is not None:

@@ -12,7 +12,7 @@ from training_framework.errors import UserError
 from training_framework.faults import fault_point
 from training_framework.machine.distributed import largest
 from training_framework.machine.randomness import random_states, restore_random_states
-from training_framework.runs.progress import Progress
+from training_framework.runs.progress import TTA_COLUMN, Progress
 from training_framework.training.batch_counting import BatchCounter
 from training_framework.training.metrics import ClassificationMetrics
 from training_framework.training.stopping import StopRequested, StopSignals
@@ -22,10 +22,17 @@ __all__ = ["Evaluate", "Evaluation", "evaluate", "evaluate_unless_stopped", "eva
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """What an evaluation found, and how long it took (all ranks, loading included)."""
+    """What an evaluation found, and how long it took (all ranks, loading included).
+
+    Attributes:
+        metrics: Of the plain images.
+        seconds: Wall time.
+        acc1_tta: Top-1 accuracy in percent with test-time augmentation; None without it.
+    """
 
     metrics: ClassificationMetrics
     seconds: float
+    acc1_tta: float | None = None
 
     @property
     def is_finite(self) -> bool:
@@ -65,7 +72,7 @@ def evaluate(
     model, sums = counter.model, counter.sums
     was_training = model.training
     model.eval()
-    sums.reset()
+    counter.reset()
     stopped = False
     try:
         for batch in loader.epoch(0):
@@ -84,7 +91,11 @@ def evaluate(
         raise UserError(
             "the validation data has no image to evaluate", "add images, or evaluate nothing"
         )
-    return Evaluation(metrics=metrics, seconds=time.perf_counter() - start)
+    acc1_tta = None
+    if counter.sums_tta is not None:
+        counter.sums_tta.all_reduce()
+        acc1_tta = counter.sums_tta.read().acc1
+    return Evaluation(metrics=metrics, seconds=time.perf_counter() - start, acc1_tta=acc1_tta)
 
 
 def evaluate_unless_stopped(
@@ -121,6 +132,8 @@ def evaluation_row(
     metrics = evaluation.metrics
     progress.epoch_evaluation_seconds += evaluation.seconds
     progress.last = {"val/loss": metrics.loss, "val/acc1": metrics.acc1, "val/acc5": metrics.acc5}
+    if evaluation.acc1_tta is not None:
+        progress.last[TTA_COLUMN] = evaluation.acc1_tta
     if not evaluation.is_finite:
         say(
             f"note: the validation loss is {metrics.loss} at step {progress.step}, so these "

@@ -38,5 +38,5 @@ def training_row(
     if step.grad_norm is not None:
         row["grad_norm"] = step.grad_norm.item()
     if costs.peak_flops:
-        row["mfu"] = row["images_per_second"] * costs.flops_per_image / costs.peak_flops
+        row["mfu"] = row["images_per_second"] * parts.flops_in(progress.epoch) / costs.peak_flops
     return row

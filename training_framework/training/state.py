@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from training_framework.optimizers import WeightAverage
+from training_framework.optimizers import Lookahead, WeightAverage
 from training_framework.training.metrics import ClassificationSums
 
 __all__ = ["TrainState"]
@@ -24,7 +24,10 @@ class TrainState:
         scaler: Scales the loss with fp16; disabled otherwise.
         sums: Sums of the training batches' loss and hits; None: none are kept.
         average: The weight average; None: there is none.
+        lookahead: The slow weights behind the optimizer's; None: there are none.
     """
+
+    lookahead: Lookahead | None = None
 
     def __init__(
         self,
@@ -52,6 +55,7 @@ class TrainState:
             "scaler": self.scaler.state_dict(),
             "sums": None if self.sums is None else self.sums.state_dict(),
             "average": None if self.average is None else self.average.state_dict(),
+            "lookahead": None if self.lookahead is None else self.lookahead.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any], *, with_sums: bool = True) -> None:
@@ -76,14 +80,19 @@ class TrainState:
         if self.average is not None:
             averaged = state["average"]
             self.average.load_state_dict(state["model"] if averaged is None else averaged)
+        if self.lookahead is not None:
+            self.lookahead.load_state_dict(state.get("lookahead"))
         if self.sums is not None and state["sums"] is not None and with_sums:
             self.sums.load_state_dict(state["sums"])
 
     def _load_optimizer(self, state: dict[str, Any]) -> None:
         """Take over moments and counts of steps, but not the options of then."""
-        is_sgd = isinstance(self.optimizer, torch.optim.SGD)
-        if any((kept.keys() <= {"momentum_buffer"}) != is_sgd for kept in state["state"].values()):
-            raise ValueError("it is the state of another optimizer")
+        groups = self.optimizer.param_groups
+        kinds = ["betas" in group for group in groups for _ in group["params"]]
+        has_moments = dict(enumerate(kinds))
+        for place, kept in state["state"].items():
+            if (kept.keys() <= {"momentum_buffer"}) == has_moments[place]:
+                raise ValueError("it is the state of another optimizer")
         options = [
             {key: value for key, value in group.items() if key != "params"}
             for group in self.optimizer.param_groups
@@ -100,7 +109,7 @@ class TrainState:
     def checkpoint_bytes(self) -> int:
         """Approximate size of a checkpoint: weights, their average, the optimizer's state."""
         weights = sum(parameter.nbytes for parameter in self._parameters)
-        copies = 1 + (self.average is not None)
+        copies = 1 + (self.average is not None) + (self.lookahead is not None)
         if isinstance(self.optimizer, torch.optim.SGD):
             copies += any(group["momentum"] for group in self.optimizer.param_groups)
         else:

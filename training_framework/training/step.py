@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from training_framework.data import Batch, TrainTransform
 from training_framework.machine.precision import Precision
-from training_framework.optimizers import WeightAverage
+from training_framework.optimizers import WeightAverage, set_rates
 from training_framework.training.compiled_forward import CompiledForward
 from training_framework.training.even_parts import even_parts
 from training_framework.training.forward_pass import ForwardPass
@@ -157,8 +157,7 @@ class TrainStep(TrainState):
             That norm, if it was measured or needed for clipping.
         """
         norm = None
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        set_rates(self.optimizer, lr, step)
         if self._grad_clip_val is not None or measure_grad_norm:
             self.scaler.unscale_(self.optimizer)
             gradients = [p.grad for p in self._parameters if p.grad is not None]

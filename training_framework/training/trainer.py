@@ -107,7 +107,7 @@ class Trainer:
     def _make_step(self, batches: Iterator[Batch], *, measure_grad_norm: bool) -> None:
         """Add up the gradients of a group of batches, and move the weights."""
         plan, progress, parts, step = self._plan, self.progress, self._parts, self._parts.step
-        group_size = min(plan.accumulate_grad_batches, plan.batches_per_epoch - progress.batch)
+        group_size = plan.group_size(progress.epoch, progress.batch)
         # No function in here: after an error its closure would keep the step, and with it DDP.
         watched = self._micro_batching.accumulate(
             self._group(batches, group_size), partial(self._add_gradient, group_size)
@@ -129,12 +129,12 @@ class Trainer:
 
     def _add_gradient(self, group_size: int, position: int, batch: Batch) -> WatchedBatch:
         plan, progress, step = self._plan, self.progress, self._parts.step
-        start = time.perf_counter()
+        transform, start = self._parts.loaders.train_transform, time.perf_counter()
         with step.phase("transform"):
             done = progress.epoch * plan.batches_per_epoch + progress.batch + position
-            transform = self._parts.loaders.train_transform
             inputs = step.transformed(transform, batch, step=done, epoch=progress.epoch)
         self._interval.data_wait += time.perf_counter() - start
+        inputs = self._parts.select(*inputs)
         is_last = position == group_size - 1
         loss = step.accumulate(*inputs, group_size=group_size, last_of_group=is_last)
         return WatchedBatch.of(batch, loss)

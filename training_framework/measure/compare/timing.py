@@ -118,6 +118,10 @@ class StepSampler:
             new_graphs=_compiled_graphs() - graphs,
         )
 
+    def start_at(self, epoch: int) -> None:
+        """Make the next step the first one of an epoch, counted from 0."""
+        self._epoch, self._batch = epoch, 0
+
     def close(self) -> None:
         """End the loader processes."""
         self.parts.close()
@@ -140,7 +144,9 @@ class StepSampler:
                 epoch=self._epoch,
             )
             self.parts.step.accumulate(
-                *inputs, group_size=group, last_of_group=position == group - 1
+                *self.parts.select(*inputs),
+                group_size=group,
+                last_of_group=position == group - 1,
             )
             image_count += len(batch.labels)
             self._batch += 1

@@ -11,7 +11,7 @@ from training_framework.training.parts import Parts, build_parts
 __all__ = ["build_profiled_parts", "step_on", "synchronize"]
 
 
-def build_profiled_parts(config: TrainConfig) -> Parts:
+def build_profiled_parts(config: TrainConfig, *, command: str = "profile") -> Parts:
     """Plan and build what `config` trains, in this process alone.
 
     Raises:
@@ -20,8 +20,8 @@ def build_profiled_parts(config: TrainConfig) -> Parts:
     planned = plan_run(config)
     if planned.plan.world_size > 1:
         raise UserError(
-            f"profile: torchrun started {planned.plan.world_size} processes",
-            "start it without torchrun: profile measures one device",
+            f"{command}: torchrun started {planned.plan.world_size} processes",
+            f"start it without torchrun: {command} measures one device",
         )
     return build_parts(planned)
 
@@ -31,7 +31,9 @@ def step_on(parts: Parts, batch: Batch) -> None:
     group = parts.plan.accumulate_grad_batches
     for position in range(group):
         inputs = parts.step.transformed(parts.loaders.train_transform, batch, step=0, epoch=0)
-        parts.step.accumulate(*inputs, group_size=group, last_of_group=position == group - 1)
+        parts.step.accumulate(
+            *parts.select(*inputs), group_size=group, last_of_group=position == group - 1
+        )
     # A rate of 0 keeps the weights: training on one batch again and again would spoil them.
     parts.step.update(0.0, step=0)
 
