@@ -29,6 +29,7 @@ from training_framework.machine.hardware import detect_hardware
 from training_framework.machine.precision import autocast
 from training_framework.plan import TrainPlan, make_plan, plan_run
 from training_framework.runs.network_card import NetworkCard, load_network
+from training_framework.switches import set_up_process
 from training_framework.training.batch_counting import BatchCounter
 from training_framework.training.evaluation import Evaluation, evaluate
 from training_framework.training.loaders import split_loader
@@ -66,7 +67,7 @@ def evaluate_file(path: Path, overrides: Mapping[str, Any]) -> tuple[Evaluation,
         )
     processes = planned.processes
     device = plan.torch_device(processes.local_rank)
-    torch.set_num_threads(plan.threads)
+    set_up_process(plan.switch_values(), device.type)
     with process_group(processes, device):
         bad_images = None
         if plan.on_bad_image == "skip":
@@ -145,9 +146,9 @@ def predict_files(
         mean=card.mean,
         std=card.std,
     )
-    plan = make_plan(config, detect_hardware(), facts)
+    plan = make_plan(config, detect_hardware(), facts, own_network=card.model)
     device = plan.torch_device(0)
-    torch.set_num_threads(plan.threads)
+    set_up_process(plan.switch_values(), device.type)
     _placed(network, plan, device)
     transform = _transform(card, plan, device)
     for start in range(0, len(files), IMAGES_PER_BATCH):

@@ -123,6 +123,7 @@ def test_a_saved_average_goes_on_bit_for_bit(model):
         assert torch.equal(resumed.state_dict()[name], tensor)
 
 
+@pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_update_never_waits_for_the_device(model):
     model = model.cuda()

@@ -5,8 +5,10 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
+from training_framework import inference
 from training_framework.checkpoint import save_checkpoint
 from training_framework.config.architectures import Variation
 from training_framework.errors import UserError
@@ -62,6 +64,19 @@ def test_a_varied_network_is_built_again_from_its_card(tmp_path, images):
     assert found == card
     with torch.inference_mode():
         assert torch.equal(loaded(images), network(images))
+
+
+def test_predicting_sets_this_process_up_as_planned(tmp_path, network, monkeypatch):
+    write(tmp_path / "a.ckpt", network)
+    Image.new("RGB", (8, 8)).save(tmp_path / "image.png")
+    seen = []
+    monkeypatch.setattr(
+        inference, "set_up_process", lambda values, device_type: seen.append((values, device_type))
+    )
+    overrides = {"accelerator": "cpu", "threads": 1}
+    list(inference.predict_files(tmp_path / "a.ckpt", [tmp_path], top=1, overrides=overrides))
+    ((values, device_type),) = seen
+    assert (values["threads"], values["fp32_precision"], device_type) == (1, "ieee", "cpu")
 
 
 def test_the_average_is_taken_where_there_is_one(tmp_path, network):

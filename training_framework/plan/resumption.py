@@ -127,6 +127,13 @@ def _obstacles(then: TrainPlan, fresh: TrainPlan, hardware: Hardware) -> Iterato
             ("fused_optimizer",),
             "use the PyTorch that it was trained with",
         )
+    gpu = next(iter(hardware.usable), None)
+    if then.product_format == "tf32" and fresh.device == "cuda" and gpu and not gpu.tf32:
+        yield _Obstacle(
+            f"it multiplied in TF32, which {gpu.name} does not have",
+            ("fp32_precision",),
+            "resume on a GPU of compute capability 8.0 or newer",
+        )
     limit = os.environ.get("OMP_THREAD_LIMIT", "")
     if limit.isdecimal() and 0 < int(limit) < then.threads:
         yield _Obstacle(

@@ -12,6 +12,12 @@ from pydantic import TypeAdapter
 from training_framework.config.architectures import Activation, Variation
 from training_framework.config.schema import OptimizerName
 from training_framework.data.resolution import Resolutions
+from training_framework.machine.precision import (
+    Fp32Precision,
+    Precision,
+    ProductFormat,
+    product_format,
+)
 from training_framework.switches import SWITCHES, Choice
 
 __all__ = ["Choice", "TrainPlan"]
@@ -72,7 +78,8 @@ class TrainPlan:
     norm_momentum: float | None
     freeze_norm_scales: bool
     # How a step is computed.
-    precision: Literal["32", "bf16-mixed", "16-mixed"]
+    precision: Precision
+    fp32_precision: Fp32Precision
     channels_last: bool
     pad_stem: bool
     master_weights: bool
@@ -227,6 +234,11 @@ class TrainPlan:
         if self.device == "cpu":
             return torch.device("cpu")
         return torch.device(self.device, self.device_indices[local_rank])
+
+    @property
+    def product_format(self) -> ProductFormat:
+        """What the network's convolutions and matrix products multiply."""
+        return product_format(self.precision, self.fp32_precision)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values (numbers, text, lists, mappings) for checkpoints and run.json."""

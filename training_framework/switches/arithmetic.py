@@ -10,6 +10,7 @@ from training_framework.config.schema import as_in_model
 from training_framework.errors import UserError
 from training_framework.machine.randomness import use_deterministic_algorithms
 from training_framework.optimizers import has_fused_optimizer
+from training_framework.switches.fp32_precision import FP32_PRECISION
 from training_framework.switches.precision import PRECISION
 from training_framework.switches.switch import (
     Card,
@@ -42,10 +43,8 @@ def _channels_last(situation: Situation) -> Decision:
     wanted = situation.config.channels_last
     if wanted != "auto":
         return Decision(wanted, "asked for")
-    if situation.device == "mps":
-        return Decision(False, "no gain on mps")
-    if situation.on_gpu and not situation.accelerators[0].tensor_cores:
-        return Decision(False, "slower on GPUs without tensor cores")
+    if situation.on_gpu and situation.accelerators[0].channels_last_fault:
+        return Decision(False, situation.accelerators[0].channels_last_fault)
     return Decision(True, "the layout convolutions prefer here")
 
 
@@ -200,6 +199,9 @@ def _compile(situation: Situation) -> Decision:
     if capability is not None and capability < TRITON_FROM_CAPABILITY:
         found, needed = (".".join(map(str, c)) for c in (capability, TRITON_FROM_CAPABILITY))
         return Decision(False, f"needs compute capability {needed}, and the GPU has {found}")
+    if not situation.accelerators[0].tensor_cores:
+        # torch.compile always chooses channels_last for convolutions on NVIDIA's GPUs.
+        return Decision(False, "computes in channels_last, slower on GPUs without tensor cores")
     if situation.hardware.triton_fault:
         return Decision(False, situation.hardware.triton_fault)
     recorded = situation.chosen["cuda_graph"]
@@ -296,6 +298,7 @@ DETERMINISTIC = Switch(
 
 ARITHMETIC = (
     PRECISION,
+    FP32_PRECISION,
     CHANNELS_LAST,
     CUDA_GRAPH,
     COMPILE_MODE,

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from training_framework.data import Batch, DrawnBatch, TrainTransform
 from training_framework.errors import UserError
+from training_framework.training.loss import StepInput
 from training_framework.training.recording import CudaRecord, Record, reason_of, root_cause
-from training_framework.training.step import StepInput, TrainStep
+from training_framework.training.step import TrainStep
 
 __all__ = ["CudaGraphStep"]
 

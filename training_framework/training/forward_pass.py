@@ -13,7 +13,7 @@ class ForwardPass:
     """Computes logits and loss.
 
     Args:
-        model: The network, in DDP or not.
+        model: The network itself, not wrapped in DDP.
         device_type: `cpu`, `cuda`, ...
         precision: What it computes in; weights stay in fp32.
         label_smoothing: Label smoothing of the loss, 0 to 1.

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from training_framework.data import Dataset
 from training_framework.machine.distributed import share_buffers
@@ -31,6 +30,7 @@ from training_framework.schedules import schedule_options
 from training_framework.switches import set_up_process
 from training_framework.training.batch_counting import BatchCounter
 from training_framework.training.cuda_graph import CudaGraphStep
+from training_framework.training.data_parallel import in_data_parallel
 from training_framework.training.evaluation import Evaluate, Evaluation, evaluate
 from training_framework.training.loaders import Loaders, sample_name
 from training_framework.training.metrics import ClassificationSums
@@ -217,13 +217,7 @@ def _set_up_process(plan: TrainPlan, device: torch.device) -> None:
 
 def build_step(plan: TrainPlan, model: nn.Module, device: torch.device) -> TrainStep:
     """What makes the optimizer steps, around a network on its device."""
-    wrapped = model
-    if plan.world_size > 1:
-        wrapped = DistributedDataParallel(
-            model,
-            device_ids=[device] if device.type == "cuda" else None,
-            gradient_as_bucket_view=True,
-        )
+    wrapped = in_data_parallel(model, device) if plan.world_size > 1 else model
     # DDP has now given every rank the weights of rank 0, so all ranks average the same weights.
     average = WeightAverage(model, decay=plan.ema_decay) if plan.ema_decay else None
     if plan.average_from:

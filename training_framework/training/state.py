@@ -1,18 +1,21 @@
 """What training changes, saved and restored together."""
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from training_framework.optimizers import Lookahead, WeightAverage
+from training_framework.training.data_parallel import InnerForward
 from training_framework.training.metrics import ClassificationSums
 
 __all__ = ["TrainState"]
 
 _NO_CONTEXT = nullcontext()
+_Result = TypeVar("_Result")
 
 
 class TrainState:
@@ -85,8 +88,9 @@ class TrainState:
         if self.sums is not None and state["sums"] is not None and with_sums:
             self.sums.load_state_dict(state["sums"])
 
+    @torch.no_grad()
     def _load_optimizer(self, state: dict[str, Any]) -> None:
-        """Take over moments and counts of steps, but not the options of then."""
+        """Take over moments and counts of steps, in the layout of the weights; no options."""
         groups = self.optimizer.param_groups
         kinds = ["betas" in group for group in groups for _ in group["params"]]
         has_moments = dict(enumerate(kinds))
@@ -101,10 +105,16 @@ class TrainState:
         for group, own in zip(self.optimizer.param_groups, options, strict=True):
             group.update(own)
         for parameter in self._parameters:
-            for key, value in self.optimizer.state.get(parameter, {}).items():
+            kept = self.optimizer.state.get(parameter, {})
+            for key, value in kept.items():
+                if key == "step" or value is None:
+                    continue
                 # Fused kernels read as much of it as the weight is long.
-                if key != "step" and value is not None and value.shape != parameter.shape:
+                if value.shape != parameter.shape:
                     raise ValueError(f"{key} of shape {tuple(value.shape)}")
+                if value.stride() != parameter.stride():
+                    # And they read it in the order of the weight, or refuse another one.
+                    kept[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
     def checkpoint_bytes(self) -> int:
         """Approximate size of a checkpoint: weights, their average, the optimizer's state."""
@@ -120,8 +130,19 @@ class TrainState:
     def network(self) -> nn.Module:
         """The model itself, without DDP around it."""
         if isinstance(self.model, DistributedDataParallel):
-            inner: nn.Module = self.model.module
-            return inner
+            inner: InnerForward = self.model.module
+            return inner.network
+        return self.model
+
+    def synchronized(self, forward: Callable[..., _Result]) -> Callable[..., _Result]:
+        """The same forward pass of the network, called through DDP where that is around it.
+
+        From then on DDP calls this one.
+        """
+        if not isinstance(self.model, DistributedDataParallel):
+            return forward
+        inner: InnerForward = self.model.module
+        inner.compute = forward
         return self.model
 
     def synchronization(self, on: bool) -> AbstractContextManager[object]:

@@ -11,15 +11,12 @@ from training_framework.optimizers import WeightAverage, set_rates
 from training_framework.training.compiled_forward import CompiledForward
 from training_framework.training.even_parts import even_parts
 from training_framework.training.forward_pass import ForwardPass
-from training_framework.training.loss import MixedWith
+from training_framework.training.loss import MixedWith, StepInput
 from training_framework.training.metrics import ClassificationSums
 from training_framework.training.phases import EnterPhase, untimed
 from training_framework.training.state import TrainState
 
-__all__ = ["StepInput", "TrainStep"]
-
-StepInput = tuple[Tensor, Tensor, MixedWith | None]
-"""Images, (N, C, H, W) float; labels, (N,) int64; the other labels and the share, if mixed."""
+__all__ = ["TrainStep"]
 
 
 class TrainStep(TrainState):
@@ -70,8 +67,8 @@ class TrainStep(TrainState):
         self.micro_batch_size: int | None = None
         self.phase: EnterPhase = untimed
         self._grad_clip_val = grad_clip_val
-        self._forward: Callable[..., tuple[Tensor, Tensor]] = ForwardPass(
-            model,
+        forward: Callable[..., tuple[Tensor, Tensor]] = ForwardPass(
+            self.network,
             device_type=device_type,
             precision=precision,
             label_smoothing=label_smoothing,
@@ -79,8 +76,8 @@ class TrainStep(TrainState):
         )
         self.compiled: CompiledForward | None = None
         if compile_mode is not None:
-            self.compiled = CompiledForward(self._forward, compile_mode, needs_compile)
-            self._forward = self.compiled
+            forward = self.compiled = CompiledForward(forward, compile_mode, needs_compile)
+        self._forward = self.synchronized(forward)
         self._group_starts = True
 
     def report_to(self, report: Callable[[str], None]) -> None:

@@ -43,7 +43,8 @@ class Trainer:
     ) -> None:
         self.progress = progress
         self._plan, self._parts, self._outputs = plan, parts, outputs
-        self._costs = parts.costs  # measured now, and not while steps are timed
+        # The costs are measured now, and not while steps are timed.
+        self._row = partial(training_row, parts, parts.costs)
         self._last_step = min(plan.total_steps, plan.stop_after_steps or plan.total_steps)
         self._train_loss: float | None = None
         self._stopped_by = ""
@@ -188,9 +189,8 @@ class Trainer:
         progress, plan, parts, step = self.progress, self._plan, self._parts, self._parts.step
         evaluate = parts.evaluate if plan.evaluates_after(progress.step) else None
         if progress.unlogged is None:
-            self._guard.check(progress.step, weights=evaluate is not None)
             with step.phase("logging"):
-                progress.unlogged = training_row(parts, self._costs, progress, self._interval)
+                progress.unlogged = self._row(progress, self._interval, self._guard)
         row, evaluation = progress.unlogged, None
         try:
             if evaluate is not None:
