@@ -10,7 +10,7 @@ MixedWith = tuple[Tensor, Tensor]
 """Of mixed images: the other labels, (N,) int64, and the own labels' share, a scalar."""
 
 StepInput = tuple[Tensor, Tensor, MixedWith | None]
-"""Of a step: images, (N, C, H, W) float; labels, (N,) int64; the other labels if images are mixed."""
+"""Of a step: images, (N, C, H, W) float; labels, (N,) int64; the other labels, if mixed."""
 
 
 def _at_least_fp32(logits: Tensor) -> Tensor:
