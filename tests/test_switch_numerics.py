@@ -1,6 +1,7 @@
 """Twenty steps with each switch that should not change results, against a plain PyTorch loop."""
 
 import copy
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -155,6 +156,18 @@ def test_bf16_gives_what_a_plain_loop_in_bf16_gives():
     expected = plain_loop(torch.bfloat16)
     # Eight bits of mantissa: 0.4% for one operation.
     check({"precision": "bf16-mixed", "channels_last": True}, expected, tolerance=2e-2)
+
+
+@pytest.mark.parametrize("settings", [{}, {"channels_last": True, "share_early_weights": True}])
+def test_weights_cast_together_give_the_bits_of_autocast(settings, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "STEPS", 4)
+    settings = {**settings, "precision": "bf16-mixed", "synthetic_train_images": 32}
+    losses, model = train(settings)
+    together, same = train({**settings, "master_weights": True})
+    assert torch.equal(together, losses)
+    assert torch.equal(flat(same), flat(model))
+    assert all(parameter.grad is None for parameter in same.parameters())
+    assert {parameter.dtype for parameter in same.parameters()} == {torch.float32}
 
 
 def test_a_recorded_step_is_the_step_that_is_planned():

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from training_framework.checkpoint import load_checkpoint
 from training_framework.config import TrainConfig, load_config
@@ -26,9 +27,10 @@ from training_framework.errors import UserError
 from training_framework.machine.distributed import process_group
 from training_framework.machine.hardware import detect_hardware
 from training_framework.machine.precision import autocast
-from training_framework.plan import make_plan, plan_run
+from training_framework.plan import TrainPlan, make_plan, plan_run
 from training_framework.runs.network_card import NetworkCard, load_network
 from training_framework.switches import set_up_process
+from training_framework.training.batch_counting import BatchCounter
 from training_framework.training.evaluation import Evaluation, evaluate
 from training_framework.training.loaders import split_loader
 
@@ -78,15 +80,16 @@ def evaluate_file(path: Path, overrides: Mapping[str, Any]) -> tuple[Evaluation,
             processes=processes,
             device=device,
         )
-        evaluation = evaluate(
-            network.to(device),
-            loader,
-            EvalTransform(mean=card.mean, std=card.std, device=device),
+        counter = BatchCounter(
+            _placed(network, plan, device),
+            _transform(card, plan, device),
             device=device,
             num_classes=plan.num_classes,
             precision=plan.precision,
             tta=plan.tta,
         )
+        counter.report = _to_stderr
+        evaluation = evaluate(counter, loader, device=device)
         loader.close()
     return evaluation, facts
 
@@ -146,8 +149,8 @@ def predict_files(
     plan = make_plan(config, detect_hardware(), facts, own_network=card.model)
     device = plan.torch_device(0)
     set_up_process(plan.switch_values(), device.type)
-    network.to(device)
-    transform = EvalTransform(mean=card.mean, std=card.std, device=device)
+    _placed(network, plan, device)
+    transform = _transform(card, plan, device)
     for start in range(0, len(files), IMAGES_PER_BATCH):
         part = files[start : start + IMAGES_PER_BATCH]
         views = _prepared(part, card, skip_bad=plan.on_bad_image == "skip")
@@ -170,6 +173,21 @@ def predict_files(
                     for index, share in zip(row_classes, row_shares, strict=True)
                 ],
             )
+
+
+def _placed(network: nn.Module, plan: TrainPlan, device: torch.device) -> nn.Module:
+    """The network on its device, in the plan's memory format."""
+    network.to(device)
+    if plan.channels_last:
+        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return network
+
+
+def _transform(card: NetworkCard, plan: TrainPlan, device: torch.device) -> EvalTransform:
+    """From pixels to the network's input, in the plan's memory format."""
+    return EvalTransform(
+        mean=card.mean, std=card.std, device=device, channels_last=plan.channels_last
+    )
 
 
 def _image_files(image_paths: Sequence[Path]) -> list[Path]:

@@ -131,7 +131,7 @@ def test_normalization_equals_float64(
 
 def test_mixup_blends_with_the_image_before() -> None:
     images = _pixels().double()
-    mixed = augmentation.mixup(images, 0.3)
+    mixed = augmentation.mixup(images, torch.tensor(0.7))
     torch.testing.assert_close(mixed, 0.3 * images + 0.7 * images.roll(1, 0))
 
 
@@ -141,7 +141,10 @@ def test_cutmix_pastes_one_rectangle_and_tells_its_true_share(
     lam: float, center: tuple[float, float]
 ) -> None:
     images = torch.arange(4.0)[:, None, None, None].expand(4, 3, 20, 30).contiguous()
-    mixed, own = augmentation.cutmix(images, lam, center_y=center[0], center_x=center[1])
+    rectangle, own = augmentation.cutmix_rectangle(
+        20, 30, lam, center_y=center[0], center_x=center[1]
+    )
+    mixed = augmentation.cutmix(images, torch.tensor(rectangle, dtype=torch.float32))
     pasted = mixed != images
     assert torch.equal(mixed[pasted], images.roll(1, 0)[pasted])
     assert math.isclose(1 - own, float(pasted.float().mean()), abs_tol=1e-6)
@@ -157,7 +160,7 @@ def test_layout_survives_every_function() -> None:
         augmentation.flip(images, zeros.bool()),
         augmentation.cutout(images, 4, zeros, zeros),
         augmentation.random_erasing(images, draws, probability=1.0),
-        augmentation.mixup(images, 0.5),
-        augmentation.cutmix(images, 0.5, center_y=0.5, center_x=0.5)[0],
+        augmentation.mixup(images, torch.tensor(0.5)),
+        augmentation.cutmix(images, torch.tensor([2.0, 5.0, 1.0, 4.0])),
     ):
         assert _is_channels_last(result)

@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import torch
 
@@ -28,6 +30,7 @@ def _transform(
     mixup: float = 0.0,
     cutmix: float = 0.0,
     channels_last: bool = True,
+    dtype: torch.dtype = torch.float32,
 ) -> TrainTransform:
     return TrainTransform(
         mean=MEAN,
@@ -42,6 +45,7 @@ def _transform(
         mixup=mixup,
         cutmix=cutmix,
         channels_last=channels_last,
+        dtype=dtype,
     )
 
 
@@ -151,3 +155,25 @@ def test_result_has_the_wanted_layout(channels_last: bool) -> None:
         channels_last=channels_last,
     )
     assert transform(_split(), step=0, epoch=0)[0].is_contiguous(memory_format=wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("cutmix", [0.0, 1.0])
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_half_precision_images_are_the_fp32_images_rounded(
+    dtype: torch.dtype, cutmix: float, channels_last: bool
+) -> None:
+    options: dict[str, Any] = {
+        "flip": "random", "crop_padding": 2, "cutout": 4, "random_erasing": 0.5, "cutmix": cutmix,
+        "channels_last": channels_last,
+    }  # fmt: skip
+    half = _transform(**options, dtype=dtype)(_split(), step=1, epoch=1)[0]
+    whole = _transform(**options)(_split(), step=1, epoch=1)[0]
+    assert half.dtype == dtype
+    assert half.stride() == whole.stride()
+    assert torch.equal(half, whole.to(dtype))
+
+
+def test_images_blended_by_mixup_stay_in_fp32() -> None:
+    images = _transform(mixup=0.5, dtype=torch.bfloat16)(_split(), step=1, epoch=1)[0]
+    assert images.dtype == torch.float32

@@ -81,8 +81,10 @@ def _streams_and_graphs(device: Device) -> dict[str, Any]:
     @contextlib.contextmanager
     def on(stream: Stream) -> Iterator[None]:
         device.stack.append(stream)
-        yield
-        device.stack.pop()
+        try:
+            yield
+        finally:
+            device.stack.pop()
 
     @contextlib.contextmanager
     def graph(recorded: Graph, pool: Any = None, **_: Any) -> Iterator[None]:

@@ -46,14 +46,12 @@ FAULTS = [
     ),
     (
         "the share of a mixed image is copied from the host",
-        "data.transforms:TrainTransform._mixed",
-        "torch.full((), lam, device=images.device)", "torch.tensor(lam, device=images.device)",
-        {"mixup": 0.2}, "copy cpu to cuda at data/transforms.py",
+        "data.transforms:_on_device", "there = there.pin_memory()", "pass",
+        {"mixup": 0.2}, "copy cpu to cuda of pageable memory at data/transforms.py",
     ),
     (
         "the share of a mixed image stays in host memory",
-        "data.transforms:TrainTransform._mixed",
-        "torch.full((), lam, device=images.device)", "torch.tensor(lam)",
+        "data.transforms:_on_device", "return there.to(device, non_blocking=True)", "return there",
         {"mixup": 0.2, **RECORDED}, "is given a tensor in host memory",
     ),
     (
@@ -88,9 +86,8 @@ FAULTS = [
     ),
     (
         "the weight average counts on the host",
-        "optimizers.averaging:WeightAverage.update",
-        "weight = 1 - min(self.decay, (1 + step) / (10 + step))",
-        "weight = 1 - min(self.decay, float(_tensors(model)[0].sum()))",
+        "optimizers.averaging:WeightAverage.set_decay",
+        "fill_(self._decay_at(step))", "fill_(float(self._averaged[0].sum()))",
         {"ema_decay": 0.9}, "item at optimizers/averaging.py",
     ),
     (

@@ -18,7 +18,10 @@ RUNS = {
     "recorded, average and augmentations": {
         **RECORDED, "ema_decay": 0.9, **EVERY_AUGMENTATION,
     },
-    "recorded, clipped": {**RECORDED, "optimizer": "adamw", "grad_clip_val": 1.0},
+    "recorded, clipped, padded, master weights": {
+        **RECORDED, "optimizer": "adamw", "grad_clip_val": 1.0, "pad_stem": True,
+        "master_weights": True,
+    },
     "recorded, compiled, from the host": {**RECORDED, "compile": True, **FROM_HOST},
     "accumulated": {"accumulate_grad_batches": 2, "batch_size": 128, "ema_decay": 0.9},
     "fp16, sgd": {"precision": "16-mixed"},
@@ -36,6 +39,7 @@ FURTHER_RUNS = {
     "recorded": RECORDED,
     "recorded, from the host": {**RECORDED, **FROM_HOST},
     "recorded, adam, fp32": {**RECORDED, "optimizer": "adam", "precision": "32"},
+    "padded, master weights": {"pad_stem": True, "master_weights": True},
     "clipped": {"optimizer": "adamw", "grad_clip_val": 1.0},
     "compiled": {"compile": True},
     "fp16, adamw, clipped": {
@@ -85,13 +89,43 @@ def test_what_is_planned_for_an_older_gpu_runs(dry_run, gpu):
 
 
 def test_a_long_run_compiles_where_it_can(dry_run):
-    settings = {"epochs": 1000, "stop_after_steps": 2}
+    settings = {"epochs": 25_000, "stop_after_steps": 5}
     report = dry_run(settings, gpu=H200)
     assert findings(report) == []
-    assert report.compiled == ["reduce-overhead"]
+    assert report.compiled == ["default"]
+    assert set(report.replayed.values()) == {2}
+    eager = dry_run({**settings, "cuda_graph": False}, gpu=H200)
+    assert findings(eager) == []
+    assert eager.compiled == ["reduce-overhead"]
     old = dry_run(settings, gpu=GTX_1080)
     assert findings(old) == []
     assert old.compiled == []
+
+
+def test_many_evaluations_are_recorded(dry_run):
+    at_once = (
+        "training_framework.training.batch_counting:BatchCounter._replays",
+        "> RECORD_AFTER_BATCHES", "> 1",
+    )  # fmt: skip
+    settings = {**RECORDED, "val_check_interval": 1, "synthetic_val_images": 1536,
+                "data": "synthetic", "synthetic_train_images": 1024}  # fmt: skip
+    report = dry_run(settings, plants=(at_once,))
+    assert findings(report) == []
+    assert len(report.recorded) == 3
+    assert report.replayed["evaluation"] == 3  # one batch of 1,024 images in each later one
+    waits = [where for _, where, when in report.waits if when == "evaluation"]
+    assert len(waits) == 4
+
+
+def test_a_step_that_cannot_be_recorded_runs_as_it_is(dry_run):
+    reads_the_device = (
+        "training_framework.training.cuda_graph:CudaGraphStep._record_backward",
+        "            loss.backward()\n", "            loss.backward(); loss.item()\n",
+    )  # fmt: skip
+    report = dry_run({"epochs": 1000, "stop_after_steps": 6}, plants=(reads_the_device,))
+    assert report.steps == 6
+    assert report.plan["cuda_graph"]
+    assert not report.replayed
 
 
 TO_CHANNELS_LAST = {"settings": {"channels_last": False, "batch_size": 256},

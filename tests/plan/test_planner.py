@@ -280,9 +280,15 @@ def test_files_are_loaded_by_workers():
 def test_compiling_waits_for_a_gpu_and_a_long_run():
     assert not plan(epochs=200).compile
     assert not plan(with_gpus(NEW_GPU), epochs=1).compile
-    made = plan(with_gpus(NEW_GPU), epochs=200)
+    assert not plan(with_gpus(NEW_GPU), epochs=12, cuda_graph=False).compile
+    made = plan(with_gpus(NEW_GPU), epochs=13, cuda_graph=False)
     assert made.compile
     assert made.compile_mode == "reduce-overhead"
+    assert reason(made, "compile") == "10,153 steps are enough to repay compiling (estimate)"
+    recorded = dataclasses.replace(NEW_GPU, capability=(9, 0))
+    assert not plan(with_gpus(recorded), epochs=13).compile
+    made = plan(with_gpus(recorded), epochs=60)
+    assert (made.cuda_graph, made.compile, made.compile_mode) == (True, True, "default")
     asked = plan(NATIVE_CPU, compile=True)
     assert asked.compile_mode == "default"
     assert reason(asked, "compile") == "asked for; mode default"
@@ -293,7 +299,6 @@ def test_a_step_is_recorded_where_that_is_asked_for_and_possible():
     made = plan(with_gpus(NEW_GPU), epochs=200, cuda_graph=True)
     assert made.cuda_graph
     assert made.compile_mode == "default"
-    assert not plan(with_gpus(NEW_GPU)).cuda_graph
     for reason, hardware, settings in (
         ("only works on", CPU, {}),
         ("several batches", with_gpus(NEW_GPU), {"accumulate_grad_batches": 2}),
@@ -304,6 +309,57 @@ def test_a_step_is_recorded_where_that_is_asked_for_and_possible():
         assert not made.cuda_graph
         (choice,) = (choice for choice in made.choices if choice.name == "cuda_graph")
         assert reason in choice.reason
+
+
+def test_a_step_is_recorded_without_asking_where_that_works_and_pays():
+    known = with_gpus(dataclasses.replace(NEW_GPU, capability=(9, 0)))
+    made = plan(known)
+    assert made.cuda_graph
+    assert "cuda_graph" not in made.asked_for
+    assert "(estimate)" in reason(made, "cuda_graph")
+    on_cpu = plan()
+    assert not on_cpu.cuda_graph
+    assert "cuda_graph" not in [choice.name for choice in on_cpu.choices]
+    assert not make_plan(TrainConfig(), known, FACTS, own_network="Net").cuda_graph
+    for why, hardware, settings in (
+        ("asked for", known, {"cuda_graph": False}),
+        ("ROCm", with_gpus(NEW_GPU), {}),
+        ("390 steps are too few", known, {"epochs": 1, "batch_size": 128}),
+        ("records parts of the step itself", known, {"compile_mode": "reduce-overhead"}),
+        ("several batches", known, {"accumulate_grad_batches": 2}),
+    ):
+        made = plan(hardware, **settings)
+        assert not made.cuda_graph
+        assert why in reason(made, "cuda_graph")
+
+
+def test_weights_are_cast_together_where_that_is_asked_for_and_possible():
+    gpu = with_gpus(NEW_GPU)
+    assert not plan(gpu, epochs=1).master_weights
+    assert plan(gpu, epochs=1, master_weights=True).master_weights
+    for why, settings in (
+        ("precision 32", {"precision": "32"}),
+        ("torch.compile casts", {"compile": True}),
+        ("recomputed activations", {"activation_checkpointing": True, "compile": False}),
+    ):
+        made = plan(gpu, master_weights=True, **settings)
+        assert not made.master_weights
+        assert why in reason(made, "master_weights")
+
+
+def test_an_evaluation_on_a_gpu_has_the_largest_batch_that_is_useful_and_fits():
+    assert plan(batch_size=16).evaluation_batch_size == 64
+    assert plan(with_gpus(NEW_GPU), batch_size=16).evaluation_batch_size == 1024
+    assert plan(with_gpus(NEW_GPU), batch_size=2048).evaluation_batch_size == 2048
+    small = dataclasses.replace(NEW_GPU, memory_bytes=8 * 2**30)
+    made = plan(with_gpus(small))  # 1 GiB, of 4 MiB an image
+    assert made.evaluation_batch_size == 256
+    assert "(estimate)" in reason(made, "evaluation batch")
+    assert plan(with_gpus(small), num_workers=2, resident_data=False).evaluation_batch_size == 64
+    two = plan(with_gpus(small, small), world_size=2, local_world_size=2, batch_size=64)
+    assert two.evaluation_batch_size == 512
+    few = dataclasses.replace(FACTS, val_images=100)
+    assert plan(with_gpus(NEW_GPU), few, batch_size=16).evaluation_batch_size == 64
 
 
 def test_processes_share_batch_and_threads():

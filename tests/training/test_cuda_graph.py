@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import nn
 
+from training_framework.data import Batch, TrainTransform
 from training_framework.errors import UserError
 from training_framework.optimizers import WeightAverage, build_optimizer
 from training_framework.training.cuda_graph import WARM_UP_STEPS, CudaGraphStep
@@ -39,7 +40,7 @@ def steps_of(device, kind, optimizer="sgd", **options):
         options["record"] = lambda work: work
     return kind(
         model, made, device_type=device, sums=ClassificationSums(device, num_classes=4),
-        average=WeightAverage(model, decay=0.9), **options,
+        average=WeightAverage(model, decay=0.9, decay_on_device=True), **options,
     )  # fmt: skip
 
 
@@ -71,11 +72,11 @@ def check_equal(ours, reference):
 def test_replayed_steps_give_the_losses_norms_and_weights_of_plain_ones(
     device, optimizer, clip, mixed
 ):
-    batches = [batch(number) for number in range(20)]
+    batches = [batch(number) for number in range(10)]
     ours = steps_of(device, CudaGraphStep, optimizer, grad_clip_val=clip)
     reference = steps_of(device, TrainStep, optimizer, grad_clip_val=clip)
     seen = [
-        train(step, device, batches, mixed=mixed, norms=(0, 9, 15)) for step in (ours, reference)
+        train(step, device, batches, mixed=mixed, norms=(0, 5, 9)) for step in (ours, reference)
     ]
     torch.testing.assert_close(*seen)
     check_equal(ours, reference)
@@ -180,6 +181,83 @@ def test_a_small_batch_after_the_warm_up_is_not_what_is_recorded(device):
         train(step, device, batches)
     check_equal(ours, reference)
     assert len(ours._inputs[0]) == len(batches[0][0])
+
+
+EVERY_AUGMENTATION = {
+    "crop_padding": 1, "cutout": 2, "random_erasing": 0.5, "mixup": 0.3, "cutmix": 1.0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("flip", ["random", "alternating"])
+def test_recorded_augmentation_average_and_counts_have_the_bits_of_plain_steps(device, flip):
+    ours, reference = steps_of(device, CudaGraphStep), steps_of(device, TrainStep)
+    if device == "cpu":
+        ours._record = recorded_by(ours)
+    generator = torch.Generator().manual_seed(3)
+    pixels = torch.randint(0, 256, (12, 3, 8, 8), dtype=torch.uint8, generator=generator)
+    for step in (ours, reference):
+        transform = TrainTransform(
+            mean=(0.5,) * 3, std=(0.25,) * 3, sample_count=12, seed=1, device=device, flip=flip,
+            **EVERY_AUGMENTATION,
+        )  # fmt: skip
+        step.losses = []
+        for number in range(WARM_UP_STEPS + 5):
+            epoch, half = divmod(number, 2)
+            rows = torch.arange(6) + 6 * half
+            loaded = Batch(pixels[rows].to(device), (rows % 4).to(device), rows.to(device))
+            inputs = step.transformed(transform, loaded, step=number, epoch=epoch)
+            step.losses.append(step.accumulate(*inputs))
+            step.update(2.0 ** -(4 + number), step=number)  # as fp32 the same number
+    assert ours._replay_update is not None and ours._transform is not None
+    assert torch.equal(torch.stack(ours.losses), torch.stack(reference.losses))
+    for one, other in ((ours, reference), (ours.average, reference.average)):
+        for ours_now, now in zip(
+            one.model.state_dict().values(), other.model.state_dict().values(), strict=True
+        ):
+            assert torch.equal(ours_now, now)
+    found, expected = ours.sums.read(), reference.sums.read()
+    assert (found.acc1, found.acc5, found.count) == (expected.acc1, expected.acc5, expected.count)
+    assert found.loss == pytest.approx(expected.loss, rel=1e-12)
+
+
+@pytest.mark.parametrize("failing", [1, 2])
+def test_a_recording_that_fails_leaves_plain_steps_and_a_line(failing):
+    """Whichever of the two graphs fails, neither is used."""
+    calls = []
+
+    def refuse(work):
+        calls.append(work)
+        if len(calls) == failing:
+            raise RuntimeError("operation not permitted when stream is capturing\nmore")
+        return work
+
+    lines: list[str] = []
+    ours = steps_of("cpu", CudaGraphStep, is_required=False)
+    reference = steps_of("cpu", TrainStep)
+    ours._record = refuse
+    ours.report_to(lines.append)
+    for step in (ours, reference):
+        train(step, "cpu", [batch(number) for number in range(WARM_UP_STEPS + 3)])
+    check_equal(ours, reference)
+    assert len(calls) == failing
+    assert lines == [
+        "note: the training step cannot be recorded as a CUDA graph: operation not permitted when "
+        "stream is capturing; it runs without"
+    ]
+
+
+def test_full_memory_at_a_required_recording_is_the_shortage_itself():
+    def refuse(work):
+        try:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        finally:
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    step = steps_of("cpu", CudaGraphStep)
+    step._record = refuse
+    with pytest.raises(torch.OutOfMemoryError):
+        train(step, "cpu", [batch(number) for number in range(WARM_UP_STEPS + 1)])
 
 
 def test_what_cannot_be_recorded_is_one_line_with_a_cure():

@@ -164,9 +164,11 @@ class TrainConfig(BaseModel):
     precision: Precision = _setting("machine", "auto", "32, bf16-mixed, 16-mixed, mixed (the device's best of the two), or auto")
     fp32_precision: Literal["auto", "ieee", "tf32"] = _setting("machine", "auto", "products in precision 32 on a CUDA GPU: ieee (24 bits of each factor), tf32 (11 bits, on tensor cores), or auto (tf32 where the GPU has it)")
     channels_last: bool | Auto = _setting("machine", "auto", "channels-last memory format; auto: on")
+    pad_stem: bool = _setting("machine", False, "pad the images to four channels for the first convolution")
+    master_weights: bool = _setting("machine", False, "in mixed precision, compute with half-precision copies of the weights, made together from their fp32 masters in each forward pass (one process, not compiled)")
     compile: bool | Auto = _setting("machine", "auto", "use torch.compile; auto: only where it pays off")
-    compile_mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] | None = _setting("machine", None, "mode of torch.compile; unset: reduce-overhead on a GPU, default on a CPU")
-    cuda_graph: bool = _setting("machine", False, "record the whole step as CUDA graphs and replay them (one CUDA GPU, one batch per step, not fp16)")
+    compile_mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] | None = _setting("machine", None, "mode of torch.compile; unset: reduce-overhead on a GPU whose steps are not recorded, else default")
+    cuda_graph: bool | Auto = _setting("machine", "auto", "record the whole step as CUDA graphs and replay them (one CUDA GPU, one batch per step, not fp16); auto: where that works and the run is long enough")
     fused_optimizer: bool | Auto = _setting("machine", "auto", "use torch's fused optimizer; auto: where the device has one")
     small_map_convolutions: bool | Auto = _setting("machine", "auto", "compute convolutions on small feature maps as matrix products; auto: on a CPU in fp32")
     winograd_convolutions: bool | Auto = _setting("machine", "auto", "compute 3x3 convolutions by Winograd's algorithm, with kernels compiled on this machine; auto: on a CPU with AVX-512 in fp32")
@@ -254,7 +256,7 @@ def _contradictions(config: TrainConfig) -> list[str]:
     faults += _contradictions_of_network(config)
     if config.compile_mode is not None and config.compile is False:
         faults.append("compile_mode is given but compile is false; remove one of them")
-    if config.cuda_graph and config.compile_mode in ("reduce-overhead", "max-autotune"):
+    if config.cuda_graph is True and config.compile_mode in ("reduce-overhead", "max-autotune"):
         faults.append(
             f"cuda_graph records the step but compile_mode {config.compile_mode} records parts of "
             "it too; set compile_mode to default or max-autotune-no-cudagraphs"

@@ -11,7 +11,12 @@ from training_framework.data.image_files import FileSplit, StorageFault
 from training_framework.data.loading import ResidentLoader, build_loader
 from training_framework.data.sources.source import DatasetRequest, DataSource
 from training_framework.data.splits import ArraySplit, Dataset, EncodedSplit, Split
-from training_framework.data.transforms import EvalTransform, MixedLabels, TrainTransform
+from training_framework.data.transforms import (
+    DrawnBatch,
+    EvalTransform,
+    MixedLabels,
+    TrainTransform,
+)
 from training_framework.data.user_loader import UserLoader
 from training_framework.data.worker_loading import WorkerLoader
 from training_framework.errors import UserError
@@ -24,6 +29,7 @@ __all__ = [
     "DataSource",
     "Dataset",
     "DatasetRequest",
+    "DrawnBatch",
     "EncodedSplit",
     "EvalTransform",
     "FileSplit",

@@ -13,6 +13,7 @@ from training_framework.errors import UserError
 __all__ = [
     "alternating_flip_flags",
     "cutmix",
+    "cutmix_rectangle",
     "cutout",
     "flip",
     "mixup",
@@ -238,43 +239,63 @@ def normalize_rows(
     return rows.view(pixels.shape).permute(0, 3, 1, 2)
 
 
-def mixup(images: Tensor, lam: float) -> Tensor:
-    """Blend each image with the one before it in the batch: `lam * own + (1 - lam) * other`.
+def mixup(images: Tensor, other_share: Tensor) -> Tensor:
+    """Blend each image with the one before it in the batch: `(1 - share) * own + share * other`.
 
     Source: Zhang et al., arXiv 1710.09412. The other image's label is `labels.roll(1)`.
 
     Args:
         images: (N, C, H, W) float.
-        lam: Weight of the image itself; the other one has 1 - lam.
+        other_share: () float32 on the images' device, weight of the other image.
     """
-    mixed = torch.empty_like(images)
-    torch.lerp(images[1:], images[:-1], 1 - lam, out=mixed[1:])
-    torch.lerp(images[:1], images[-1:], 1 - lam, out=mixed[:1])
+    mixed, other_share = torch.empty_like(images), other_share.to(images.dtype)
+    torch.lerp(images[1:], images[:-1], other_share, out=mixed[1:])
+    torch.lerp(images[:1], images[-1:], other_share, out=mixed[:1])
     return mixed
 
 
-def cutmix(images: Tensor, lam: float, *, center_y: float, center_x: float) -> tuple[Tensor, float]:
+def cutmix(images: Tensor, rectangle: Tensor) -> Tensor:
     """Replace a rectangle of each image by that of the image before it in the batch.
 
-    Source: Yun et al., arXiv 1905.04899. The rectangle is the same for the whole batch and is cut
-    off at the edge. The other image's label is `labels.roll(1)`.
+    Source: Yun et al., arXiv 1905.04899. The rectangle is the same for the whole batch. The other
+    image's label is `labels.roll(1)`.
 
     Args:
         images: (N, C, H, W).
+        rectangle: (4,) float32 on the images' device: top, bottom, left and right, of which bottom
+            and right are outside. An empty rectangle changes nothing.
+    """
+    top, bottom, left, right = rectangle
+    height, width = images.shape[2:]
+    rows = torch.arange(height, device=images.device)
+    columns = torch.arange(width, device=images.device)
+    in_rows = (rows >= top) & (rows < bottom)
+    inside = in_rows[:, None] & (columns >= left) & (columns < right)
+    mixed = torch.empty_like(images)
+    torch.where(inside, images[:-1], images[1:], out=mixed[1:])
+    torch.where(inside, images[-1:], images[:1], out=mixed[:1])
+    return mixed
+
+
+def cutmix_rectangle(
+    height: int, width: int, lam: float, *, center_y: float, center_x: float
+) -> tuple[tuple[int, int, int, int], float]:
+    """The rectangle of `cutmix`, cut off at the edge.
+
+    Args:
+        height: Of the images.
+        width: Of the images.
         lam: Desired share of each image that remains.
         center_y: Centre of the rectangle, as a share of the height.
         center_x: Centre of the rectangle, as a share of the width.
 
     Returns:
-        The images, and the share of each image that actually remains.
+        Top, bottom, left and right, and the share of each image that actually remains.
     """
-    height, width = images.shape[2:]
     top, bottom = _cut(height, lam, center_y)
     left, right = _cut(width, lam, center_x)
-    mixed, others = images.clone(), images[:, :, top:bottom, left:right]
-    mixed[1:, :, top:bottom, left:right] = others[:-1]
-    mixed[:1, :, top:bottom, left:right] = others[-1:]
-    return mixed, 1 - (bottom - top) * (right - left) / (height * width)
+    remains = 1 - (bottom - top) * (right - left) / (height * width)
+    return (top, bottom, left, right), remains
 
 
 def _cut(length: int, lam: float, center: float) -> tuple[int, int]:

@@ -11,7 +11,7 @@ from training_framework.data.batch import Batch
 from training_framework.data.draws import BatchDraws
 from training_framework.data.resolution import Resolutions, resized
 
-__all__ = ["EvalTransform", "FlipMode", "MixedLabels", "TrainTransform"]
+__all__ = ["DrawnBatch", "EvalTransform", "FlipMode", "MixedLabels", "TrainTransform"]
 
 FlipMode = Literal["none", "random", "alternating"]
 
@@ -35,6 +35,28 @@ class MixedLabels(NamedTuple):
     labels: Tensor
     other_labels: Tensor
     lam: Tensor
+
+
+class DrawnBatch(NamedTuple):
+    """A batch and everything that is drawn for its augmentation, in tensors on the device.
+
+    Their shapes are those of every batch of the same size, so the augmentation can be recorded.
+
+    Attributes:
+        images: (N, C, H, W) uint8, or float from a user's own loader.
+        labels: (N,) int64.
+        samples: (draws, N) float32 in [0, 1), the samples' draws in this epoch; None: none are
+            needed.
+        mirrored: (N,) bool, which images are mirrored by alternating flips; None for other flips.
+        mixing: (6,) float32: the own labels' share, the weight of mixup's other image (0 for
+            cutmix), and cutmix's rectangle (empty for mixup); None: images are not mixed.
+    """
+
+    images: Tensor
+    labels: Tensor
+    samples: Tensor | None = None
+    mirrored: Tensor | None = None
+    mixing: Tensor | None = None
 
 
 class EvalTransform:
@@ -115,7 +137,8 @@ class TrainTransform:
         resolutions: Size of the result by epoch, for uint8 images; None: they keep theirs.
         mixup: Alpha of mixup's beta distribution; 0: off.
         cutmix: Alpha of cutmix's beta distribution; 0: off. With both, each step draws one of them.
-        dtype: Of the result for uint8 images.
+        dtype: Of the result for uint8 images; with mixup and resolutions it is float32: images that
+            are rounded, blended and rounded again have other numbers than those rounded once.
         channels_last: Whether the result is channels_last in memory.
     """
 
@@ -147,7 +170,11 @@ class TrainTransform:
         self._mixup = mixup
         self._cutmix = cutmix
         self._to_floats = EvalTransform(
-            mean=mean, std=std, device=device, dtype=dtype, channels_last=channels_last
+            mean=mean,
+            std=std,
+            device=device,
+            dtype=torch.float32 if mixup or resolutions else dtype,
+            channels_last=channels_last,
         )
         self._draws_per_sample = max(
             _FLIP + 1 if flip == "random" else 0,
@@ -176,55 +203,100 @@ class TrainTransform:
         Returns:
             (N, C, H, W) float images, (N,) int64 labels, and the mixed labels if images were mixed.
         """
-        if batch.images.is_floating_point():
-            images = self._to_floats.normalized(batch.images)
-        else:
-            images = self._augmented(batch, epoch)
-        if not (self._mixup or self._cutmix):
-            return images, batch.labels, None
-        return self._mixed(images, batch.labels, step)
+        return self.augmented(
+            self.drawn(batch, step=step, epoch=epoch), size=self._size(batch.images, epoch)
+        )
 
-    def _augmented(self, batch: Batch, epoch: int) -> Tensor:
-        images = batch.images
-        if self._draws_per_sample:
-            draws = self._draws.uniforms(batch.indices, epoch=epoch)
-        if self._flip == "alternating":
-            sides = self._draws.first_sides(batch.indices)
-            images = augmentation.flip(images, augmentation.alternating_flip_flags(sides, epoch))
-        elif self._flip == "random":
+    def _size(self, images: Tensor, epoch: int) -> int | None:
+        """The side to which images are resized in an epoch; None: they keep their size."""
+        if self._resolutions is None or images.is_floating_point():
+            return None
+        return self._resolutions.at(epoch)
+
+    def drawn(self, batch: Batch, *, step: int, epoch: int) -> DrawnBatch:
+        """The batch with everything that is drawn for it; see `__call__` for the arguments."""
+        samples = mirrored = mixing = None
+        if not batch.images.is_floating_point():
+            if self._draws_per_sample:
+                samples = self._draws.uniforms(batch.indices, epoch=epoch)
+            if self._flip == "alternating":
+                sides = self._draws.first_sides(batch.indices)
+                mirrored = augmentation.alternating_flip_flags(sides, epoch)
+        if self._mixup or self._cutmix:
+            size = self._size(batch.images, epoch)
+            height, width = batch.images.shape[2:] if size is None else (size, size)
+            mixing = _on_device(self._mixing(step, height, width), batch.images.device)
+        return DrawnBatch(batch.images, batch.labels, samples, mirrored, mixing)
+
+    def augmented(
+        self, drawn: DrawnBatch, *, size: int | None = None
+    ) -> tuple[Tensor, Tensor, MixedLabels | None]:
+        """Augment a batch by what is drawn for it: see `__call__` for the result.
+
+        It depends on nothing but these tensors, and never waits for the device.
+
+        Args:
+            drawn: The batch.
+            size: Side in pixels of the result; None: that of the images.
+        """
+        if drawn.images.is_floating_point():
+            images = self._to_floats.normalized(drawn.images)
+        else:
+            images = self._augmented_pixels(drawn)
+            if size is not None:
+                images = resized(images, size)
+        if drawn.mixing is None:
+            return images, drawn.labels, None
+        lam, other_share = drawn.mixing[:2]
+        if self._mixup:
+            images = augmentation.mixup(images, other_share)
+        if self._cutmix:
+            images = augmentation.cutmix(images, drawn.mixing[2:])
+        return images, drawn.labels, MixedLabels(drawn.labels, drawn.labels.roll(1), lam)
+
+    def _augmented_pixels(self, drawn: DrawnBatch) -> Tensor:
+        images, draws = drawn.images, drawn.samples
+        if drawn.mirrored is not None:
+            images = augmentation.flip(images, drawn.mirrored)
+        elif self._flip == "random" and draws is not None:
             images = augmentation.flip(images, draws[_FLIP] < 0.5)
-        if self._crop_padding:
+        if self._crop_padding and draws is not None:
             offsets = (draws[_CROP] * (2 * self._crop_padding + 1)).long()
             images = augmentation.pad_and_crop(images, self._crop_padding, offsets[0], offsets[1])
-        if self._appearance.draws_per_sample:
+        if self._appearance.draws_per_sample and draws is not None:
             images = self._appearance(images, draws[_APPEARANCE])
         images = self._to_floats.normalized(images)
-        if self._cutout:
+        if self._cutout and draws is not None:
             height, width = images.shape[2:]
             row, column = draws[_CUTOUT]
             images = augmentation.cutout(
                 images, self._cutout, (row * height).long(), (column * width).long()
             )
-        if self._random_erasing:
+        if self._random_erasing and draws is not None:
             images = augmentation.random_erasing(
                 images, draws[_ERASING], probability=self._random_erasing
             )
-        if self._resolutions is not None:
-            images = resized(images, self._resolutions.at(epoch))
         return images
 
-    def _mixed(
-        self, images: Tensor, labels: Tensor, step: int
-    ) -> tuple[Tensor, Tensor, MixedLabels]:
+    def _mixing(self, step: int, height: int, width: int) -> list[float]:
+        """What `DrawnBatch.mixing` holds."""
         generator = self._draws.for_step(step)
         cuts = bool(self._cutmix) and (not self._mixup or generator.random() < 0.5)
         alpha = self._cutmix if cuts else self._mixup
         lam = float(generator.beta(alpha, alpha))
-        if cuts:
-            center_y, center_x = generator.random(2).tolist()
-            images, lam = augmentation.cutmix(images, lam, center_y=center_y, center_x=center_x)
-        else:
-            images = augmentation.mixup(images, lam)
-        # Filled on the device: torch.tensor would copy from the host and wait.
-        lam_on_device = torch.full((), lam, device=images.device)
-        return images, labels, MixedLabels(labels, labels.roll(1), lam_on_device)
+        if not cuts:
+            return [lam, 1 - lam, 0, 0, 0, 0]
+        center_y, center_x = generator.random(2).tolist()
+        rectangle, lam = augmentation.cutmix_rectangle(
+            height, width, lam, center_y=center_y, center_x=center_x
+        )
+        return [lam, 0, *rectangle]
+
+
+def _on_device(values: list[float], device: torch.device) -> Tensor:
+    there = torch.tensor(values)
+    # A copy from other memory would wait for the device. The allocator of pinned memory gives
+    # no block away before the copies from it are done.
+    if device.type == "cuda":
+        there = there.pin_memory()
+    return there.to(device, non_blocking=True)

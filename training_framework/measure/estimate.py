@@ -170,15 +170,7 @@ def _evaluation_seconds(parts: Parts) -> float:
         return 0.0
     seconds, images = 0.0, 1
     for count in (1, EVALUATED_BATCHES):  # the first pass starts workers and warms the shape up
-        found = evaluate(
-            parts.evaluated,
-            _FirstBatches(loader, count),
-            parts.loaders.eval_transform,
-            device=parts.device,
-            num_classes=plan.num_classes,
-            precision=plan.precision,
-            tta=plan.tta,
-        )
+        found = evaluate(parts.counter, _FirstBatches(loader, count), device=parts.device)
         seconds, images = found.seconds, found.metrics.count
     of_average = (
         plan.recompute_norm_batches * plan.global_batch_size if plan.averages_weights else 0

@@ -5,6 +5,7 @@ from training_framework.models.resnet import MODELS, ResNet, Stem, build_model
 from training_framework.models.surgery import (
     checkpoint_activations,
     fuse_norms,
+    pad_stem,
     plain_network,
     synchronize_norms,
     use_small_map_convolutions,
@@ -21,6 +22,7 @@ __all__ = [
     "fuse_norms",
     "keep_small_maps_from_compiler",
     "load_weights",
+    "pad_stem",
     "plain_network",
     "read_metadata",
     "save_weights",

@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from training_framework.kernels.fused_norm import FusedBatchNorm2d, can_fuse_norm
 from training_framework.kernels.norm import load_norm_kernels
+from training_framework.kernels.padded_convolution import PaddedConv2d, can_pad
 from training_framework.kernels.small_maps import SmallMapConv2d, is_small_map
 from training_framework.kernels.synchronized_norm import (
     SynchronizedBatchNorm2d,
@@ -32,6 +33,7 @@ from training_framework.models.flops import meta_copy
 __all__ = [
     "checkpoint_activations",
     "fuse_norms",
+    "pad_stem",
     "plain_network",
     "synchronize_norms",
     "use_small_map_convolutions",
@@ -42,6 +44,7 @@ __all__ = [
 PLAIN_CLASSES: dict[type[nn.Module], type[nn.Module]] = {
     WinogradConv2d: nn.Conv2d,
     SmallMapConv2d: nn.Conv2d,
+    PaddedConv2d: nn.Conv2d,
     FusedBatchNorm2d: nn.BatchNorm2d,
     SynchronizedBatchNorm2d: nn.BatchNorm2d,
     TorchSynchronizedBatchNorm2d: nn.BatchNorm2d,
@@ -153,6 +156,27 @@ def checkpoint_activations(model: nn.Module) -> int:
         block.recompute_activations = True
     _warn_if_none(len(blocks), "checkpoint_activations: the model has no residual blocks")
     return len(blocks)
+
+
+def pad_stem(model: nn.Module) -> int:
+    """Compute convolutions over three channels over four, the last of which is zero.
+
+    When to use it: on CUDA in mixed precision and channels_last, where kernels for tensor cores
+    need aligned pixels. Results stay the same up to rounding, as do names and shapes in the state
+    dict. Its price: images and the stem's weights are copied in every forward pass.
+
+    Args:
+        model: Its `Conv2d` modules of three channels change, except those that have hooks or occur
+            in several places.
+
+    Returns:
+        Number of convolutions changed; 0 comes with a warning.
+    """
+    stems = [module for _, module in _changeable(model) if can_pad(module)]
+    for stem in stems:
+        _turn_into(stem, PaddedConv2d)
+    _warn_if_none(len(stems), "pad_stem: the model has no convolution over three channels")
+    return len(stems)
 
 
 def use_small_map_convolutions(model: nn.Module, image_size: int) -> int:

@@ -21,6 +21,8 @@ class WeightAverage:
     Args:
         model: The network, without a wrapper of DDP or torch.compile.
         decay: Share of the average that a step keeps after the warm-up, 0 <= decay < 1.
+        decay_on_device: Whether the decay is a number on the device, which a recorded update can
+            read. The sums are then rounded differently. None: on a CUDA device.
 
     Attributes:
         model: The averaged network, in evaluation mode and with frozen parameters. Its state_dict
@@ -28,7 +30,9 @@ class WeightAverage:
         decay: See above.
     """
 
-    def __init__(self, model: nn.Module, *, decay: float) -> None:
+    def __init__(
+        self, model: nn.Module, *, decay: float, decay_on_device: bool | None = None
+    ) -> None:
         self.decay = decay
         with (
             torch.no_grad()
@@ -39,6 +43,10 @@ class WeightAverage:
         # A deep copy includes gradients, which would take as much memory again.
         self.model.zero_grad(set_to_none=True)
         self._averaged = _tensors(self.model)
+        device = self._averaged[0].device
+        if decay_on_device is None:
+            decay_on_device = device.type == "cuda"
+        self._decay_now = torch.zeros((), device=device) if decay_on_device else None
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
@@ -51,24 +59,48 @@ class WeightAverage:
             model: The network after its step, with or without a wrapper of DDP or torch.compile.
             step: Number of this optimizer step, from 0.
         """
-        weight = 1 - self._decay_at(step)
-        current = _tensors(model)
-        assert len(current) == len(self._averaged), "this is not the averaged model"
-        averaged_floats, current_floats = [], []
-        averaged_others, current_others = [], []
-        for averaged, now in zip(self._averaged, current, strict=True):
-            if averaged.is_floating_point():
-                averaged_floats.append(averaged)
-                current_floats.append(now)
-            else:
-                averaged_others.append(averaged)
-                current_others.append(now)
-        torch._foreach_lerp_(averaged_floats, current_floats, weight)
-        if averaged_others:
-            torch._foreach_copy_(averaged_others, current_others)
+        if self._decay_now is not None:
+            self.set_decay(step)
+            self.blend(model)
+            return
+        floats, others = self._pairs(model)
+        torch._foreach_lerp_(*floats, 1 - self._decay_at(step))
+        if others[0]:
+            torch._foreach_copy_(*others)
+
+    def set_decay(self, step: int) -> None:
+        """Set the decay on the device to that of a step, for the `blend` that follows."""
+        assert self._decay_now is not None
+        self._decay_now.fill_(self._decay_at(step))
+
+    @torch.no_grad()
+    def blend(self, model: nn.Module) -> None:
+        """`update` with the decay on the device: what a CUDA graph can hold of it."""
+        assert self._decay_now is not None
+        (averaged, current), others = self._pairs(model)
+        torch._foreach_sub_(averaged, current)
+        torch._foreach_mul_(averaged, self._decay_now)
+        torch._foreach_add_(averaged, current)
+        if others[0]:
+            torch._foreach_copy_(*others)
 
     def _decay_at(self, step: int) -> float:
         return min(self.decay, (1 + step) / (10 + step))
+
+    def _pairs(
+        self, model: nn.Module
+    ) -> tuple[tuple[list[Tensor], list[Tensor]], tuple[list[Tensor], list[Tensor]]]:
+        """The average's tensors and the network's: those in floating point, and the others."""
+        current = _tensors(model)
+        assert len(current) == len(self._averaged), "this is not the averaged model"
+        floats: tuple[list[Tensor], list[Tensor]] = ([], [])
+        others: tuple[list[Tensor], list[Tensor]] = ([], [])
+        for averaged, now in zip(self._averaged, current, strict=True):
+            for kept, tensor in zip(
+                floats if averaged.is_floating_point() else others, (averaged, now), strict=True
+            ):
+                kept.append(tensor)
+        return floats, others
 
     def state_dict(self) -> dict[str, Tensor]:
         """The state_dict of the averaged model. The next update changes its tensors."""

@@ -20,6 +20,12 @@ LEARNING_RATE_PER_64_IMAGES = 0.1
 MUON_LEARNING_RATE = 0.24
 UNNORMALIZED_MUON_LEARNING_RATE = 0.02
 SMALLEST_EVALUATION_BATCH = 64
+# Beyond it, a GPU's kernels gain nothing from more images.
+LARGEST_EVALUATION_BATCH = 1024
+EVALUATION_MEMORY_SHARE = 1 / 8
+# An estimate: four maps of the widest stage in fp32. The cifar stem keeps all pixels and the
+# widest network has 256 channels there; the imagenet stem keeps a quarter, then a sixteenth.
+EVALUATION_BYTES_PER_PIXEL = {"cifar": 4 * 4 * 256, "imagenet": 4 * 4 * 64}
 # Settings that the plan takes over as they are.
 _AS_ASKED = (
     "allow_config_change", "beta1", "beta2", "decay_fraction", "decay_norm_and_bias", "epochs",
@@ -71,20 +77,22 @@ def make_plan(
     trained_images_per_step = durations["images_per_step"] * (config.train_on_hardest or 1)
     lr = _learning_rate(config, trained_images_per_step, choices)
     muon_rest_lr = _muon_rest_lr(config, trained_images_per_step, choices)
-    chosen = choose_all(
-        Situation(
-            config=config,
-            hardware=hardware,
-            facts=facts,
-            accelerators=accelerators,
-            world_size=world_size,
-            local_world_size=local_world_size,
-            total_steps=durations["total_steps"],
-            stem=stem,
-            own_network=own_network is not None,
-        )
+    situation = Situation(
+        config=config,
+        hardware=hardware,
+        facts=facts,
+        accelerators=accelerators,
+        world_size=world_size,
+        local_world_size=local_world_size,
+        total_steps=durations["total_steps"],
+        stem=stem,
+        own_network=own_network is not None,
     )
+    chosen = choose_all(situation)
     switches, more_switches = _by_field(chosen.values)
+    evaluation_batch_size = _evaluation_batch_size(
+        situation, resident_data=switches["resident_data"], choices=choices
+    )
     return TrainPlan(
         device=accelerators[0].kind if accelerators else "cpu",
         device_indices=tuple(gpu.index for gpu in accelerators),
@@ -98,6 +106,7 @@ def make_plan(
         lr=lr,
         muon_rest_lr=muon_rest_lr,
         nesterov=_nesterov(config),
+        evaluation_batch_size=evaluation_batch_size,
         momentum=config.momentum if _uses_sgd(config) else 0.0,
         name=config.name or f"{own_network or config.model}-{facts.name}",
         more_switches=more_switches,
@@ -150,8 +159,6 @@ def _durations(
     return {
         "global_batch_size": batch,
         "device_batch_size": batch // world_size,
-        # Without a backward pass, a batch takes little memory, and tiny ones are slow.
-        "evaluation_batch_size": max(batch, SMALLEST_EVALUATION_BATCH * world_size),
         "images_per_step": batch * accumulate,
         "batches_per_epoch": batches,
         "steps_per_epoch": steps,
@@ -164,6 +171,27 @@ def _durations(
             float(interval) if isinstance(interval, int) else max(1.0, interval * steps)
         ),
     }
+
+
+def _evaluation_batch_size(situation: Situation, *, resident_data: bool, choices: Choices) -> int:
+    """Images of an evaluation's forward pass, over all ranks.
+
+    Without a backward pass, a batch takes little memory, and small ones are slow: they launch as
+    many kernels. A loader that decodes images is slower than either, and needs no large batches.
+    """
+    facts, world_size = situation.facts, situation.world_size
+    usual = max(situation.config.batch_size, SMALLEST_EVALUATION_BATCH * world_size)
+    memory = min((gpu.memory_bytes for gpu in situation.accelerators), default=0)
+    image_bytes = EVALUATION_BYTES_PER_PIXEL[situation.stem] * facts.image_size**2
+    fitting = int(memory * EVALUATION_MEMORY_SHARE) // image_bytes
+    most = min(fitting, LARGEST_EVALUATION_BATCH, facts.val_images // world_size)
+    if not resident_data or most * world_size <= usual:
+        return usual
+    size = 2 ** (most.bit_length() - 1) * world_size  # the power of two below
+    if size <= usual:
+        return usual
+    choices.note("evaluation batch", size, "fits in 1/8 of the GPU's memory (estimate)")
+    return size
 
 
 def _stem(

@@ -81,6 +81,8 @@ class TrainPlan:
     precision: Precision
     fp32_precision: Fp32Precision
     channels_last: bool
+    pad_stem: bool
+    master_weights: bool
     compile: bool
     compile_mode: Literal[
         "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"

@@ -26,11 +26,17 @@ from training_framework.switches.switch import (
 
 __all__ = ["ARITHMETIC"]
 
-# A compiled step must run often enough to make up for the time that compiling takes.
-COMPILE_FROM_STEPS = 2000
+# Estimates, until `tune` measures. Recording takes up to a second and saves 2 to 4 ms of launches
+# a step. Compiling takes 30 to 60 s and saves about 4 ms a step; of a recorded step, which has no
+# launches left to save, about 1 ms.
+RECORD_FROM_STEPS = 500
+COMPILE_FROM_STEPS = 10_000
+COMPILE_RECORDED_FROM_STEPS = 40_000
 # Below it Triton, which writes the kernels, raises.
 TRITON_FROM_CAPABILITY = (7, 0)
 COMPILE_MODES_ON_CUDA = ("default", "reduce-overhead")
+# Modes of torch.compile that record CUDA graphs of their own.
+RECORDING_MODES = ("reduce-overhead", "max-autotune")
 
 
 def _channels_last(situation: Situation) -> Decision:
@@ -65,12 +71,28 @@ CHANNELS_LAST = Switch(
 
 
 def _cuda_graph(situation: Situation) -> Decision:
-    config = situation.config
-    if not config.cuda_graph:
+    wanted = situation.config.cuda_graph
+    if wanted is False:
+        return Decision(False, "asked for")
+    if wanted == "auto" and not situation.on_cuda:
         return Decision(False)
+    obstacle = _recording_obstacle(situation)
+    if wanted == "auto":
+        obstacle = obstacle or _recording_doubt(situation)
+    if obstacle or wanted is True:
+        return Decision(not obstacle, obstacle or "asked for")
+    steps = situation.total_steps
+    return Decision(True, f"recording takes about a second, which {steps:,} steps repay (estimate)")
+
+
+def _recording_obstacle(situation: Situation) -> str:
+    """Why the step cannot be recorded; empty if it can."""
+    config = situation.config
     obstacles = {
         "only works on a CUDA GPU": not situation.on_cuda,
-        "several processes train together": situation.world_size > 1,
+        "several processes train together, which cannot be recorded yet": (
+            situation.world_size > 1
+        ),
         "a step of several batches is not recorded": config.accumulate_grad_batches > 1,
         "progressive_resolution changes the shape of the batches": bool(
             config.progressive_resolution
@@ -89,22 +111,33 @@ def _cuda_graph(situation: Situation) -> Decision:
             or (not situation.own_network and as_in_model(config, "whitening"))
         ),
     }
-    obstacle = next((reason for reason, holds in obstacles.items() if holds), None)
-    return Decision(obstacle is None, obstacle or "asked for")
+    return next((reason for reason, holds in obstacles.items() if holds), "")
+
+
+def _recording_doubt(situation: Situation) -> str:
+    """Why a step that can be recorded is not, unless that is asked for; empty if it is."""
+    mode, steps = situation.config.compile_mode, situation.total_steps
+    doubts = {
+        "recording is not proven on ROCm": situation.accelerators[0].capability is None,
+        "a recording would freeze what your own network decides in Python": situation.own_network,
+        f"compile_mode {mode} records parts of the step itself": mode in RECORDING_MODES,
+        f"{steps:,} steps are too few to repay recording (estimate)": steps < RECORD_FROM_STEPS,
+    }
+    return next((reason for reason, holds in doubts.items() if holds), "")
 
 
 def _cuda_graph_trials(situation: Situation) -> Iterator[Trial]:
-    recordable = (
-        situation.on_cuda
-        and situation.world_size == 1
-        and situation.chosen["fused_optimizer"]
-        and situation.config.accumulate_grad_batches == 1
-        and situation.chosen["precision"] != "16-mixed"
-    )
-    if recordable:
-        graph = {"compile": False, "compile_mode": None, "cuda_graph": True}
-        yield Trial("CUDA graph", graph)
-        yield Trial("compile, CUDA graph", {**graph, "compile": True, "compile_mode": "default"})
+    chosen = situation.chosen
+    if _recording_obstacle(situation) or not chosen["fused_optimizer"]:
+        return
+    plain = {"compile": False, "compile_mode": None}
+    compiled = {"compile": True, "compile_mode": "default"}
+    if chosen["cuda_graph"]:
+        yield Trial("no CUDA graph", {**plain, "cuda_graph": False})
+    if not chosen["cuda_graph"] or chosen["compile"]:
+        yield Trial("CUDA graph", {**plain, "cuda_graph": True})
+    if not (chosen["cuda_graph"] and chosen["compile"]):
+        yield Trial("compile, CUDA graph", {**compiled, "cuda_graph": True})
 
 
 CUDA_GRAPH = Switch(
@@ -112,14 +145,17 @@ CUDA_GRAPH = Switch(
     name="CUDA graph",
     numbers="same",
     choose=_cuda_graph,
+    ablation=off_and_on("cuda_graph"),
+    ablation_needs=("gpu",),
     dimension="compile",
     trials=_cuda_graph_trials,
     card=Card(
         use="One CUDA GPU that waits for Python to launch its kernels: small networks and images.",
-        price="Memory for the recorded step, and some seconds at the start. Every batch has one "
-        "shape.",
+        price="Memory for the recorded step, and about a second at the start. Batches of another "
+        "shape run as normal steps.",
         failure="Several batches or processes a step, fp16 and unfused optimizers cannot be "
-        "recorded; the plan then says so and leaves it off.",
+        "recorded; the plan then says so and leaves it off. A recording that fails is reported "
+        "in one line, and the run goes on without; asked for, it is an error.",
         source="PyTorch, Accelerating PyTorch with CUDA Graphs; docs/design/0006-recorded-steps.md",
     ),
 )
@@ -168,18 +204,22 @@ def _compile(situation: Situation) -> Decision:
         return Decision(False, "computes in channels_last, slower on GPUs without tensor cores")
     if situation.hardware.triton_fault:
         return Decision(False, situation.hardware.triton_fault)
-    worth = steps >= COMPILE_FROM_STEPS
+    recorded = situation.chosen["cuda_graph"]
+    worth = steps >= (COMPILE_RECORDED_FROM_STEPS if recorded else COMPILE_FROM_STEPS)
     comparison = "are enough" if worth else "are too few"
-    return Decision(worth, f"{steps:,} steps {comparison} to repay compiling")
+    what = "compiling inside a recorded step" if recorded else "compiling"
+    return Decision(worth, f"{steps:,} steps {comparison} to repay {what} (estimate)")
 
 
 def _compile_trials(situation: Situation) -> Iterator[Trial]:
     chosen = situation.chosen
-    if chosen["compile"]:
+    if chosen["compile"] and not chosen["cuda_graph"]:  # else a trial of the recording has it
         yield Trial("no compile", {"compile": False, "compile_mode": None})
+    recorded = {"cuda_graph": False} if chosen["cuda_graph"] else {}
     for mode in COMPILE_MODES_ON_CUDA if situation.on_cuda else ("default",):
-        if not (chosen["compile"] and chosen["compile_mode"] == mode):
-            yield Trial(f"compile {mode}", {"compile": True, "compile_mode": mode})
+        if recorded or not (chosen["compile"] and chosen["compile_mode"] == mode):
+            settings = {"compile": True, "compile_mode": mode, **recorded}
+            yield Trial(f"compile {mode}", settings)
 
 
 COMPILE = Switch(

@@ -4,6 +4,7 @@ from training_framework.switches.arithmetic import ARITHMETIC
 from training_framework.switches.augmentations import AUGMENTATIONS
 from training_framework.switches.cpu_kernels import CPU_KERNELS
 from training_framework.switches.data_path import DATA_PATH
+from training_framework.switches.half_precision import HALF_PRECISION
 from training_framework.switches.methods import METHODS
 from training_framework.switches.networks import NETWORKS
 from training_framework.switches.processes import PROCESSES
@@ -17,6 +18,7 @@ __all__ = ["SWITCHES"]
 # ARITHMETIC chooses, and skip the norms that PROCESSES synchronizes.
 SWITCHES: tuple[Switch, ...] = (
     *ARITHMETIC,
+    *HALF_PRECISION,
     *PROCESSES,
     *CPU_KERNELS,
     *DATA_PATH,

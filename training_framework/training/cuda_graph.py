@@ -5,52 +5,68 @@ images and small batches, a fast GPU waits for these launches ("CUDA Graphs" in 
 CUDA semantics).
 """
 
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from training_framework.data import Batch, DrawnBatch, TrainTransform
 from training_framework.errors import UserError
+from training_framework.training.loss import StepInput
+from training_framework.training.recording import CudaRecord, Record, reason_of, root_cause
 from training_framework.training.step import TrainStep
 
-__all__ = ["CudaGraphStep", "Record"]
+__all__ = ["CudaGraphStep"]
 
 # PyTorch's notes require a few steps on a side stream before a capture: libraries initialize,
 # kernels are chosen, and the optimizer creates its state.
 WARM_UP_STEPS = 3
 
-Record = Callable[[Callable[[], None]], Callable[[], None]]
-"""Records the given work, which need not run yet; returns a function that runs it."""
+_Inputs = Sequence[Tensor | None]
 
 
 class CudaGraphStep(TrainStep):
-    """A `TrainStep` that replays two graphs: forward and backward, and the update.
+    """A `TrainStep` that replays two graphs.
+
+    The first holds augmentation, forward, backward and the sums of the metrics; the second clips,
+    updates the weights and moves their average. What changes from step to step is copied in: the
+    batch with its draws, the learning rate and the average's decay.
 
     The first steps run normally, on a side stream. Then the step is recorded, with a batch as large
     as any so far. Some batches still run normally in between: those of another shape, those divided
-    to save memory, and those of a group of several. The numbers are the same as with kernels
-    launched one by one.
-
-    The weight average, whose weight changes with the step, and the sums of the metrics stay
-    outside: they are a few launches.
+    to save memory, and those of a group of several. The numbers are those of kernels launched one
+    by one, with the learning rate rounded to fp32.
 
     Args:
         *arguments: As for `TrainStep`, whose compile_mode must leave graphs to this class, and
             whose precision must need no gradient scaling.
         record: How work is recorded; None: as a CUDA graph.
-        **options: As for `TrainStep`. The optimizer must be a fused one.
+        is_required: Whether a step that cannot be recorded is an error, or runs normally.
+        **options: As for `TrainStep`. The optimizer must be a fused one, and the weight average
+            must keep its decay on the device.
     """
 
-    def __init__(self, *arguments: Any, record: Record | None = None, **options: Any) -> None:
+    def __init__(
+        self,
+        *arguments: Any,
+        record: Record | None = None,
+        is_required: bool = True,
+        **options: Any,
+    ) -> None:
         super().__init__(*arguments, **options)
         assert not (self.compiled and self.compiled.replays_graphs) and not self.scaler.is_enabled()
-        self._record = record or _CudaRecord()
+        self._record: Record | None = record or CudaRecord()  # None after a failure
+        self._is_required = is_required
+        self._report: Callable[[str], None] = _warn
         self._steps_made = 0
         self._largest_batch = 0
-        self._inputs: list[Tensor] = []
-        self._outputs: tuple[Tensor, Tensor] | None = None
+        self._drawn: tuple[TrainTransform, DrawnBatch] | None = None
+        self._transform: TrainTransform | None = None
+        self._inputs: _Inputs = ()
+        self._loss: Tensor | None = None
         self._gradients: list[Tensor | None] = []
         self._replay_backward: Callable[[], None] | None = None
         self._replay_update: Callable[[], None] | None = None
@@ -58,6 +74,19 @@ class CudaGraphStep(TrainStep):
         self._recorded_norm: Tensor | None = None
         self._side_stream: torch.cuda.Stream | None = None
         self._replays = False
+
+    def report_to(self, report: Callable[[str], None]) -> None:
+        """Say through `report` where a step cannot be compiled or recorded, and runs without."""
+        super().report_to(report)
+        self._report = report
+
+    def transformed(
+        self, transform: TrainTransform, batch: Batch, *, step: int, epoch: int
+    ) -> StepInput:
+        """A loaded batch as it is: `accumulate` augments it, in the graph where there is one."""
+        drawn = transform.drawn(batch, step=step, epoch=epoch)
+        self._drawn = (transform, drawn)
+        return drawn.images, drawn.labels, None
 
     def accumulate(
         self,
@@ -69,38 +98,31 @@ class CudaGraphStep(TrainStep):
         last_of_group: bool = True,
     ) -> Tensor:
         """Add one batch's gradient to the step's; see `TrainStep`."""
-        inputs = [images, labels, *(mixed or ())]
+        transform, inputs = self._taken(images, labels, mixed)
         self._largest_batch = max(self._largest_batch, len(labels))
-        if self._inputs:
-            fits = _kinds(inputs) == _kinds(self._inputs)
-        else:  # the last batch of an epoch, which may be small, is not the one to record
-            fits = len(labels) == self._largest_batch
         self._replays = (
-            fits
+            self._record is not None
             and self._steps_made >= WARM_UP_STEPS
             and group_size == 1
             and (self.micro_batch_size is None or len(labels) <= self.micro_batch_size)
+            and self._fits(transform, inputs)
+            and (self._replay_update is not None or self._record_step(transform, inputs))
         )
         if not self._replays:
             if self._gradients and self._group_starts:  # those belong to the graphs
                 self.optimizer.zero_grad(set_to_none=True)
             with self._warming_up():
+                with self.phase("transform"):
+                    prepared = _prepared(transform, inputs)
                 return super().accumulate(
-                    images, labels, mixed, group_size=group_size, last_of_group=last_of_group
+                    *prepared, group_size=group_size, last_of_group=last_of_group
                 )
-        with self.phase("backward"):  # and forward: they are one graph
-            if self._replay_backward is None:
-                self._record_backward(inputs)
-            assert self._replay_backward is not None
-            torch._foreach_copy_(self._inputs, inputs, non_blocking=True)
+        assert self._replay_backward is not None
+        with self.phase("backward"):  # and all that is before it: they are one graph
+            torch._foreach_copy_(_present(self._inputs), _present(inputs), non_blocking=True)
             self._replay_backward()
-            assert self._outputs is not None
-            # The next replay writes into the same memory.
-            logits, loss = (output.detach().clone() for output in self._outputs)
-        with self.phase("logging"):
-            if self.sums is not None:
-                self.sums.update(logits, labels, loss)
-        return loss
+            assert self._loss is not None
+            return self._loss.clone()  # the next replay writes into the same memory
 
     def update(self, lr: float, *, step: int, measure_grad_norm: bool = False) -> Tensor | None:
         """Move the weights by the gathered gradient; see `TrainStep`."""
@@ -114,23 +136,38 @@ class CudaGraphStep(TrainStep):
         if measure_grad_norm and self._grad_clip_val is None:
             gradients = [p.grad for p in self._parameters if p.grad is not None]
             norm = self.grad_norm = torch.nn.utils.get_total_norm(gradients)
-        if self._replay_update is None:
-            self._record_update()
         assert self._replay_update is not None and self._lr is not None
         self._lr.fill_(lr)
+        if self.average is not None:
+            self.average.set_decay(step)
         self._replay_update()
         if self._recorded_norm is not None:  # the next replay writes into the same memory
             norm = self.grad_norm = self._recorded_norm.clone()
         for group in self.optimizer.param_groups:
             group["lr"] = lr  # a checkpoint holds the number
-        if self.average is not None:
-            self.average.update(self.model, step)
         return norm
 
     def discard(self) -> None:
         """Forget what `accumulate` gathered; see `TrainStep`."""
         super().discard()
         self._give_back_gradients()
+
+    def _taken(
+        self, images: Tensor, labels: Tensor, mixed: tuple[Tensor, Tensor] | None
+    ) -> tuple[TrainTransform | None, _Inputs]:
+        """What is to be computed with: a batch from `transformed`, or one that is ready."""
+        drawn, self._drawn = self._drawn, None
+        if drawn is not None and drawn[1].images is images:
+            return drawn
+        return None, (images, labels, *(mixed or (None, None)))
+
+    def _fits(self, transform: TrainTransform | None, inputs: _Inputs) -> bool:
+        """Whether the batch is like the recorded one, or may be the one to record."""
+        if self._inputs:
+            return transform is self._transform and _kinds(inputs) == _kinds(self._inputs)
+        # The last batch of an epoch, which may be small, is not the one to record.
+        images = inputs[0]
+        return images is not None and len(images) == self._largest_batch
 
     @contextmanager
     def _warming_up(self) -> Iterator[None]:
@@ -151,24 +188,54 @@ class CudaGraphStep(TrainStep):
         for parameter, gradient in zip(self._parameters, self._gradients, strict=False):
             parameter.grad = gradient
 
-    def _record_backward(self, inputs: list[Tensor]) -> None:
-        self._inputs = [tensor.clone() for tensor in inputs]
-        images, labels, *mixed = self._inputs
+    def _record_step(self, transform: TrainTransform | None, inputs: _Inputs) -> bool:
+        """Record both graphs, or neither.
+
+        Raises:
+            UserError: The step cannot be recorded, and recording is required.
+            torch.OutOfMemoryError: Memory is full, and recording is required.
+        """
+        try:
+            self._record_backward(transform, inputs)
+            self._record_update()
+            return True
+        except RuntimeError as error:
+            cause = root_cause(error)
+            reason = reason_of(cause)
+            if self._is_required and isinstance(cause, torch.OutOfMemoryError):
+                raise cause from None
+            fault = f"the training step cannot be recorded as a CUDA graph: {reason}"
+            if self._is_required:
+                raise UserError(fault, "set cuda_graph to false") from error
+        # Outside the handler, so that no traceback keeps the recording's memory alive.
+        self._record = self._replay_backward = self._replay_update = None
+        self._inputs, self._gradients, self._recorded_norm = (), [], None
+        self.optimizer.zero_grad(set_to_none=True)
+        self._report(f"note: {fault}; it runs without")
+        return False
+
+    def _record_backward(self, transform: TrainTransform | None, inputs: _Inputs) -> None:
+        self._transform = transform
+        self._inputs = [None if tensor is None else tensor.clone() for tensor in inputs]
 
         def work() -> None:
             # Without gradients before it, the backward pass writes them instead of adding.
             self.optimizer.zero_grad(set_to_none=True)
-            logits, loss = self._forward(images, labels, tuple(mixed) or None)
+            images, labels, mixed = _prepared(transform, self._inputs)
+            logits, loss = self._forward(images, labels, mixed)
             loss.backward()
-            self._outputs = (logits.detach(), loss.detach())
+            self._loss = loss.detach()
+            if self.sums is not None:
+                self.sums.count(logits.detach(), labels, self._loss)
 
-        with _recording():
-            self._replay_backward = self._record(work)
+        assert self._record is not None
+        self._replay_backward = self._record(work)
         self._gradients = [parameter.grad for parameter in self._parameters]
 
     def _record_update(self) -> None:
         self._lr = torch.zeros((), device=self._parameters[0].device)
         groups = self.optimizer.param_groups
+        rates = [group["lr"] for group in groups]
 
         def work() -> None:
             if self._grad_clip_val is not None:
@@ -180,49 +247,42 @@ class CudaGraphStep(TrainStep):
             for group in groups:
                 group["lr"] = self._lr
             self.optimizer.step()
+            if self.average is not None:
+                self.average.blend(self.model)
 
         # Adam needs this flag, although its fused kernels keep everything on the device.
         told = [group for group in groups if "capturable" in group]
         for group in told:
             group["capturable"] = True
+        assert self._record is not None
         try:
-            with _recording():
-                self._replay_update = self._record(work)
+            self._replay_update = self._record(work)
         finally:
             for group in told:
                 group["capturable"] = False
+            for group, rate in zip(groups, rates, strict=True):
+                group["lr"] = rate
 
 
-class _CudaRecord:
-    """Records CUDA graphs that share memory, since they are always replayed in the same order."""
-
-    def __init__(self) -> None:
-        self._graphs: list[torch.cuda.CUDAGraph] = []
-
-    def __call__(self, work: Callable[[], None]) -> Callable[[], None]:
-        graph = torch.cuda.CUDAGraph()
-        pool = self._graphs[0].pool() if self._graphs else None
-        # Other threads may meanwhile pin memory for the loader or copy a checkpoint.
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-            work()
-        self._graphs.append(graph)
-        return graph.replay
+def _prepared(transform: TrainTransform | None, inputs: _Inputs) -> StepInput:
+    """What the network computes with: the batch augmented, if it is one from a loader."""
+    if transform is None:
+        images, labels, others, share = inputs
+        assert images is not None and labels is not None
+        return images, labels, None if others is None or share is None else (others, share)
+    images, labels, *draws = inputs
+    assert images is not None and labels is not None
+    images, labels, mixed = transform.augmented(DrawnBatch(images, labels, *draws))
+    return images, labels, None if mixed is None else (mixed.other_labels, mixed.lam)
 
 
-@contextmanager
-def _recording() -> Iterator[None]:
-    """Turn a failed recording into an error with a cure."""
-    try:
-        yield
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as error:
-        first = str(error).strip().splitlines()[0]
-        raise UserError(
-            f"the training step cannot be recorded as a CUDA graph: {first}",
-            "set cuda_graph to false",
-        ) from error
+def _present(inputs: _Inputs) -> list[Tensor]:
+    return [tensor for tensor in inputs if tensor is not None]
 
 
-def _kinds(tensors: list[Tensor]) -> list[tuple[torch.Size, torch.dtype]]:
-    return [(tensor.shape, tensor.dtype) for tensor in tensors]
+def _kinds(inputs: _Inputs) -> list[tuple[torch.Size, torch.dtype] | None]:
+    return [None if tensor is None else (tensor.shape, tensor.dtype) for tensor in inputs]
+
+
+def _warn(line: str) -> None:
+    warnings.warn(line, RuntimeWarning, stacklevel=2)

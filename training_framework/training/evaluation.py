@@ -6,22 +6,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
 
-from training_framework.data import Batch, Loader
+from training_framework.data import Loader
 from training_framework.errors import UserError
 from training_framework.faults import fault_point
 from training_framework.machine.distributed import largest
-from training_framework.machine.precision import Precision, autocast
 from training_framework.machine.randomness import random_states, restore_random_states
 from training_framework.runs.progress import TTA_COLUMN, Progress
-from training_framework.training.loss import per_sample_losses
-from training_framework.training.metrics import ClassificationMetrics, ClassificationSums
+from training_framework.training.batch_counting import BatchCounter
+from training_framework.training.metrics import ClassificationMetrics
 from training_framework.training.stopping import StopRequested, StopSignals
-from training_framework.training.test_time_augmentation import (
-    TestTimeAugmentation,
-    averaged_logits,
-)
 
 __all__ = ["Evaluate", "Evaluation", "evaluate", "evaluate_unless_stopped", "evaluation_row"]
 
@@ -53,14 +47,10 @@ evaluation raises StopRequested."""
 
 @torch.inference_mode()
 def evaluate(
-    model: nn.Module,
+    counter: BatchCounter,
     loader: Loader,
-    transform: Callable[[Batch], tuple[Tensor, Tensor]],
     *,
     device: torch.device,
-    num_classes: int,
-    precision: Precision,
-    tta: TestTimeAugmentation = "none",
     should_stop: Callable[[], bool] | None = None,
 ) -> Evaluation:
     """Loss (without label smoothing), top-1 and top-5 over a split.
@@ -69,36 +59,25 @@ def evaluate(
     and no rank waits for another within the pass. The device is waited for once, at the end.
 
     Args:
-        model: The network itself, not wrapped in DDP: ranks may have different numbers of batches.
+        counter: Has the network, and counts its batches; it can be used again.
         loader: Yields this rank's share once.
-        transform: From a batch to normalized images and labels.
         device: Where the model is.
-        num_classes: Classes of the logits.
-        precision: What the forward pass computes in.
-        tta: Test-time augmentation whose accuracy is measured too.
         should_stop: Called after every batch. If it returns True on any rank, no rank has a result.
 
     Raises:
         StopRequested: The evaluation was stopped.
-        UserError: There are no images.
+        UserError: There are no images, or memory is too small for one.
     """
     start = time.perf_counter()
+    model, sums = counter.model, counter.sums
     was_training = model.training
     model.eval()
-    sums = ClassificationSums(device, num_classes=num_classes)
-    sums_tta = ClassificationSums(device, num_classes=num_classes)
+    counter.reset()
     stopped = False
     try:
         for batch in loader.epoch(0):
             fault_point("evaluation.batch")
-            images, labels = transform(batch)
-            with autocast(device.type, precision):
-                logits = model(images)
-                views = averaged_logits(model, images, logits, tta) if tta != "none" else None
-            losses = per_sample_losses(logits, labels)
-            sums.update(logits, labels, losses, valid=batch.valid)
-            if views is not None:
-                sums_tta.update(views, labels, losses, valid=batch.valid)
+            counter.count(batch)
             stopped = should_stop is not None and should_stop()
             if stopped:
                 break
@@ -113,9 +92,9 @@ def evaluate(
             "the validation data has no image to evaluate", "add images, or evaluate nothing"
         )
     acc1_tta = None
-    if tta != "none":
-        sums_tta.all_reduce()
-        acc1_tta = sums_tta.read().acc1
+    if counter.sums_tta is not None:
+        counter.sums_tta.all_reduce()
+        acc1_tta = counter.sums_tta.read().acc1
     return Evaluation(metrics=metrics, seconds=time.perf_counter() - start, acc1_tta=acc1_tta)
 
 

@@ -5,7 +5,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from training_framework.data import (
     BadImages,
@@ -13,7 +12,6 @@ from training_framework.data import (
     EncodedSplit,
     EvalTransform,
     Loader,
-    MixedLabels,
     Split,
     TrainTransform,
     UserLoader,
@@ -22,13 +20,10 @@ from training_framework.data import (
 )
 from training_framework.data.appearance import Appearance
 from training_framework.machine.distributed import Processes, gathered
+from training_framework.machine.precision import compute_dtype
 from training_framework.plan import PlannedRun, TrainPlan, UserLoaders
 
-__all__ = ["Loaders", "Transform", "sample_name", "split_loader"]
-
-Transform = Callable[..., tuple[Tensor, Tensor, MixedLabels | None]]
-"""From a batch, with the run's `step` of batches before it and the `epoch`, to images, labels and
-mixed labels."""
+__all__ = ["Loaders", "sample_name", "split_loader"]
 
 
 def sample_name(source: Dataset | UserLoaders, index: int) -> str:
@@ -51,7 +46,7 @@ class Loaders:
         *,
         train: Loader,
         val: Loader | None,
-        train_transform: Transform,
+        train_transform: TrainTransform,
         eval_transform: EvalTransform,
         bad_images: BadImages | None = None,
         norms: Loader | None = None,
@@ -92,10 +87,14 @@ class Loaders:
         else:
             own = functools.partial(UserLoader, device=device, num_classes=plan.num_classes)
             train, val = own(source.train), None if source.val is None else own(source.val)
+        # Our networks begin with a convolution, for which autocast would cast the images anyway.
+        dtype = torch.float32 if plan.own_network else compute_dtype(plan.precision)
         eval_transform = EvalTransform(
             mean=facts.mean,
             std=facts.std,
             device=device,
+            # Images that are resized and then rounded differ from those rounded before.
+            dtype=dtype if plan.eval_img_size == plan.image_size else torch.float32,
             channels_last=plan.channels_last,
             size=plan.eval_img_size,
         )
@@ -118,6 +117,7 @@ class Loaders:
             resolutions=plan.resolutions,
             mixup=plan.mixup,
             cutmix=plan.cutmix,
+            dtype=dtype,
             channels_last=plan.channels_last,
         )
         return cls(

@@ -4,10 +4,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["MixedWith", "classification_loss", "per_sample_losses"]
+__all__ = ["MixedWith", "StepInput", "classification_loss", "per_sample_losses"]
 
 MixedWith = tuple[Tensor, Tensor]
 """Of mixed images: the other labels, (N,) int64, and the own labels' share, a scalar."""
+
+StepInput = tuple[Tensor, Tensor, MixedWith | None]
+"""Of a step: images, (N, C, H, W) float; labels, (N,) int64; the other labels, if mixed."""
 
 
 def _at_least_fp32(logits: Tensor) -> Tensor:

@@ -92,6 +92,20 @@ class ClassificationSums:
         if len(self._waiting) == BATCHES_AT_ONCE or waiting_scores > MOST_WAITING_SCORES:
             self._count_waiting()
 
+    @torch.no_grad()
+    def count(
+        self, logits: Tensor, labels: Tensor, loss: Tensor, *, valid: Tensor | None = None
+    ) -> None:
+        """Add a batch at once, so that a CUDA graph can hold it; see `update` for the arguments."""
+        if valid is not None:
+            self._count_valid(logits, labels, loss, valid)
+            return
+        not_above = self._not_above(logits, labels)
+        hits = (not_above > self._thresholds).sum(dim=0)
+        total = loss if loss.ndim == 0 else loss.sum(dtype=self._sums.dtype)
+        self._hit_sums.add_(hits)
+        self._loss_sum.add_(total, alpha=len(labels) if loss.ndim == 0 else 1)
+
     def _count_waiting(self) -> None:
         if not self._waiting:
             return

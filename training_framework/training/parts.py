@@ -4,6 +4,7 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -27,6 +28,7 @@ from training_framework.plan import PlannedRun, TrainPlan
 from training_framework.runs.record import Costs
 from training_framework.schedules import schedule_options
 from training_framework.switches import set_up_process
+from training_framework.training.batch_counting import BatchCounter
 from training_framework.training.cuda_graph import CudaGraphStep
 from training_framework.training.data_parallel import in_data_parallel
 from training_framework.training.evaluation import Evaluate, Evaluation, evaluate
@@ -34,6 +36,7 @@ from training_framework.training.loaders import Loaders, sample_name
 from training_framework.training.metrics import ClassificationSums
 from training_framework.training.network_assembly import assemble_network, prepare_network
 from training_framework.training.norm_statistics import recompute_norms
+from training_framework.training.recording import CudaRecord
 from training_framework.training.selection import HardestImages, Select, all_images
 from training_framework.training.step import TrainStep
 from training_framework.training.whitening import whiten
@@ -104,34 +107,45 @@ class Parts:
             self._flops_by_size[size] = flops
         return self._flops_by_size[size]
 
+    @functools.cached_property
+    def counter(self) -> BatchCounter:
+        """Counts the batches of all evaluations."""
+        return BatchCounter(
+            self.evaluated,
+            self.loaders.eval_transform,
+            device=self.device,
+            num_classes=self.plan.num_classes,
+            precision=self.plan.precision,
+            tta=self.plan.tta,
+            record=CudaRecord() if self.plan.cuda_graph else None,
+        )
+
     @property
     def evaluate(self) -> Evaluate | None:
         """One evaluation, which may ask whether to stop; None where there is no validation set."""
-        loaders, model, recompute = self.loaders, self.evaluated, self._recompute_norms()
-        plan, device, val = self.plan, self.device, loaders.val
+        loaders, counter, recompute = self.loaders, self.counter, self._recompute_norms()
+        device, val = self.device, loaders.val
         if val is None:
             return None
+        counter.limit(self.step.micro_batch_size)
 
         # Without `self`: after an error the closure would keep the step, and with it DDP.
         def run_evaluation(should_stop: Callable[[], bool] | None) -> Evaluation:
             if recompute is not None:
                 recompute()
             # Every rank has norm statistics of its own; saved, and so evaluated, are rank 0's.
-            share_buffers(model)
-            evaluation = evaluate(
-                model,
-                val,
-                loaders.eval_transform,
-                device=device,
-                num_classes=plan.num_classes,
-                precision=plan.precision,
-                tta=plan.tta,
-                should_stop=should_stop,
-            )
+            share_buffers(counter.model)
+            evaluation = evaluate(counter, val, device=device, should_stop=should_stop)
             loaders.share_bad_images()
             return evaluation
 
         return run_evaluation
+
+    def report_to(self, report: Callable[[str], None], bad_images_file: Path) -> None:
+        """Say what happens while training through `report`, and list bad images in a file."""
+        self.step.report_to(report)
+        self.counter.report = report
+        self.loaders.report_to(report, bad_images_file)
 
     def _recompute_norms(self) -> Callable[[], None] | None:
         """What gives the norms of the weight average new statistics, where the plan asks for it."""
@@ -230,7 +244,10 @@ def build_step(plan: TrainPlan, model: nn.Module, device: torch.device) -> Train
             normalize=plan.muon_normalize,
         ),
     )
-    make_step = CudaGraphStep if plan.cuda_graph else TrainStep
+    make_step: Callable[..., TrainStep] = TrainStep
+    if plan.cuda_graph:
+        is_required = "cuda_graph" in plan.asked_for
+        make_step = functools.partial(CudaGraphStep, is_required=is_required)
     step = make_step(
         wrapped,
         optimizer,
@@ -240,6 +257,7 @@ def build_step(plan: TrainPlan, model: nn.Module, device: torch.device) -> Train
         grad_clip_val=plan.grad_clip_val,
         sums=ClassificationSums(device, num_classes=plan.num_classes),
         average=average,
+        master_weights=plan.master_weights,
         compile_mode=plan.compile_mode if plan.compile else None,
         needs_compile="compile" in plan.asked_for,
     )

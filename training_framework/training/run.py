@@ -194,9 +194,7 @@ class TrainingRun:
             loggers.message(line)
         keeper = open_keeper(directory, parts)
         stack.enter_context(keeper)
-        if parts.step.compiled is not None:
-            parts.step.compiled.report = loggers.message
-        parts.loaders.report_to(loggers.message, directory / "bad_images.txt")
+        parts.report_to(loggers.message, directory / "bad_images.txt")
         return Outputs(
             loggers=loggers,
             advance=console.advance,

@@ -1,12 +1,17 @@
 """One optimizer step: forward, loss, backward over a group of batches, then one update."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
-from training_framework.machine.precision import Precision, autocast
+from training_framework.data import Batch, TrainTransform
+from training_framework.machine.precision import Precision
 from training_framework.optimizers import WeightAverage, set_rates
 from training_framework.training.compiled_forward import CompiledForward
-from training_framework.training.loss import MixedWith, classification_loss
+from training_framework.training.even_parts import even_parts
+from training_framework.training.forward_pass import ForwardPass
+from training_framework.training.loss import MixedWith, StepInput
 from training_framework.training.metrics import ClassificationSums
 from training_framework.training.phases import EnterPhase, untimed
 from training_framework.training.state import TrainState
@@ -29,6 +34,7 @@ class TrainStep(TrainState):
         grad_clip_val: Largest norm of the gradient; None: no clipping.
         sums: Sums of the training batches' loss and hits.
         average: Weight average to keep up to date.
+        master_weights: Whether half-precision copies of the weights are made together.
         compile_mode: torch.compile's mode for forward and loss; None runs them eagerly.
         needs_compile: Whether a step that cannot be compiled is an error, or runs eagerly.
 
@@ -51,6 +57,7 @@ class TrainStep(TrainState):
         grad_clip_val: float | None = None,
         sums: ClassificationSums | None = None,
         average: WeightAverage | None = None,
+        master_weights: bool = False,
         compile_mode: str | None = None,
         needs_compile: bool = True,
     ) -> None:
@@ -59,23 +66,31 @@ class TrainStep(TrainState):
         self.grad_norm: Tensor | None = None
         self.micro_batch_size: int | None = None
         self.phase: EnterPhase = untimed
-        self._device_type = device_type
-        self._precision: Precision = precision
-        self._smoothing = label_smoothing
         self._grad_clip_val = grad_clip_val
+        forward: Callable[..., tuple[Tensor, Tensor]] = ForwardPass(
+            self.network,
+            device_type=device_type,
+            precision=precision,
+            label_smoothing=label_smoothing,
+            master_weights=master_weights,
+        )
         self.compiled: CompiledForward | None = None
         if compile_mode is not None:
-            self.compiled = CompiledForward(self._logits_and_loss, compile_mode, needs_compile)
-        self._forward = self.synchronized(self.compiled or self._logits_and_loss)
+            forward = self.compiled = CompiledForward(forward, compile_mode, needs_compile)
+        self._forward = self.synchronized(forward)
         self._group_starts = True
 
-    def _logits_and_loss(
-        self, images: Tensor, labels: Tensor, mixed: MixedWith | None
-    ) -> tuple[Tensor, Tensor]:
-        with autocast(self._device_type, self._precision):
-            logits = self.network(images)
-        loss = classification_loss(logits, labels, label_smoothing=self._smoothing, mixed=mixed)
-        return logits, loss
+    def report_to(self, report: Callable[[str], None]) -> None:
+        """Say through `report` where a step cannot be compiled, and runs without."""
+        if self.compiled is not None:
+            self.compiled.report = report
+
+    def transformed(
+        self, transform: TrainTransform, batch: Batch, *, step: int, epoch: int
+    ) -> StepInput:
+        """A loaded batch as `accumulate` takes it; see `TrainTransform.__call__`."""
+        images, labels, mixed = transform(batch, step=step, epoch=epoch)
+        return images, labels, None if mixed is None else (mixed.other_labels, mixed.lam)
 
     def accumulate(
         self,
@@ -104,7 +119,7 @@ class TrainStep(TrainState):
             # not the gradients of this group's earlier batches.
             torch.compiler.cudagraph_mark_step_begin()
         self._group_starts = last_of_group
-        parts = self._parts(images, labels, mixed)
+        parts = even_parts(images, labels, mixed, most=self.micro_batch_size)
         outputs = []
         with self.synchronization(last_of_group):
             for part in parts:
@@ -125,19 +140,6 @@ class TrainStep(TrainState):
             if self.sums is not None:
                 self.sums.update(logits, labels, loss)
         return loss
-
-    def _parts(
-        self, images: Tensor, labels: Tensor, mixed: MixedWith | None
-    ) -> list[tuple[Tensor, Tensor, MixedWith | None]]:
-        """The batch, in as few even parts as possible."""
-        if self.micro_batch_size is None or len(labels) <= self.micro_batch_size:
-            return [(images, labels, mixed)]
-        count = -(-len(labels) // self.micro_batch_size)
-        parts = zip(images.tensor_split(count), labels.tensor_split(count), strict=True)
-        if mixed is None:
-            return [(*part, None) for part in parts]
-        others = mixed[0].tensor_split(count)
-        return [(*part, (other, mixed[1])) for part, other in zip(parts, others, strict=True)]
 
     def update(self, lr: float, *, step: int, measure_grad_norm: bool = False) -> Tensor | None:
         """Move the weights by the gathered gradient and forget it.

@@ -133,12 +133,11 @@ class Trainer:
         transform, start = self._parts.loaders.train_transform, time.perf_counter()
         with step.phase("transform"):
             done = progress.epoch * plan.batches_per_epoch + progress.batch + position
-            images, labels, mixed = transform(batch, step=done, epoch=progress.epoch)
+            inputs = step.transformed(transform, batch, step=done, epoch=progress.epoch)
         self._interval.data_wait += time.perf_counter() - start
-        pair = None if mixed is None else (mixed.other_labels, mixed.lam)
-        images, labels, pair = self._parts.select(images, labels, pair)
+        inputs = self._parts.select(*inputs)
         is_last = position == group_size - 1
-        loss = step.accumulate(images, labels, pair, group_size=group_size, last_of_group=is_last)
+        loss = step.accumulate(*inputs, group_size=group_size, last_of_group=is_last)
         return WatchedBatch.of(batch, loss)
 
     def _group(self, batches: Iterator[Batch], size: int) -> Iterator[Batch]:

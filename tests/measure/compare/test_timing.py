@@ -73,7 +73,7 @@ def test_the_sampled_steps_are_those_of_a_training_run(tmp_path):
 
 def test_a_recompilation_in_the_timed_window_is_marked():
     tiny = sampler(small_map_convolutions=False)
-    tiny.parts.step._forward = torch.compile(tiny.parts.step._logits_and_loss, backend="eager")
+    tiny.parts.step._forward = torch.compile(tiny.parts.step._forward, backend="eager")
     tiny.optimizer_step()
     clean = tiny.sample(0)
     ordinary_step, calls = tiny.optimizer_step, iter(range(9))

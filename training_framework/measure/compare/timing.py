@@ -135,18 +135,14 @@ class StepSampler:
         image_count = 0
         for position in range(group):
             batch = next(self._batches)
-            inputs = self.parts.loaders.train_transform(
+            inputs = self.parts.step.transformed(
+                self.parts.loaders.train_transform,
                 batch,
                 step=self._epoch * plan.batches_per_epoch + self._batch,
                 epoch=self._epoch,
             )
-            images, labels, mixed = inputs
-            pair = None if mixed is None else (mixed.other_labels, mixed.lam)
-            images, labels, pair = self.parts.select(images, labels, pair)
             self.parts.step.accumulate(
-                images,
-                labels,
-                pair,
+                *self.parts.select(*inputs),
                 group_size=group,
                 last_of_group=position == group - 1,
             )

@@ -30,16 +30,9 @@ def step_on(parts: Parts, batch: Batch) -> None:
     """An optimizer step on one loaded batch, used as often as the run accumulates batches."""
     group = parts.plan.accumulate_grad_batches
     for position in range(group):
-        inputs = parts.loaders.train_transform(batch, step=0, epoch=0)
-        images, labels, mixed = inputs
-        pair = None if mixed is None else (mixed.other_labels, mixed.lam)
-        images, labels, pair = parts.select(images, labels, pair)
+        inputs = parts.step.transformed(parts.loaders.train_transform, batch, step=0, epoch=0)
         parts.step.accumulate(
-            images,
-            labels,
-            pair,
-            group_size=group,
-            last_of_group=position == group - 1,
+            *parts.select(*inputs), group_size=group, last_of_group=position == group - 1
         )
     # A rate of 0 keeps the weights: training on one batch again and again would spoil them.
     parts.step.update(0.0, step=0)
