@@ -64,6 +64,8 @@ def test_without_output_the_file_is_named_for_what_it_holds(experiment, capsys):
 
 def test_the_shipped_experiments_are_listed(capsys):
     assert main(["compare", "--list"]) == 0
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
+    assert main(["compare", "--list"]) == 0
     assert "hardware-ladder" in capsys.readouterr().out
 
 

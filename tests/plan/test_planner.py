@@ -377,3 +377,10 @@ def test_what_needs_a_compiler_is_refused_without_one(key):
     assert plan(NATIVE_CPU, precision="32", **{key: True}).switch_values()[key] is True
     with pytest.raises(UserError, match=rf"^{key}: no C\+\+ compiler .*, or set {key} to false$"):
         plan(bare, precision="32", **{key: True})
+
+
+def test_a_set_smaller_than_a_batch_counts_as_it_is():
+    small = dataclasses.replace(FACTS, train_images=20)
+    plan = make_plan(TrainConfig(batch_size=64), CPU, small)
+    assert (plan.global_batch_size, plan.images_per_step) == (20, 20)
+    assert plan.lr == pytest.approx(0.1 * 20 / 64)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,9 +15,12 @@ from training_framework.config import TrainConfig
 from training_framework.config.schema import TRAJECTORY_FREE_KEYS
 from training_framework.data.facts import DatasetFacts
 from training_framework.errors import UserError
+from training_framework.machine.distributed import Processes
 from training_framework.machine.hardware import Hardware, detect_hardware
-from training_framework.plan import TrainPlan, make_plan, planned_run, resumed_plan
+from training_framework.plan import PlannedRun, TrainPlan, make_plan, planned_run, resumed_plan
+from training_framework.plan.planned_run import UserLoaders
 from training_framework.plan.resumption import FREE_FIELDS
+from training_framework.runs.start import Start
 from training_framework.train import main
 from training_framework.training import resuming
 
@@ -73,7 +77,69 @@ def test_another_measured_speed_changes_no_precision():
     assert "precision bf16-mixed (a new run here: 32)" in lines
     reasons = {choice.name: choice for choice in plan.choices}
     assert reasons["precision"].value == "bf16-mixed"
-    assert reasons["precision"].reason == "as its run had decided"
+    why = {choice.name: choice.reason for choice in then.choices}["precision"]
+    assert reasons["precision"].reason == f"as its run had decided: {why}"
+    again, _ = resumed(plan, fresh, slower)
+    assert again.choices == plan.choices, "no reason grows with every resumption"
+
+
+def test_a_kept_switch_keeps_its_reason_where_a_new_run_would_not_name_it():
+    then, fresh = plan_on(**FP32), plan_on(dataclasses.replace(CPU, instruction_sets=()), **FP32)
+    assert then.fused_norms > fresh.fused_norms
+    silent = dataclasses.replace(
+        fresh, choices=tuple(c for c in fresh.choices if c.name != "fused_norms")
+    )
+    plan, _ = resumed(then, silent)
+    reasons = {choice.name: choice.reason for choice in plan.choices}
+    assert reasons["fused_norms"].startswith("as its run had decided: ")
+
+
+def planned_on(hardware: Hardware, rank: int) -> PlannedRun:
+    return PlannedRun(
+        plan=plan_on(world_size=2, **FP32),
+        settings={},
+        hardware=hardware,
+        facts=FACTS,
+        source=UserLoaders(None, None),
+        processes=Processes(rank=rank, world_size=2),
+    )
+
+
+@pytest.fixture
+def start_of_two() -> Start:
+    values = plan_on(world_size=2, **FP32).as_dict()
+    return Start(state={"plan": values, "config": {}, "identity": {}}, checkpoint=Path("last.ckpt"))
+
+
+def test_the_first_process_decides_whether_the_machine_can_continue(monkeypatch, start_of_two):
+    sent: list[Any] = []
+    monkeypatch.setattr(resuming, "gathered", lambda own: sent.append(own) or sent)
+    monkeypatch.setattr(resuming, "changed_settings", lambda start, planned: ())
+    first, _ = resuming.plan_resumption(planned_on(CPU, 0), start_of_two)
+    bare = dataclasses.replace(CPU, cpp_compiler=None)
+    second, _ = resuming.plan_resumption(planned_on(bare, 1), start_of_two)
+    assert second.plan == first.plan
+    assert first.plan.winograd_convolutions
+
+
+def test_what_the_first_process_refuses_all_refuse(monkeypatch, start_of_two):
+    sent: list[Any] = []
+    monkeypatch.setattr(resuming, "gathered", lambda own: sent.append(own) or sent)
+    monkeypatch.setattr(resuming, "changed_settings", lambda start, planned: ())
+    start_of_two.state["plan"]["threads"] = 0
+    for rank in range(2):
+        with pytest.raises(UserError, match="its plan is damaged"):
+            resuming.plan_resumption(planned_on(CPU, rank), start_of_two)
+
+
+def test_the_length_of_an_epoch_is_that_of_the_plan():
+    state = {
+        "plan": {"accumulate_grad_batches": 4},
+        "config": {"accumulate_grad_batches": 1},
+        "identity": {"batches an epoch": 8},
+    }
+    assert resuming._shape_in(state).steps == 2
+    assert resuming._shape_in({**state, "plan": None}).steps == 8
 
 
 def test_without_a_compiler_kernels_are_refused_with_the_cure_or_given_up_with_leave():

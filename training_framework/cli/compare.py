@@ -3,6 +3,7 @@
 import argparse
 import shlex
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ __all__ = ["add_compare"]
 # Settings that the experiment chooses itself.
 SETTINGS_OF_A_RUN = ("run",)
 EXIT_MARKED = 1
+LINE_WIDTH = 80
 SIGNAL_EXIT_CODES = {"SIGINT": 130, "SIGTERM": 143}
 
 
@@ -102,7 +104,9 @@ def _print_shipped() -> None:
     from training_framework.measure.compare.experiment import load_experiment, shipped_experiments
 
     for name in shipped_experiments():
-        print(f"{name:<24} {load_experiment(name).description}")
+        head = f"{name:<24} "
+        text = head + load_experiment(name).description
+        print(textwrap.fill(text, LINE_WIDTH, subsequent_indent=" " * len(head)))
 
 
 def _experiment(options: argparse.Namespace, settings: dict[str, Any]) -> Any:

@@ -129,6 +129,7 @@ def _durations(
         choices.note(
             "batch", facts.train_images, f"the whole training set, fewer than {batch} images"
         )
+        batch = facts.train_images
     else:
         batches = facts.train_images // batch
     steps = math.ceil(batches / config.accumulate_grad_batches)
