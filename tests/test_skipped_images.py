@@ -85,7 +85,7 @@ def test_bad_images_are_listed_counted_and_the_same_with_workers_and_after_a_res
     assert_same_weights(alone, resumed)
 
 
-def test_bad_pictures_do_not_count_in_evaluate_and_predict(
+def test_bad_images_do_not_count_in_evaluate_and_predict(
     pictures: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     checkpoint = train("runs", "--num-workers 0") / "checkpoints/last.ckpt"

@@ -94,42 +94,29 @@ def test_a_kept_switch_keeps_its_reason_where_a_new_run_would_not_name_it():
     assert reasons["fused_norms"].startswith("as its run had decided: ")
 
 
-def planned_on(hardware: Hardware, rank: int) -> PlannedRun:
-    return PlannedRun(
-        plan=plan_on(world_size=2, **FP32),
-        settings={},
-        hardware=hardware,
-        facts=FACTS,
-        source=UserLoaders(None, None),
-        processes=Processes(rank=rank, world_size=2),
-    )
-
-
-@pytest.fixture
-def start_of_two() -> Start:
-    values = plan_on(world_size=2, **FP32).as_dict()
-    return Start(state={"plan": values, "config": {}, "identity": {}}, checkpoint=Path("last.ckpt"))
-
-
-def test_the_first_process_decides_whether_the_machine_can_continue(monkeypatch, start_of_two):
-    sent: list[Any] = []
-    monkeypatch.setattr(resuming, "gathered", lambda own: sent.append(own) or sent)
-    monkeypatch.setattr(resuming, "changed_settings", lambda start, planned: ())
-    first, _ = resuming.plan_resumption(planned_on(CPU, 0), start_of_two)
+@pytest.mark.parametrize("first_can", [True, False])
+def test_the_first_process_decides_whether_the_machines_can_continue(monkeypatch, first_can):
     bare = dataclasses.replace(CPU, cpp_compiler=None)
-    second, _ = resuming.plan_resumption(planned_on(bare, 1), start_of_two)
-    assert second.plan == first.plan
-    assert first.plan.winograd_convolutions
-
-
-def test_what_the_first_process_refuses_all_refuse(monkeypatch, start_of_two):
+    machines = [CPU, bare] if first_can else [bare, CPU]
+    state = {"plan": plan_on(world_size=2, **FP32).as_dict(), "config": {}, "identity": {}}
+    start = Start(state=state, checkpoint=Path("last.ckpt"))
     sent: list[Any] = []
     monkeypatch.setattr(resuming, "gathered", lambda own: sent.append(own) or sent)
     monkeypatch.setattr(resuming, "changed_settings", lambda start, planned: ())
-    start_of_two.state["plan"]["threads"] = 0
-    for rank in range(2):
-        with pytest.raises(UserError, match="its plan is damaged"):
-            resuming.plan_resumption(planned_on(CPU, rank), start_of_two)
+    for rank, machine in enumerate(machines):
+        planned = PlannedRun(
+            plan=plan_on(machines[0], world_size=2, **FP32),
+            settings={},
+            hardware=machine,
+            facts=FACTS,
+            source=UserLoaders(None, None),
+            processes=Processes(rank=rank, world_size=2),
+        )
+        if first_can:
+            assert resuming.plan_resumption(planned, start)[0].plan.winograd_convolutions
+        else:
+            with pytest.raises(UserError, match="this machine cannot continue the run as planned"):
+                resuming.plan_resumption(planned, start)
 
 
 def test_the_length_of_an_epoch_is_that_of_the_plan():
