@@ -31,8 +31,8 @@ def plan_lines(plan: TrainPlan, hardware: Hardware, facts: DatasetFacts) -> list
             f"validation images, {plan.num_classes} classes, {plan.image_size} px"
         ),
         *_wrapped(
-            f"steps     {plan.total_steps:,} = {_epochs(plan.epochs)} x {plan.steps_per_epoch:,}, of "
-            f"{plan.images_per_step} images: {plan.accumulate_grad_batches} x "
+            f"steps     {plan.total_steps:,} = {_epochs(plan.epochs)} x {plan.steps_per_epoch:,}, "
+            f"of {plan.images_per_step} images: {plan.accumulate_grad_batches} x "
             f"{plan.world_size} device(s) x {plan.device_batch_size}"
         ),
         *_wrapped(f"evaluate  every {plan.evaluation_interval_steps:g} steps and after the last"),

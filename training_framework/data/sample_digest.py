@@ -64,7 +64,7 @@ def digest_of_batches(batches: Iterable[Tensor], digest: str = "") -> str:
 def _grown(digest: str, samples: NDArray[np.int64], sizes: Iterable[int]) -> str:
     """The digest after `samples`, whose batches have these sizes."""
     # One conversion for all batches: this runs in every step of a training.
-    left = memoryview(samples.astype("<i8", copy=False)).cast("B")
+    left = memoryview(samples.astype("<i8", copy=False).tobytes())
     grown = bytes.fromhex(digest)
     for size in sizes:
         batch, left = left[: 8 * size], left[8 * size :]
