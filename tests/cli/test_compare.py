@@ -73,7 +73,7 @@ def test_the_shipped_experiments_are_listed(capsys):
     ("arguments", "message"),
     [
         ([], "nothing to compare"),
-        (["mine.yaml", "--ablate"], "too much to compare"),
+        (["mine.yaml", "--ablate"], "more than one thing to compare"),
         (["mine.yaml", "--base", "b.yaml"], "--base cannot be used with an experiment"),
         (["--vary", "lr"], "not KEY=A,B"),
         (["--vary", "lr=[1,2"], "a value is not YAML"),

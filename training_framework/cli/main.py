@@ -186,7 +186,9 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument(
-        DEBUG_FLAG, action="store_true", help="show the traceback of an error (with any command)"
+        DEBUG_FLAG,
+        action="store_true",
+        help="show the traceback of an error; works with every command",
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(
@@ -225,6 +227,10 @@ def _add_plan(commands: Any) -> None:
 
 def _add_evaluate(commands: Any) -> None:
     parser = _command(commands, "evaluate", _evaluate, "evaluate a checkpoint on a data set")
+    parser.description = (
+        "evaluate a checkpoint on the data set of its run, or on another one; "
+        "weights.safetensors does not know the data of its run: give --data"
+    )
     parser.add_argument("checkpoint", type=Path, help=".ckpt or weights.safetensors of a run")
     add_config_flags(
         parser,

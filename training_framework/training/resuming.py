@@ -102,8 +102,8 @@ def plan_resumption(planned: PlannedRun, start: Start) -> tuple[PlannedRun, Star
     if then not in (None, now):
         assert then is not None
         lines.append(
-            f"note: an epoch had {then.steps:,} steps and has {now.steps:,}: goes on where as much "
-            "of it is behind, in a new run directory"
+            f"note: an epoch had {then.steps:,} steps and now has {now.steps:,}: the run continues "
+            "after the same share of it, in a new run directory"
         )
         parent = planned.plan.output_dir / planned.plan.name
         start = dataclasses.replace(start, directory=None, version=next_version(parent))

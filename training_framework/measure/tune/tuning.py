@@ -93,7 +93,7 @@ def tune(
     _check(base, output, evidence)
     planned = build_config(base)
     plan, hardware, facts = plan_for(planned)
-    dimensions = tuning_space(
+    space = tuning_space(
         planned, plan, hardware, facts, allow_batch_change=allow_batch_change, keep=keep
     )
     result = TuningResult(
@@ -106,17 +106,18 @@ def tune(
         budget_seconds=budget_seconds,
         memory_limit_bytes=memory_limit_bytes,
         settings=_plain(base),
-        dimensions={d.name: [name for name, _ in d.values] for d in dimensions},
+        dimensions={d.name: [name for name, _ in d.values] for d in space},
     )
-    winner = _search(result, plan, base, dimensions, evidence, open_worker, clock, stream)
-    accepted = False
+    winner = _search(
+        result, plan, base, space, evidence, open_worker=open_worker, clock=clock, stream=stream
+    )
     if any(winner):
-        result.winner = candidate_settings(dimensions, winner)
+        result.winner = candidate_settings(space, winner)
         against_plan = _confirmation(result, base, rounds, allow_batch_change=allow_batch_change)
         result.confirmation = _confirm(against_plan, command, open_worker, stream)
-        accepted = accepts(result.confirmation, plan.total_steps)
-        result.chosen = result.winner if accepted else {}
-    result.verdict = _verdict(result, candidate_name(dimensions, winner), accepted)
+        if accepts(result.confirmation, plan.total_steps):
+            result.chosen = result.winner
+    result.verdict = _verdict(result, candidate_name(space, winner))
     result.complete = True
     save_result(result, evidence)
     _write_yaml(result, config, _plain(given), output)
@@ -129,6 +130,7 @@ def _search(
     base: Mapping[str, Setting],
     dimensions: Sequence[Dimension],
     evidence: Path,
+    *,
     open_worker: OpenWorker | None,
     clock: Callable[[], float],
     stream: TextIO | None,
@@ -237,7 +239,7 @@ def accepts(confirmation: Result, total_steps: int) -> bool:
     return not any(compiles) or repaid is None or repaid <= total_steps
 
 
-def _verdict(result: TuningResult, name: str, accepted: bool) -> str:
+def _verdict(result: TuningResult, name: str) -> str:
     """What the trials, or the confirmation of the winner, say: in one line."""
     if result.confirmation is None:
         if any(trial.overrides for trial in result.trials):
@@ -246,7 +248,7 @@ def _verdict(result: TuningResult, name: str, accepted: bool) -> str:
     ratio = result.confirmation.ratio_of(TUNED)
     if ratio is None:
         return f"The winner ({name}) could not be confirmed: the plan's own choices stay."
-    if accepted:
+    if result.chosen:
         return (
             f"{name}: {interval(ratio)} times as fast as planned, over {ratio.pairs} paired turns."
         )
