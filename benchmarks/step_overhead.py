@@ -14,10 +14,7 @@ rounds. The result goes to benchmarks/results/step-overhead_<device>_<torch>_<da
 """
 
 import argparse
-import json
 import os
-import platform
-import subprocess
 import tempfile
 import time
 from collections.abc import Sequence
@@ -29,6 +26,7 @@ import numpy as np
 import psutil
 import torch
 import torch.nn.functional as F
+from reliability_result import RESULTS, write_result
 from torch import nn
 
 from training_framework.config import TrainConfig
@@ -36,7 +34,7 @@ from training_framework.config.loading import config_to_dict
 from training_framework.data import Dataset
 from training_framework.data.augmentation import scale_and_shift
 from training_framework.loggers import CsvLogger, LoggerGroup
-from training_framework.machine.hardware import detect_hardware, library_versions
+from training_framework.machine.hardware import detect_hardware
 from training_framework.plan import plan_run
 from training_framework.runs.progress import Progress
 from training_framework.training.network_assembly import prepare_network
@@ -44,7 +42,6 @@ from training_framework.training.outputs import Outputs
 from training_framework.training.parts import build_parts, build_step
 from training_framework.training.trainer import Trainer
 
-RESULTS = Path(__file__).parent / "results"
 IMAGE_SIZE = 8
 NUM_CLASSES = 10
 CLOCK = (
@@ -86,9 +83,10 @@ def main() -> None:
         accelerator="gpu" if options.device == "cuda" else "cpu",
     )
     result = compare(config, rounds=options.rounds)
-    options.output.mkdir(parents=True, exist_ok=True)
-    path = options.output / file_name(result)
-    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    on_cpu = result["device"] == "cpu"
+    device = f"cpu-{options.threads}-threads" if on_cpu else result["device_name"]
+    label = "-".join(device.lower().split())
+    path = write_result("step-overhead", options.output, result, device=label)
     print("\n".join(readable(result)))
     print(path)
 
@@ -195,15 +193,10 @@ def compare(config: TrainConfig, *, rounds: int) -> dict[str, Any]:
     overhead = [per_step * _difference(turn["framework"], turn["bare"]) for turn in turns]
     control = [per_step * _difference(turn["control"], turn["bare"]) for turn in turns]
     return {
-        "experiment": "step-overhead",
-        "date": time.strftime("%Y-%m-%d", time.gmtime()),
-        "commit": _commit(),
         "clock": CLOCK,
         "limit": "at most 3% or 100 microseconds a step",
         "device": sides.device.type,
         "device_name": _device_name(sides.device),
-        "python": platform.python_version(),
-        "versions": library_versions(),
         "network": str(tiny_network()),
         "dataset": "synthetic",
         "config": config_to_dict(config),
@@ -249,28 +242,10 @@ def _busy_seconds() -> float:
     return sum(times) - idle - getattr(times, "guest", 0.0) - own.user - own.system
 
 
-def _commit() -> str:
-    command = ["git", "describe", "--always", "--dirty"]
-    folder = Path(__file__).parent
-    described = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-    return described.stdout.strip()
-
-
 def _device_name(device: torch.device) -> str:
     return (
         torch.cuda.get_device_name(device) if device.type == "cuda" else detect_hardware().cpu_name
     )
-
-
-def file_name(result: dict[str, Any]) -> str:
-    """`step-overhead_cpu-1-threads_2.13.0_2026-11-21.json`."""
-    device = result["device"]
-    if device == "cpu":
-        device = f"cpu-{result['config']['threads']}-threads"
-    else:
-        device = "-".join(result["device_name"].lower().split())
-    version = result["versions"]["torch"].partition("+")[0]
-    return f"step-overhead_{device}_{version}_{result['date']}.json"
 
 
 def readable(result: dict[str, Any]) -> list[str]:
@@ -280,7 +255,7 @@ def readable(result: dict[str, Any]) -> list[str]:
     share = result["overhead_share"]
     held = median <= LIMIT_MICROSECONDS or share <= LIMIT_SHARE
     return [
-        f"{result['device_name']}, torch {result['versions']['torch']}, "
+        f"{result['device_name']}, torch {torch.__version__}, "
         f"{result['rounds']} rounds of {result['steps_per_turn']} steps",
         f"bare loop          {result['bare_microseconds_per_step']:7.1f} us a step",
         f"framework adds     {median:7.1f} us a step [{low:.1f}, {high:.1f}], {share:.1%}",

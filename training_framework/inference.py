@@ -28,6 +28,7 @@ from training_framework.machine.hardware import detect_hardware
 from training_framework.machine.precision import autocast
 from training_framework.plan import make_plan, plan_run
 from training_framework.runs.network_card import NetworkCard, load_network
+from training_framework.switches import set_up_process
 from training_framework.training.evaluation import Evaluation, evaluate
 from training_framework.training.loaders import split_loader
 
@@ -64,7 +65,7 @@ def evaluate_file(path: Path, overrides: Mapping[str, Any]) -> tuple[Evaluation,
         )
     processes = planned.processes
     device = plan.torch_device(processes.local_rank)
-    torch.set_num_threads(plan.threads)
+    set_up_process(plan.switch_values(), device.type)
     with process_group(processes, device):
         bad_images = None
         if plan.on_bad_image == "skip":
@@ -143,7 +144,7 @@ def predict_files(
     )
     plan = make_plan(config, detect_hardware(), facts)
     device = plan.torch_device(0)
-    torch.set_num_threads(plan.threads)
+    set_up_process(plan.switch_values(), device.type)
     network.to(device)
     transform = EvalTransform(mean=card.mean, std=card.std, device=device)
     for start in range(0, len(files), IMAGES_PER_BATCH):
