@@ -9,10 +9,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["CLAIMS", "Claim", "Finding", "claims_table"]
+__all__ = ["CLAIMS", "OPEN", "Claim", "Finding", "claims_table"]
 
 CONFIRMED, REFUTED, OPEN, NOT_HERE = "confirmed", "refuted", "open", "not testable here"
 NEEDS_GPU = "no GPU was at hand"
+IMAGENET_IMAGES = 1_281_167
 
 Results = Callable[[str], "dict[str, Any] | None"]
 
@@ -34,11 +35,13 @@ class Claim:
         theirs: What was claimed.
         find: Looks the finding up in the newest result files, by experiment; None if the file that
             can decide it is missing.
+        on_gpu: Whether only a GPU can decide it.
     """
 
     what: str
     theirs: str
     find: Callable[[Results], "Finding | None"]
+    on_gpu: bool = False
 
 
 def judge(low: float, high: float, at_least: float) -> str:
@@ -54,8 +57,8 @@ def _ratio(result: Mapping[str, Any], variant: str) -> dict[str, Any] | None:
 
 
 def _row(result: Mapping[str, Any], name: str) -> dict[str, Any]:
-    row: dict[str, Any] = next(row for row in result["variants"] if row["name"] == name)
-    return row
+    rows: dict[str, dict[str, Any]] = {row["name"]: row for row in result["variants"]}
+    return rows[name]
 
 
 def _speed(experiment: str, variant: str, at_least: float, what: str) -> Callable[..., Any]:
@@ -72,8 +75,80 @@ def _speed(experiment: str, variant: str, at_least: float, what: str) -> Callabl
     return find
 
 
-def _needs_gpu(_results: Results) -> Finding:
-    return Finding(measured=NEEDS_GPU, verdict=NOT_HERE)
+def _needs_gpu(
+    judged: Callable[[dict[str, Any]], Finding],
+    experiment: str,
+    without: Callable[[Results], Finding | None] = lambda results: None,
+) -> Callable[..., Any]:
+    """A claim that is judged from an experiment on a GPU, where its result has rows of one.
+
+    Args:
+        judged: Judges it from the experiment's result.
+        experiment: The experiment.
+        without: What there is to say without a GPU, if there is anything.
+    """
+
+    def find(results: Results) -> Finding:
+        result = results(experiment)
+        rows = [] if result is None else [row for row in result["variants"] if row["measurements"]]
+        if result is None or not any(row["facts"]["device"] == "cuda" for row in rows):
+            return without(results) or Finding(measured=NEEDS_GPU, verdict=NOT_HERE)
+        try:
+            return judged(result)
+        except LookupError:  # a row that it needs is missing, or has no samples
+            return Finding(measured="a row of the result is missing", verdict=OPEN)
+
+    return find
+
+
+def _gpu_memory(result: dict[str, Any]) -> Finding:
+    whole, half = (_row(result, f"GPU, {kind}") for kind in ("fp32", "fp16"))
+    full, mixed = whole["peak_memory_bytes"], half["peak_memory_bytes"]
+    return Finding(
+        measured=f"ResNet-18 at 32 px on {_device(whole)}: {1 - mixed / full:.0%} less "
+        f"({mixed / 2**20:,.0f} against {full / 2**20:,.0f} MB)",
+        verdict=CONFIRMED if mixed <= 0.5 * full else REFUTED,
+    )
+
+
+def _gpu_amp(result: dict[str, Any]) -> Finding:
+    ratio = _ratio(result, "GPU, fp16")
+    whole, half = (_row(result, f"GPU, {kind}") for kind in ("fp32", "fp16"))
+    speeds = " to ".join(f"{row['images_per_second']:,.0f}" for row in (whole, half))
+    memory = " to ".join(f"{row['peak_memory_bytes'] / 2**20:,.0f}" for row in (whole, half))
+    if ratio is None:
+        raise LookupError("GPU, fp16")
+    return Finding(
+        measured=f"{speeds} images/s, {ratio['median']:.2f}x [{ratio['low']:.2f}, "
+        f"{ratio['high']:.2f}]; {memory} MB ({_device(whole)})",
+        verdict=judge(ratio["low"], ratio["high"], 6800 / 5200),
+    )
+
+
+def _thread_to_gpu(result: dict[str, Any]) -> Finding:
+    ratio = _ratio(result, "GPU, bf16")
+    if ratio is None:
+        raise LookupError("GPU, bf16")
+    return Finding(
+        measured=f"bf16 on {_device(_row(result, 'GPU, bf16'))} against one CPU thread: "
+        f"{ratio['median']:.0f}x [{ratio['low']:.0f}, {ratio['high']:.0f}]",
+        verdict=judge(ratio["low"], ratio["high"], 35),
+    )
+
+
+def _resnet50(result: dict[str, Any]) -> Finding:
+    row = _row(result, "as planned")
+    speed, device = row["images_per_second"], _device(row)
+    hours = 90 * IMAGENET_IMAGES / speed / 3600
+    return Finding(
+        measured=f"{speed:,.0f} images/s of steps on {device}, so 90 epochs of steps take "
+        f"{hours:.0f} hours",
+        verdict=(CONFIRMED if speed >= 800 else REFUTED) if "A100" in device else NOT_HERE,
+    )
+
+
+def _device(row: Mapping[str, Any]) -> str:
+    return str(row["facts"]["device_name"])
 
 
 def _mixed_precision(results: Results) -> Finding | None:
@@ -125,7 +200,19 @@ def _memory(results: Results) -> Finding | None:
     )
 
 
-def _mfu(results: Results) -> Finding | None:
+def _mfu(result: dict[str, Any]) -> Finding:
+    plain, planned = (_row(result, name) for name in ("GPU, fp32", "GPU, as planned"))
+    shares = (plain["mfu"], planned["mfu"])
+    if None in shares:
+        raise LookupError("mfu")
+    return Finding(
+        measured=f"{shares[0]:.0%} in plain fp32, {shares[1]:.0%} as planned ({_device(plain)}, "
+        "ResNet-18 at 32 px)",
+        verdict=CONFIRMED if shares[1] >= 0.30 else REFUTED,
+    )
+
+
+def _mfu_of_a_cpu(results: Results) -> Finding | None:
     result = results("ablation")
     if result is None:
         return None
@@ -201,7 +288,12 @@ def _ten_times(results: Results) -> Finding | None:
 
 CLAIMS: tuple[Claim, ...] = (
     Claim(what="mixed precision", theirs="30-70% faster", find=_mixed_precision),
-    Claim(what="mixed precision", theirs="50% less memory (GPU)", find=_needs_gpu),
+    Claim(
+        what="mixed precision",
+        theirs="50% less memory (GPU)",
+        find=_needs_gpu(_gpu_memory, "gpu-ladder"),
+        on_gpu=True,
+    ),
     Claim(
         what="torch.compile",
         theirs="10-30% faster on longer runs",
@@ -215,16 +307,28 @@ CLAIMS: tuple[Claim, ...] = (
         find=_speed("tune-against-plain", "as planned", 2.0, "as planned here, against plain"),
     ),
     Claim(what="all together", theirs="30-50% less memory", find=_memory),
-    Claim(what="all together", theirs="MFU from about 15% to 30-40%", find=_mfu),
+    Claim(
+        what="all together",
+        theirs="MFU from about 15% to 30-40%",
+        find=_needs_gpu(_mfu, "gpu-ladder", without=_mfu_of_a_cpu),
+        on_gpu=True,
+    ),
     Claim(
         what="one CPU thread to six",
         theirs="180 to 380 images/s; epoch 19 s to 7.6 s",
         find=_threads,
     ),
-    Claim(what="one CPU thread to GPU AMP", theirs="35x", find=_needs_gpu),
     Claim(
-        what="AMP over fp32 on a GPU", theirs="5,200 to 6,800 images/s; 950 to 925 MB",
-        find=_needs_gpu,
+        what="one CPU thread to GPU AMP",
+        theirs="35x",
+        find=_needs_gpu(_thread_to_gpu, "gpu-ladder"),
+        on_gpu=True,
+    ),
+    Claim(
+        what="AMP over fp32 on a GPU",
+        theirs="5,200 to 6,800 images/s; 950 to 925 MB",
+        find=_needs_gpu(_gpu_amp, "gpu-ladder"),
+        on_gpu=True,
     ),
     Claim(what="sweet spot", theirs="batch 256", find=_sweet_spot),
     Claim(what="bottleneck", theirs="convolution_backward in every setting", find=_bottleneck),
@@ -236,9 +340,10 @@ CLAIMS: tuple[Claim, ...] = (
     Claim(
         what="ResNet-50, ImageNet, A100",
         theirs="800-1,200 images/s; 90 epochs in 30-45 hours",
-        find=_needs_gpu,
+        find=_needs_gpu(_resnet50, "step-speed-gpu-resnet50"),
+        on_gpu=True,
     ),
-)  # fmt: skip
+)
 
 
 def claims_table(results: Results) -> str:

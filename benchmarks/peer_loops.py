@@ -1,12 +1,10 @@
 """Training loops of other libraries, with the settings of `B1 in fp32`: the same plain network,
-data on the device, channels_last, no logging and no checkpoints.
+data on the device, channels_last, no logging, no checkpoints, and the same clock.
 
     pip install pytorch-lightning
 """
 
-import itertools
 import logging
-import time
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -15,6 +13,8 @@ import torch
 from reference_loops import B1
 from torch import Tensor, nn
 from torch.nn import functional
+
+from training_framework.measure.compare.step_times import StepTimes
 
 __all__ = ["LightningLoop"]
 
@@ -55,19 +55,21 @@ class LightningLoop:
 
     def timed_steps(self, steps: int) -> list[float]:
         """Seconds of each of so many steps; the first one of a fit() is made before them."""
-        ends: list[float] = []
+        times: list[StepTimes] = []
         device = self._loop.device
 
         class Clock(self._lightning.Callback):  # type: ignore[name-defined]
             def on_train_batch_end(self, *_: Any) -> None:
-                if device.type == "cuda":
-                    torch.cuda.synchronize(device)
-                ends.append(time.perf_counter())
+                if times:
+                    times[0].end_step()
+                else:
+                    times.append(StepTimes(device))
 
         trainer = self._lightning.Trainer(
             accelerator=self._accelerator,
             devices=1,
             precision="32-true",
+            benchmark=device.type == "cuda",
             max_steps=steps + 1,
             logger=False,
             enable_checkpointing=False,
@@ -76,7 +78,7 @@ class LightningLoop:
             callbacks=[Clock()],
         )
         trainer.fit(self._module, _Batches(self._loop, steps + 1))
-        return [after - before for before, after in itertools.pairwise(ends)]
+        return times[0].seconds()
 
     def _make_module(self, loop: B1) -> Any:
         class Module(self._lightning.LightningModule):  # type: ignore[name-defined]

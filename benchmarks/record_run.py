@@ -3,7 +3,7 @@
     python benchmarks/record_run.py demo -- --config digits
     python benchmarks/record_run.py cifar10-short -- --config cifar10-short --data-root DIR
 
-The run is a process of its own, as a user starts it. The result goes to
+The run is a process of its own, as a user starts it. The result goes to --output or
 benchmarks/results/<experiment>_<device>_<torch>_<date>.json.
 """
 
@@ -21,6 +21,8 @@ from typing import Any
 
 import psutil
 
+from training_framework.measure.compare.environment import source_commit
+
 RESULTS = Path(__file__).parent / "results"
 MACHINE_PATH = re.compile(r"(?<![\w.])/[\w./-]+")
 
@@ -29,12 +31,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("experiment", help="name of the result")
     parser.add_argument("--dataset", help="name of the data to show with the result")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="result file (JSON)")
     parser.add_argument("flags", nargs="+", help="flags of `efficient-resnet train`, after --")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         result = record(options.experiment, options.flags, options.dataset, Path(folder))
-    path = RESULTS / file_name(result)
-    RESULTS.mkdir(exist_ok=True)
+    path = options.output or RESULTS / file_name(result)
+    path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(path)
 
@@ -60,15 +63,12 @@ def record(experiment: str, flags: list[str], dataset: str | None, folder: Path)
     run = json.loads((run_directory / "run.json").read_text())
     with (run_directory / "metrics.csv").open(encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
-    )
     public = [without_machine_paths(flag) for flag in flags]
     return {
         "experiment": experiment,
         "command": " ".join(["efficient-resnet", "train", *public]),
         "date": date,
-        "commit": commit.stdout.strip(),
+        "commit": source_commit() or "",
         "clock": "whole process: imports, data, training, evaluation, checkpoints",
         "seconds": seconds,
         "cpu_busy_before_percent": others_busy,

@@ -141,7 +141,7 @@ class GuardedWorker(BareWorker):
 def measure(experiment: Experiment, *, path: Path, command: str) -> Result:
     """Run the comparison; its file is written after every round."""
     config = experiment.config_of(experiment.baseline_variant)
-    steps = config.epochs * (config.synthetic_train_images // config.batch_size)
+    steps = int(config.epochs) * (config.synthetic_train_images // config.batch_size)
     sampler: StepSampler | None = None
 
     with tempfile.TemporaryDirectory(prefix="reliability-price-") as folder:

@@ -3,12 +3,12 @@
 import json
 import platform
 import re
-import subprocess
 import time
 from pathlib import Path
 from typing import Any
 
 from training_framework.machine.hardware import detect_hardware, library_versions
+from training_framework.measure.compare.environment import source_commit
 
 __all__ = ["RESULTS", "write_result"]
 
@@ -30,7 +30,7 @@ def write_result(
     result = {
         "experiment": experiment,
         "date": date,
-        "commit": _commit(),
+        "commit": source_commit() or "",
         "device_name": detect_hardware().cpu_name,
         "python": platform.python_version(),
         "versions": versions,
@@ -44,10 +44,3 @@ def write_result(
     text = re.sub(r"(?<![\w.])/[\w./-]*/(?=[\w.=-]+)", "", text)
     path.write_text(text + "\n", encoding="utf-8")
     return path
-
-
-def _commit() -> str:
-    command = ["git", "describe", "--always", "--dirty"]
-    folder = Path(__file__).parent
-    described = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-    return described.stdout.strip()

@@ -19,6 +19,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))  # for a test that imports this file
 
 from claims import claims_table
+from machines import JOBS, machine_table, peak_table, plan_reasons, plan_table
 from result_tables import (
     decoding_accuracy,
     guarantees_price,
@@ -224,6 +225,11 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "planted": planted,
     "decoding-accuracy": decoding,
     "step-phases": phases,
+    "machines": machine_table,
+    "machines-cifar10": lambda: plan_table(JOBS[0]),
+    "machines-imagenet": lambda: plan_table(JOBS[1]),
+    "machine-reasons": plan_reasons,
+    "peaks": peak_table,
     **{name: functools.partial(comparison, name) for name in COMPARISONS},
     **{name: functools.partial(table, name) for name in OTHERS},
 }

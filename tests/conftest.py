@@ -22,6 +22,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "cuda: needs a CUDA device; see benchmarks/gpu_suite.py")
     if config.getoption("--long"):
         os.environ["LONG_TESTS"] = "1"  # test modules read it when they are imported
 

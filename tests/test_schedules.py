@@ -156,3 +156,16 @@ def test_warmup_longer_than_the_run_names_both(name):
 def test_a_bad_schedule_is_an_error(name, arguments, fault):
     with pytest.raises(UserError, match=fault):
         build_schedule(name, **{"total_steps": 20, **arguments})
+
+
+def test_trapezoid_rises_holds_and_falls_in_straight_lines():
+    rates = ours("trapezoid", 20, warmup_steps=4, decay_fraction=0.5, final_fraction=0.1)
+    assert rates[:4] == pytest.approx([0.2, 0.4, 0.6, 0.8])
+    assert rates[4:11] == [1.0] * 7
+    assert rates[11:] == pytest.approx([1 - 0.9 * k / 10 for k in range(1, 10)])
+
+
+@pytest.mark.parametrize("option", ["decay_fraction", "final_fraction"])
+def test_a_share_beyond_the_whole_is_refused(option):
+    with pytest.raises(UserError, match=option):
+        build_schedule("trapezoid", total_steps=10, **{option: 1.5})

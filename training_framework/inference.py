@@ -85,6 +85,7 @@ def evaluate_file(path: Path, overrides: Mapping[str, Any]) -> tuple[Evaluation,
             device=device,
             num_classes=plan.num_classes,
             precision=plan.precision,
+            tta=plan.tta,
         )
         loader.close()
     return evaluation, facts
@@ -142,7 +143,7 @@ def predict_files(
         mean=card.mean,
         std=card.std,
     )
-    plan = make_plan(config, detect_hardware(), facts)
+    plan = make_plan(config, detect_hardware(), facts, own_network=card.model)
     device = plan.torch_device(0)
     set_up_process(plan.switch_values(), device.type)
     network.to(device)

@@ -17,7 +17,7 @@ from typing import Any
 
 from training_framework.errors import UserError
 
-__all__ = ["SCHEDULES", "Schedule", "build_schedule"]
+__all__ = ["SCHEDULES", "Schedule", "build_schedule", "schedule_options"]
 
 Schedule = Callable[[int], float]
 """Step, from 0, to multiplier of the peak learning rate."""
@@ -73,6 +73,27 @@ def _cosine(
         total_steps=total_steps,
         warmup_steps=warmup_steps,
     )
+
+
+def _trapezoid(
+    *,
+    total_steps: int,
+    warmup_steps: int | None = None,
+    decay_fraction: float = 0.2,
+    final_fraction: float = 0.0,
+) -> Schedule:
+    """Warm-up, the peak, then a straight line that would reach `final_fraction` at `total_steps`.
+
+    The line takes the last `decay_fraction` of the run (Zhai et al., arXiv 2106.04560, section 3.5,
+    and Haegele et al., arXiv 2405.18392).
+    """
+    decay_steps = decay_fraction * total_steps
+
+    def after_warmup(step: int) -> float:
+        left = min(1.0, (total_steps - step) / decay_steps)
+        return final_fraction + (1 - final_fraction) * left
+
+    return _warmed_up(after_warmup, total_steps=total_steps, warmup_steps=warmup_steps)
 
 
 def _step(
@@ -143,6 +164,7 @@ SCHEDULES: dict[str, Callable[..., Schedule]] = {
     "multi_step": _multi_step,
     "one_cycle": _one_cycle,
     "linear": _linear,
+    "trapezoid": _trapezoid,
     "constant": _constant,
 }
 
@@ -157,9 +179,10 @@ def build_schedule(
         total_steps: Optimizer steps of the run.
         warmup_steps: Optimizer steps of warm-up; None: 30% of the run for `one_cycle`, none for
             the others.
-        **options: `cosine` and `linear`: final_fraction (0.0), the multiplier at the end; `step`:
-            step_size, in steps, and gamma (0.1); `multi_step`: milestones, in steps, and gamma
-            (0.1); `one_cycle`: start_divisor (25) and final_divisor (1e4).
+        **options: `cosine` and `linear`: final_fraction (0.0), the multiplier at the end;
+            `trapezoid`: the same, and decay_fraction (0.2), the share of the run in which the rate
+            falls; `step`: step_size, in steps, and gamma (0.1); `multi_step`: milestones, in steps,
+            and gamma (0.1); `one_cycle`: start_divisor (25) and final_divisor (1e4).
 
     Returns:
         A function from the step, 0 or more, to the multiplier of the peak learning rate.
@@ -181,16 +204,21 @@ def build_schedule(
             f"warmup_steps {warmup} is longer than the run's {total_steps} steps",
             "shorten the warm-up or train longer",
         )
-    _check_options(name, builder, options)
+    _check_options(name, options)
     return builder(total_steps=total_steps, warmup_steps=warmup_steps, **options)
 
 
-def _check_options(name: str, builder: Callable[..., Schedule], options: dict[str, Any]) -> None:
-    parameters = {
+def schedule_options(name: str) -> dict[str, inspect.Parameter]:
+    """The options of a schedule besides the number of steps and the warm-up, by name."""
+    return {
         key: parameter
-        for key, parameter in inspect.signature(builder).parameters.items()
+        for key, parameter in inspect.signature(SCHEDULES[name]).parameters.items()
         if key not in ("total_steps", "warmup_steps")
     }
+
+
+def _check_options(name: str, options: dict[str, Any]) -> None:
+    parameters = schedule_options(name)
     for key in options:
         if key not in parameters:
             known = ", ".join(parameters) or "none"
@@ -198,3 +226,6 @@ def _check_options(name: str, builder: Callable[..., Schedule], options: dict[st
     for key, parameter in parameters.items():
         if parameter.default is inspect.Parameter.empty and key not in options:
             raise UserError(f"scheduler {name} needs {key}", f"give {key}, in steps")
+    for key in ("decay_fraction", "final_fraction"):
+        if key in options and not (0 <= options[key] <= 1 and (options[key] or key[0] == "f")):
+            raise UserError(f"{key} is {options[key]}", "give a share of the run or of the peak")

@@ -151,7 +151,7 @@ class EfficientResNet18Trainer:
                 torch.zeros(2, 3, size, size) if looked is None else looked.images,
                 num_classes=run.plan.num_classes,
                 seed=self.config.seed,
-                will_be_copied=bool(self.config.ema_decay),
+                will_be_copied=run.plan.averages_weights,
             )
         result = run.execute()
         self.model, self.plan = run.model, run.plan

@@ -96,3 +96,67 @@ def test_the_chart_is_well_formed_and_shows_what_was_measured():
     texts = [element.text for element in ElementTree.fromstring(svg).iter() if element.text]
     assert {"compile", "layout", "0.90x", "2.00x", "a <machine>"} <= set(texts)
     assert "mixed precision" not in texts
+
+
+def gpu_row(name, speed, *, device="NVIDIA A100", memory=2**30, mfu=0.4):
+    return {
+        "name": name, "measurements": [1], "images_per_second": speed, "mfu": mfu,
+        "peak_memory_bytes": memory, "facts": {"device": "cuda", "device_name": device},
+    }  # fmt: skip
+
+
+LADDER = {
+    "variants": [
+        gpu_row("CPU, 1 thread", 200), gpu_row("GPU, fp32", 5000, mfu=0.1),
+        gpu_row("GPU, fp16", 7000, memory=2**30 * 3 // 4), gpu_row("GPU, bf16", 8000),
+        gpu_row("GPU, as planned", 9000, mfu=0.35),
+    ],
+    "ratios": [
+        ratio("GPU, fp16", 1.4, 1.35, 1.5, "GPU, fp32"),
+        ratio("GPU, bf16", 40, 38, 42, "CPU, 1 thread"),
+    ],
+}  # fmt: skip
+
+
+def test_what_only_a_gpu_decides_stays_open_until_there_is_a_result_of_one():
+    claims = load("claims")
+    on_gpu = [claim for claim in claims.CLAIMS if claim.on_gpu]
+    assert len(on_gpu) == 5
+    on_cpu = {
+        **LADDER, "variants": [{**row, "facts": {"device": "cpu"}} for row in LADDER["variants"]]
+    }  # fmt: skip
+    for results in ({}, {"gpu-ladder": on_cpu, "step-speed-gpu-resnet50": on_cpu}):
+        for claim in on_gpu:
+            finding = claim.find(results.get)
+            assert (finding.measured, finding.verdict) == ("no GPU was at hand", claims.NOT_HERE)
+
+
+def test_results_of_a_gpu_decide_the_claims_about_one():
+    claims = load("claims")
+    resnet50 = {"variants": [gpu_row("as planned", 1000)], "ratios": []}
+    results = {"gpu-ladder": LADDER, "step-speed-gpu-resnet50": resnet50}
+    found = {
+        (claim.what, claim.theirs): claim.find(results.get)
+        for claim in claims.CLAIMS if claim.on_gpu
+    }  # fmt: skip
+    assert [finding.verdict for finding in found.values()] == [
+        "refuted", "confirmed", "confirmed", "confirmed", "confirmed",
+    ]  # fmt: skip
+    texts = "; ".join(finding.measured for finding in found.values())
+    for part in (
+        "25% less (768 against 1,024 MB)", "10% in plain fp32, 35% as planned", "40x [38, 42]",
+        "5,000 to 7,000 images/s", "1,000 images/s", "32 hours",
+    ):  # fmt: skip
+        assert part in texts
+    elsewhere = {"variants": [gpu_row("as planned", 4000, device="NVIDIA H200")], "ratios": []}
+    (last,) = [c for c in claims.CLAIMS if c.what.startswith("ResNet-50")]
+    assert last.find({"step-speed-gpu-resnet50": elsewhere}.get).verdict == claims.NOT_HERE
+
+
+def test_a_gpu_result_without_a_row_that_is_needed_decides_nothing():
+    claims = load("claims")
+    result = {"variants": [gpu_row("GPU, fp32", 5000)], "ratios": []}
+    for claim in claims.CLAIMS:
+        if claim.on_gpu:
+            finding = claim.find(lambda experiment: result)
+            assert finding.verdict == claims.OPEN

@@ -22,5 +22,7 @@ def test_a_step_costs_little_more_than_in_a_bare_loop(tmp_path):
         min(seconds for turn in turns for seconds in turn[side]) for side in ("bare", "framework")
     )
     assert len(turns) == result["rounds"] == 6
-    assert 0 < 1e6 * (framework - bare) / result["steps_per_turn"] < 400
+    # On a machine that is ten times as slow as usual, so is the framework.
+    steps = result["steps_per_turn"]
+    assert 0 < (framework - bare) / steps < max(400e-6, 0.3 * bare / steps)
     assert str(tmp_path) not in path.read_text()

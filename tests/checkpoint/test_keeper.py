@@ -39,6 +39,7 @@ def keep(folder: Path, accuracies: list[float | None], *, count: int) -> Checkpo
     with CheckpointKeeper(folder, prefix="resnet10", keep=count) as keeper:
         for epoch, accuracy in enumerate(accuracies):
             keeper.save(state_of(epoch), epoch=epoch, val_acc1=accuracy)
+            keeper.wait()  # a disk that is fast enough for every save
     return keeper
 
 
@@ -70,6 +71,7 @@ def test_equal_ones_of_one_epoch_get_versions(tmp_path):
     with CheckpointKeeper(tmp_path, prefix="resnet10", keep=3) as keeper:
         for mark in range(4):
             keeper.save(state_of(mark), epoch=0, val_acc1=50.0)
+            keeper.wait()
     stem = "resnet10-epoch=00-val_acc1=50.0000"
     kept = {f"{stem}.ckpt": 0, f"{stem}-v1.ckpt": 1, f"{stem}-v2.ckpt": 2}
     assert {name: mark_of(tmp_path / name) for name in kept} == kept
@@ -124,14 +126,23 @@ class Gate:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.opened = threading.Event()
         self.threads: list[str] = []
+        self.states: list[int] = []
         write = keeper_module.write_beside
 
         def held(path: Path, state: Any) -> Path:
             self.threads.append(threading.current_thread().name)
+            self.states.append(state.description["progress"]["step"])
             assert self.opened.wait(20)
             return write(path, state)
 
         monkeypatch.setattr(keeper_module, "write_beside", held)
+
+    def wait_for_write(self) -> None:
+        """Until a write has begun."""
+        deadline = time.monotonic() + 20
+        while not self.states:
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
 
 
 def test_a_save_is_written_by_a_thread_as_it_was_when_it_was_asked_for(tmp_path, monkeypatch):
@@ -148,6 +159,67 @@ def test_a_save_is_written_by_a_thread_as_it_was_when_it_was_asked_for(tmp_path,
     assert load_checkpoint(keeper.last)["more"] == (1,)
 
 
+SLOW_DISK = [  # accuracies of the saves during one write; those that are written after it
+    ([None, None, None], [3]),
+    ([50.0, None, None], [1, 3]),
+    ([50.0, 60.0, 70.0], [3]),
+    ([50.0, 40.0, 45.0], [1, 3]),
+    ([50.0, 50.0, 60.0, None], [3, 4]),
+    ([50.0, 60.0, 55.0, 40.0], [2, 4]),
+]
+
+
+@pytest.mark.parametrize(("accuracies", "written"), SLOW_DISK)
+def test_on_a_slow_disk_training_goes_on_and_the_newest_wins(
+    tmp_path, monkeypatch, accuracies, written
+):
+    gate = Gate(monkeypatch)
+    steps = []
+    keeper = CheckpointKeeper(tmp_path, prefix="a", keep=1)
+    monkeypatch.setattr(keeper, "_keep_previous", lambda: steps.append(gate.states[-1]))
+    keeper.save(state_of(0), epoch=0, val_acc1=None)
+    gate.wait_for_write()
+    for step, accuracy in enumerate(accuracies, 1):
+        keeper.save(state_of(step), epoch=step, val_acc1=accuracy)  # none of them waits
+    gate.opened.set()
+    keeper.close()
+    assert steps == [0, *written]
+    assert mark_of(keeper.last) == len(accuracies)
+    best = max((a, -i) for i, a in enumerate(accuracies, 1) if a) if any(accuracies) else None
+    kept = [mark_of(path) for path in tmp_path.glob("a-epoch*")]
+    assert kept == ([] if best is None else [-best[1]])
+
+
+def test_a_save_waits_only_where_two_that_may_be_best_wait(tmp_path, monkeypatch):
+    gate = Gate(monkeypatch)
+    keeper = CheckpointKeeper(tmp_path, prefix="a", keep=3)
+    keeper.save(state_of(0), epoch=0, val_acc1=10.0)
+    gate.wait_for_write()
+    for step in (1, 2):
+        keeper.save(state_of(step), epoch=step, val_acc1=10.0 + step)
+    third = threading.Thread(target=lambda: keeper.save(state_of(3), epoch=3, val_acc1=13.0))
+    third.start()
+    third.join(0.05)
+    assert third.is_alive()
+    gate.opened.set()
+    third.join(20)
+    keeper.close()
+    assert sorted(mark_of(path) for path in tmp_path.glob("a-epoch*")) == [1, 2, 3]
+
+
+def test_after_a_failed_write_nothing_that_waits_is_written(tmp_path, monkeypatch):
+    gate = Gate(monkeypatch)
+    keeper = CheckpointKeeper(tmp_path, prefix="a", keep=1)
+    keeper.save(state_of(0), epoch=0, val_acc1=None)
+    gate.wait_for_write()
+    monkeypatch.setattr(os, "fsync", failing(errno.ENOSPC))
+    keeper.save(state_of(1), epoch=1, val_acc1=None)
+    gate.opened.set()
+    with pytest.raises(UserError, match="No space"):
+        keeper.close()
+    assert gate.states == [0]
+
+
 def test_where_memory_is_short_the_state_itself_is_written(tmp_path, monkeypatch):
     memory = psutil.virtual_memory()._replace(available=23)  # the state takes 12 bytes
     monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
@@ -158,6 +230,14 @@ def test_where_memory_is_short_the_state_itself_is_written(tmp_path, monkeypatch
     assert names_in(tmp_path) == ["last.ckpt"]
 
 
+def wait_until_idle(keeper: CheckpointKeeper) -> None:
+    """As `wait`, without its error."""
+    deadline = time.monotonic() + 20
+    while keeper._background.is_busy:
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
 def test_an_error_of_the_thread_is_raised_by_the_next_call_once(tmp_path, monkeypatch):
     keeper = CheckpointKeeper(tmp_path, prefix="a", keep=0)
     keeper.save(state_of(1), epoch=0, val_acc1=None)
@@ -165,6 +245,7 @@ def test_an_error_of_the_thread_is_raised_by_the_next_call_once(tmp_path, monkey
     monkeypatch.setattr(os, "fsync", failing(errno.ENOSPC))
     for later in (lambda: keeper.save(state_of(3), epoch=0, val_acc1=None), keeper.close):
         keeper.save(state_of(2), epoch=0, val_acc1=50.0)
+        wait_until_idle(keeper)
         with pytest.raises(UserError, match=r"last\.ckpt: the checkpoint cannot be written"):
             later()
     keeper.wait()
@@ -212,6 +293,7 @@ def save_three(folder: Path) -> None:
     with CheckpointKeeper(folder, prefix="a", keep=1) as keeper:
         for step in range(1, 4):
             keeper.save(state_of(step), epoch=step, val_acc1=10.0 * step)
+            keeper.wait()
 
 
 def inject(monkeypatch: pytest.MonkeyPatch, fault: str) -> None:

@@ -59,7 +59,7 @@ def test_version_is_that_of_the_package(capsys):
 @pytest.mark.parametrize(
     "command",
     ["", "train", "plan", "evaluate", "predict", "data", "data subset", "data pack", "data inspect",
-     "compare", "tune", "report", "profile", "verify-resume"],
+     "compare", "tune", "report", "profile", "verify-resume", "recipes", "estimate", "lr-range"],
 )  # fmt: skip
 def test_help_is_readable_at_80_columns(command, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
@@ -81,7 +81,7 @@ def test_help_shows_every_setting_with_its_default_and_no_alias(capsys, monkeypa
         flag = f"--{key.replace('_', '-')}"
         assert re.search(rf"{flag} (VALUE|\[VALUE\]) ", text), key
         assert str(field.description) in text
-    assert "passes over the training set (15)" in text
+    assert "passes over the training set; 9.9 ends within the last one (15)" in text
     assert "for runs; a run is written to <output_dir>/<name>/version_N (logs)" in text
     assert "(slower) (false)" in text
     for alias in ALIASES:

@@ -25,7 +25,7 @@ def test_precision_refuses_what_it_does_not_know(value):
 @pytest.mark.parametrize(
     "settings",
     [
-        {"epochs": 1.0},
+        {"epochs": 0.0},
         {"epochs": True},
         {"epochs": "3"},
         {"epochs": 0},
@@ -55,6 +55,12 @@ def test_wrong_types_and_ranges_are_refused(settings):
         ({"nesterov": True, "optimizer": "adamw"}, "nesterov"),
         ({"nesterov": True, "momentum": 0.0}, "momentum"),
         ({"share_early_weights": True, "model": "resnet50"}, "share_early_weights"),
+        ({"blur_pool": True, "model": "wrn_16_4"}, "wrn_16_4 has no blur_pool"),
+        ({"deep_stem": True, "whitening": True}, "whitening needs a single first convolution"),
+        ({"model": "resnet50d", "whitening": True}, "deep_stem makes three"),
+        ({"model": "resnet8_fast", "zero_init_last_norm": True}, "freeze_norm_scales leaves"),
+        ({"optimizer": "muon", "muon_rest": "adamw", "nesterov": True}, "optimizer is adamw"),
+        ({"muon_rest_lr": 0.1}, "muon_rest_lr is given but optimizer is sgd"),
         ({"compile": False, "compile_mode": "default"}, "compile_mode"),
         ({"resume": "a.ckpt", "weights": "b.pth"}, "weights"),
         ({"data": "digits", "data_root": "somewhere"}, "data_root"),

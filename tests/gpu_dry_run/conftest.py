@@ -56,11 +56,17 @@ def dry_run(_server: "subprocess.Popen[str]") -> DryRun:
         settings: dict[str, Any] | None = None,
         *,
         gpu: dict[str, Any] | None = None,
+        processes: int = 1,
+        resumed_with: dict[str, Any] | None = None,
         plants: tuple[tuple[str, str, str], ...] = (),
         may_fail: bool = False,
     ) -> Report:
         assert _server.stdin is not None and _server.stdout is not None
-        case = {"settings": settings or {}, "gpu": gpu or {}, "plants": plants}
+        case = {
+            "settings": settings or {}, "gpu": gpu or {}, "processes": processes, "plants": plants,
+        }  # fmt: skip
+        if resumed_with is not None:
+            case["resumed_with"] = resumed_with
         print(json.dumps(case), file=_server.stdin, flush=True)
         report = SimpleNamespace(**json.loads(_server.stdout.readline()))
         assert hasattr(report, "plan"), report.error

@@ -1,26 +1,32 @@
 """Runs one training on a fake GPU, in this process, and says what was observed.
 
-A case is an object with `settings` of the configuration, `gpu` (arguments of `fake_cuda`) and
-`plants`: faults to plant, as [function, text, text in its place].
+A case is an object with `settings` of the configuration, `gpu` (arguments of `fake_cuda`),
+`processes` (how many there seem to be, of which this is rank 0), `resumed_with` (settings with
+which the run goes on after its third step) and `plants`: faults to plant, as [function, text, text
+in its place].
 """
 
 import contextlib
 import sys
 import traceback
 import types
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
 from fake_cuda import fake_cuda
+from fake_processes import fake_processes
 from observer import Observed
 
 from training_framework.checkpoint import CheckpointKeeper
 from training_framework.config import TrainConfig
 from training_framework.machine import hardware
+from training_framework.runs.start import Start
 from training_framework.training import parts as parts_module
 from training_framework.training import run as run_module
+from training_framework.training.finiteness import FinitenessGuard
 from training_framework.training.run import TrainingRun
 from training_framework.training.trainer import Trainer
 
@@ -47,16 +53,33 @@ def fault_of_fake_cuda() -> str:
 def report_of(case: dict[str, Any]) -> dict[str, Any]:
     """Run a case in this process and say what was observed."""
     observed, error, steps, facts = Observed(), "", 0, dict[str, Any]()
+    processes = case.get("processes", 1)
     gpu = {key: tuple(v) if key == "capability" else v for key, v in case.get("gpu", {}).items()}
     for function, old, new in case.get("plants", []):
         plant(function, old, new)
     try:
-        with fake_cuda(observed, **gpu) as mode, _noting_when(observed), _as_on_a_gpu_machine():
-            training = TrainingRun(TrainConfig(**{**SETTINGS, **case.get("settings", {})}))
+        with contextlib.ExitStack() as stack:
+            mode = stack.enter_context(fake_cuda(observed, count=processes, **gpu))
+            if processes > 1:
+                stack.enter_context(fake_processes(processes))
+            stack.enter_context(_noting_when(observed))
+            stack.enter_context(_as_on_a_gpu_machine())
+            saves = stack.enter_context(_saves_in_memory())
+            settings = {**SETTINGS, **case.get("settings", {})}
+            if "resumed_with" in case:
+                first = TrainingRun(TrainConfig(**settings, stop_after_steps=3))
+                with mode:
+                    first.execute()
+                start = Start(state=saves[-1], checkpoint=Path("last.ckpt"))
+                settings |= {"allow_config_change": True, **case["resumed_with"]}
+                stack.enter_context(mock.patch.object(run_module, "choose_start", lambda *_: start))
+            training = TrainingRun(TrainConfig(**settings))
             plan = training.plan
             facts = {
                 "plan": {"device": plan.device, **plan.switch_values()},
                 "epochs": plan.epochs,
+                "world_size": plan.world_size,
+                "resumed_at": saves[-1]["progress"]["step"] if saves else 0,
                 "steps_per_epoch": plan.steps_per_epoch,
             }
             with mode:
@@ -92,9 +115,26 @@ def _noting_when(observed: Observed) -> Any:
     return stack
 
 
+@contextlib.contextmanager
+def _saves_in_memory() -> Iterator[list[dict[str, Any]]]:
+    """The state of each save."""
+    states: list[dict[str, Any]] = []
+    save = CheckpointKeeper.save
+
+    def keep(self: CheckpointKeeper, state: dict[str, Any], **how: Any) -> None:
+        states.append(state)
+        save(self, state, **how)
+
+    with mock.patch.object(CheckpointKeeper, "save", keep):
+        yield states
+
+
 def _as_on_a_gpu_machine() -> Any:
-    """Triton is there, and tensors without content are not written."""
-    stack = contextlib.ExitStack()
+    """Triton is there, and tensors without content are not written, nor a reason to stop."""
+    stack, settle = contextlib.ExitStack(), FinitenessGuard.settle
+    stack.enter_context(
+        mock.patch.object(FinitenessGuard, "settle", lambda self, _, **how: settle(self, 0, **how))
+    )
     stack.enter_context(mock.patch.object(hardware, "find_triton_fault", lambda: ""))
     stack.enter_context(mock.patch.object(CheckpointKeeper, "_write", lambda *_: None))
     stack.enter_context(mock.patch.object(run_module, "save_weights", lambda *_: None))

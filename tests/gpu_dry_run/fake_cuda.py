@@ -44,8 +44,12 @@ def fake_cuda(
     name: str = "NVIDIA H200",
     capability: tuple[int, int] = (9, 0),
     memory_gib: int = 140,
+    count: int = 1,
 ) -> Iterator[ObservingMode]:
-    """A GPU of that kind; enter the mode that it gives to compute with fake tensors on it."""
+    """`count` GPUs of that kind, of which this process uses cuda:0.
+
+    Enter the mode that this gives to compute with fake tensors there.
+    """
     device = Device(observed)
     properties = types.SimpleNamespace(
         name=name, major=capability[0], minor=capability[1], total_memory=memory_gib * GIB,
@@ -57,7 +61,7 @@ def fake_cuda(
             for attribute, value in attributes.items():
                 stack.enter_context(mock.patch.object(owner, attribute, value, create=True))
 
-        replace(torch.cuda, **_streams_and_graphs(device), **_facts(properties, device))
+        replace(torch.cuda, **_streams_and_graphs(device), **_facts(properties, device, count))
         replace(
             torch.accelerator,
             synchronize=lambda d=None: device.wait("synchronize"),
@@ -103,11 +107,11 @@ def _streams_and_graphs(device: Device) -> dict[str, Any]:
     }
 
 
-def _facts(properties: types.SimpleNamespace, device: Device) -> dict[str, Any]:
+def _facts(properties: types.SimpleNamespace, device: Device, count: int) -> dict[str, Any]:
     capability = (properties.major, properties.minor)
     return {
         "is_available": lambda: True,
-        "device_count": lambda: 1,
+        "device_count": lambda: count,
         "current_device": lambda: 0,
         "set_device": lambda d: None,
         "get_device_properties": lambda d=None: properties,

@@ -1,5 +1,6 @@
 """What is wrong with a run on a GPU, from what was observed of it."""
 
+import collections
 from types import SimpleNamespace
 
 # Once an epoch the host puts its order and its draws on the device.
@@ -10,7 +11,7 @@ SCALER = ("item", "training/step.py", "update")
 
 def findings(report: SimpleNamespace) -> list[str]:
     """Everything that is wrong, a line each; nothing for a sound run."""
-    first_steps = {"step 1"} | {
+    first_steps = {"step 1", f"step {report.resumed_at + 1}"} | {
         f"step {epoch * report.steps_per_epoch + 1}" for epoch in range(report.epochs)
     }
     found = [f"the run ends: {report.error.strip().splitlines()[-1]}"] if report.error else []
@@ -34,7 +35,31 @@ def findings(report: SimpleNamespace) -> list[str]:
         for name, recorded, tensor_rate in report.fused
         if recorded and not tensor_rate
     ]
+    found += [f"the optimizer's state has another layout than the weights in {when}"
+              for when in report.layouts]  # fmt: skip
+    if report.world_size > 1:
+        found += _wrong_collectives(report)
     return list(dict.fromkeys(found))
+
+
+def _wrong_collectives(report: SimpleNamespace) -> list[str]:
+    """What is wrong with what the processes do together."""
+    broadcasts = collections.Counter[str]()
+    added_up = collections.Counter[str]()
+    for name, elements, when in report.collectives:
+        (broadcasts if name == "broadcast_" else added_up)[when] += elements
+    steps = [f"step {number + 1}" for number in range(report.steps)]
+    found = [f"buffers travel in {step}" for step in steps if broadcasts[step]]
+    found += [f"gradients are not added up in {step}" for step in steps if not added_up[step]]
+    # At the start, all parameters and buffers travel once.
+    found += [
+        f"more than the gradients is added up in {step}"
+        for step in steps
+        if added_up[step] > broadcasts["start"]
+    ]
+    if added_up["evaluation"] and not broadcasts["between steps"]:
+        found.append("an evaluation is not of the buffers of rank 0")
+    return found
 
 
 def _is_known_wait(

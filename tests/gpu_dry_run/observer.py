@@ -35,6 +35,8 @@ class Observed:
         replayed: Graphs that it launches, by step.
         recorded: Operators in each graph.
         compiled: Modes that torch.compile was called with.
+        layouts: Steps in which a fused optimizer's state has another layout than the weights.
+        collectives: What several processes do together: its name, the elements, and when.
     """
 
     when: str = "start"
@@ -47,6 +49,8 @@ class Observed:
     replayed: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
     recorded: list[int] = dataclasses.field(default_factory=list)
     compiled: list[str] = dataclasses.field(default_factory=list)
+    layouts: list[str] = dataclasses.field(default_factory=list)
+    collectives: list[tuple[str, int, str]] = dataclasses.field(default_factory=list)
 
 
 def place() -> str:
@@ -230,6 +234,8 @@ class ObservingMode(FakeTensorMode):
             result = None
             rate = isinstance(kwargs.get("lr"), torch.Tensor)
             self.device.observed.fused.append((str(func), self.device.capturing is not None, rate))
+            if any(_other_layouts(*args)):
+                self.device.observed.layouts.append(self.device.observed.when)
         elif name in ("_pin_memory", "pin_memory"):
             result = super().__torch_dispatch__(aten.clone.default, types, args[:1], {})
         else:
@@ -250,6 +256,9 @@ class ObservingMode(FakeTensorMode):
             for tensor in made:
                 self.device.forget(tensor)
             return
+        if func.namespace == "c10d":
+            elements = sum(tensor.numel() for tensor in _on("cuda", args[0]))
+            self.device.observed.collectives.append((name, elements, self.device.observed.when))
         copies = list(_copies(name, args, kwargs, result))
         for source, target, non_blocking in copies:
             kind = f"copy {source.device.type} to {target.device.type}"
@@ -280,6 +289,19 @@ def _copies(
         both = isinstance(source, FakeTensor) and isinstance(target, FakeTensor)
         if both and source.device.type != target.device.type:
             yield source, target, non_blocking
+
+
+def _other_layouts(
+    weights: list[torch.Tensor], gradients: list[torch.Tensor], *more: Any
+) -> Iterator[bool]:
+    """Whether each state of a fused optimizer has other strides than its weight.
+
+    The gradients' strides are not looked at: fake ones have those of a CPU's operators.
+    """
+    for states in more:
+        if isinstance(states, list) and len(states) == len(weights):
+            for weight, state in zip(weights, states, strict=True):
+                yield state.shape == weight.shape and state.stride() != weight.stride()
 
 
 def content(dtype: torch.dtype) -> float | bool:

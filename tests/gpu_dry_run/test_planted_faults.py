@@ -8,6 +8,8 @@ RECORDED = {"cuda_graph": True, "batch_size": 256}  # the fourth of five steps i
 FROM_HOST = {"resident_data": False, "num_workers": 0}
 CUTOUT = {"cutout": 4}
 
+EIGHT = {"processes": 8}
+
 # What is wrong; where; the text there, and the one planted; settings that reach it; what is said.
 FAULTS = [
     (
@@ -97,6 +99,29 @@ FAULTS = [
         "    images[images[:, 0, 0, 0] > 0]\n    result = torch.empty(\n",
         {}, "nonzero at data/augmentation.py",
     ),
+    (
+        "every forward pass copies the buffers of rank 0",
+        "training.data_parallel:in_data_parallel", "broadcast_buffers = False", "dim = 0",
+        EIGHT, "buffers travel in step 1",
+    ),
+    (
+        "the gradients of every batch of a group are added up",
+        "training.step:TrainStep.accumulate",
+        "with self.synchronization(last_of_group):", "with self.synchronization(True):",
+        {**EIGHT, "accumulate_grad_batches": 2, "batch_size": 256}, "more than the gradients is",
+    ),
+    (
+        "the gradients are not added up",
+        "training.step:TrainStep.accumulate",
+        "with self.synchronization(last_of_group):", "with self.synchronization(False):",
+        EIGHT, "gradients are not added up in step 1",
+    ),
+    (
+        "a process evaluates with its own norms' statistics",
+        "machine.distributed:share_buffers",
+        "    if not dist.is_initialized():\n        return\n    by", "    return\n    by",
+        EIGHT, "not of the buffers of rank 0",
+    ),
 ]  # fmt: skip
 
 
@@ -115,6 +140,9 @@ def test_a_planted_fault_is_found(dry_run, long, fault):
     if fault[0] in LIKE_OTHERS and not long:
         pytest.skip("with --long")
     _, place, old, new, settings, said = fault
-    report = dry_run(settings, plants=((PACKAGE + place, old, new),), may_fail=True)
+    processes = settings.get("processes", 1)
+    settings = {key: value for key, value in settings.items() if key != "processes"}
+    plants = ((PACKAGE + place, old, new),)
+    report = dry_run(settings, processes=processes, plants=plants, may_fail=True)
     found = findings(report)
     assert any(said in line for line in found), found

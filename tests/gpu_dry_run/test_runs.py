@@ -94,9 +94,25 @@ def test_a_long_run_compiles_where_it_can(dry_run):
     assert old.compiled == []
 
 
-def test_a_logged_row_and_a_save_wait_a_known_number_of_times(dry_run):
-    waits = dry_run(FROM_HOST).waits
-    between = [where for _, where, when in waits if when == "between steps"]
-    assert len(between) <= 4, between  # a check, the sums, the norm and the order of the samples
+TO_CHANNELS_LAST = {"settings": {"channels_last": False, "batch_size": 256},
+                    "resumed_with": {"channels_last": True}}  # fmt: skip
+
+
+def test_a_run_resumed_in_another_memory_layout_is_whole(dry_run):
+    report = dry_run(**TO_CHANNELS_LAST)
+    assert report.plan["channels_last"]
+    assert report.steps == 5
+    assert findings(report) == []
+    kept = ("training_framework.training.state:TrainState._load_optimizer",
+            "value.stride() != parameter.stride()", "False")  # fmt: skip
+    found = findings(dry_run(**TO_CHANNELS_LAST, plants=(kept,)))
+    assert "the optimizer's state has another layout than the weights in step 4" in found
+
+
+def test_a_logged_row_waits_once_and_a_save_once(dry_run):
+    waits = dry_run({**FROM_HOST, "batch_size": 256, "log_every_n_steps": 2}).waits
+    between = [where.split()[-1] for _, where, when in waits if when == "between steps"]
+    rows = ["read_over_processes"] * 3  # after steps 2, 4 and 5
+    assert between == [*rows, "read"]  # of the order of the epoch's samples
     assert len([where for _, where, when in waits if when == "save"]) == 1
     assert len([where for _, where, when in waits if when == "evaluation"]) == 1

@@ -6,8 +6,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from training_framework.kernels.fused_norm import FusedBatchNorm2d, can_fuse_norm, rectified
-from training_framework.kernels.norm import rectified_norm
+from training_framework.kernels.fused_norm import FusedBatchNorm2d, activated, can_fuse_norm
+from training_framework.kernels.norm import activated_norm
 from training_framework.models import build_model, checkpoint_activations, fuse_norms
 
 pytestmark = pytest.mark.skipif(
@@ -25,6 +25,10 @@ def turned(module, kind):
     return twin
 
 
+def rectified(norm, images, shortcut=None):
+    return activated(norm, images, shortcut, "relu", torch.relu)
+
+
 def case(*shape, mean=0.5):
     torch.manual_seed(0)
     images, shortcut, upstream = (torch.randn(shape) for _ in range(3))
@@ -35,21 +39,23 @@ def case(*shape, mean=0.5):
     return images, shortcut, upstream, norm
 
 
-def gradients(norm, images, shortcut, upstream):
-    """Output and all gradients, with ReLU and a shortcut."""
+def gradients(norm, images, shortcut, upstream, activation="relu"):
+    """Output and all gradients, with an activation and a shortcut."""
     images, shortcut = (t.detach().requires_grad_() for t in (images, shortcut))
-    output = rectified(norm, images, shortcut)
+    output = activated(norm, images, shortcut, activation, getattr(F, activation))
     inputs = (images, shortcut, norm.weight, norm.bias)
     return output, *torch.autograd.grad(output, inputs, upstream)
 
 
+@pytest.mark.parametrize("activation", ["relu", "gelu", "silu"])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_output_gradients_and_statistics_equal_those_in_float64(shape, layout):
+def test_output_gradients_and_statistics_equal_those_in_float64(shape, layout, activation):
     images, shortcut, upstream, norm = case(*shape)
     fused, exact = turned(copy.deepcopy(norm), FusedBatchNorm2d), norm.double()
-    ours = gradients(fused, images.contiguous(memory_format=layout), shortcut, upstream)
-    theirs = gradients(exact, images.double(), shortcut.double(), upstream.double())
+    operands = (images.contiguous(memory_format=layout), shortcut, upstream, activation)
+    ours = gradients(fused, *operands)
+    theirs = gradients(exact, images.double(), shortcut.double(), upstream.double(), activation)
     for got, expected in zip(ours, theirs, strict=True):
         assert got.dtype == torch.float32
         torch.testing.assert_close(got.double(), expected, rtol=2e-5, atol=2e-5)
@@ -69,13 +75,17 @@ def test_a_large_mean_costs_no_more_digits_than_torchs():
         assert error <= 4 * allowed + 1e-6  # torch's varies twofold with the number of threads
 
 
-@pytest.mark.parametrize("relu", [True, False])
-def test_without_a_shortcut_and_without_relu(relu):
+@pytest.mark.parametrize("activation", ["none", "relu", "gelu", "silu"])
+def test_without_a_shortcut_and_without_an_activation(activation):
     images, _, upstream, norm = case(3, 48, 5, 5)
     images.requires_grad_()
     fused = turned(copy.deepcopy(norm), FusedBatchNorm2d)
-    output = rectified(fused, images) if relu else fused(images)
-    expected = F.relu(norm(images)) if relu else norm(images)
+    function = getattr(F, activation, torch.clone)
+    if activation == "none":
+        output = fused(images)
+    else:
+        output = activated(fused, images, None, activation, function)
+    expected = function(norm(images))
     torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)
     ours, theirs = (torch.autograd.grad(t, images, upstream)[0] for t in (output, expected))
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
@@ -88,16 +98,38 @@ def test_the_operators_keep_the_rules_of_torch():
     weight, bias = norm.weight, norm.bias
     for tensor in (images, shortcut):
         tensor.requires_grad_()
-    torch.library.opcheck(rectified_norm, (images, weight, bias, shortcut, 1e-5, True))
-    torch.library.opcheck(rectified_norm, (images, weight, bias, None, 1e-5, False))
+    torch.library.opcheck(activated_norm, (images, weight, bias, shortcut, 1e-5, "relu"))
+    torch.library.opcheck(activated_norm, (images, weight, bias, shortcut, 1e-5, "gelu"))
+    torch.library.opcheck(activated_norm, (images, weight, bias, None, 1e-5, "none"))
 
 
+@pytest.mark.parametrize("activation", ["gelu", "silu"])
+def test_smooth_activations_are_as_exact_as_torchs_far_from_zero(activation):
+    function = getattr(F, activation)
+    points = torch.linspace(-30, 30, 16 * 2000).view(1, 16, 20, 100)
+    norm = nn.BatchNorm2d(16)
+    with torch.no_grad():  # the norm gives the points themselves
+        norm.weight.copy_(points.std((0, 2, 3), unbiased=False))
+        norm.bias.copy_(points.mean((0, 2, 3)))
+    images = points.clone().requires_grad_()
+    fused = turned(norm, FusedBatchNorm2d)
+    shortcut = torch.zeros_like(points, requires_grad=True)
+    output = activated(fused, images, shortcut, activation, function)
+    exact = fused(images).detach().double().requires_grad_()
+    expected = function(exact)
+    torch.testing.assert_close(output.double(), expected, rtol=1e-5, atol=5e-7)
+    (slopes,) = torch.autograd.grad(output.sum(), shortcut)
+    (right,) = torch.autograd.grad(expected.sum(), exact)
+    torch.testing.assert_close(slopes.double(), right, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu", "silu"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_nan_and_infinity_go_through(bad):
+def test_nan_and_infinity_go_through(bad, activation):
     images, shortcut, upstream, norm = case(2, 16, 4, 4)
     images[0, 3, 1, 1] = bad
     fused = turned(norm, FusedBatchNorm2d)
-    output, grad_images, *_ = gradients(fused, images, shortcut, upstream)
+    output, grad_images, *_ = gradients(fused, images, shortcut, upstream, activation)
     assert output[:, 3].isnan().any() and grad_images[:, 3].isnan().any()
     assert output[:, :3].isfinite().all() and grad_images[:, :3].isfinite().all()
     assert not fused.running_var[3].isfinite()

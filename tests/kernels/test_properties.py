@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from training_framework.kernels.fused_norm import FusedBatchNorm2d, can_fuse_norm, rectified
-from training_framework.kernels.norm import rectified_norm, rectified_norm_backward
+from training_framework.kernels.fused_norm import FusedBatchNorm2d, activated, can_fuse_norm
+from training_framework.kernels.norm import activated_norm, activated_norm_backward
 from training_framework.kernels.small_maps import SmallMapConv2d
 from training_framework.kernels.winograd import winograd_convolution, winograd_convolution_backward
 from training_framework.kernels.winograd_convolution import WinogradConv2d
@@ -265,7 +265,9 @@ def run_norm(kind, case):
 
     def forward(images):
         if case["relu"]:
-            return rectified(norm, images, shortcut if case["shortcut"] else None)
+            return activated(
+                norm, images, shortcut if case["shortcut"] else None, "relu", torch.relu
+            )
         return norm(images)
 
     inputs = [t for t in (images, shortcut, *norm.parameters()) if t.requires_grad]
@@ -345,7 +347,7 @@ def test_the_convolution_operators_refuse_what_they_cannot_read(name, bad):
 def test_the_norm_operators_refuse_what_they_cannot_read(name, bad):
     images, shortcut = torch.randn(2, 16, 4, 4), torch.randn(2, 16, 4, 4)
     weight, bias = torch.randn(16), torch.randn(16)
-    output, statistics = rectified_norm(images, weight, bias, shortcut, 1e-5, True)
+    output, statistics = activated_norm(images, weight, bias, shortcut, 1e-5, "relu")
     given = {
         "images": images, "weight": weight, "bias": bias, "shortcut": shortcut,
         "output": output, "statistics": statistics,
@@ -359,9 +361,9 @@ def test_the_norm_operators_refuse_what_they_cannot_read(name, bad):
         if name in ("output", "statistics"):
             upstream = torch.ones(2, 16, 4, 4)
             wanted = [True, True]
-            rectified_norm_backward(upstream, images, output, weight, statistics, True, wanted)
+            activated_norm_backward(upstream, images, output, weight, statistics, "relu", wanted)
         else:
-            rectified_norm(images, weight, bias, shortcut, 1e-5, True)
+            activated_norm(images, weight, bias, shortcut, 1e-5, "relu")
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
-from training_framework.kernels.norm import rectified_norm
+from training_framework.kernels.norm import activated_norm
 from training_framework.kernels.scratch import scratch_memory, thread_count
 from training_framework.kernels.winograd import winograd_convolution
 from training_framework.kernels.winograd_convolution import WinogradConv2d
@@ -47,7 +47,7 @@ def largest_error(seed):
                 gradients(output, images, weight), gradients(expected, images, weight), strict=True
             ),
             (
-                rectified_norm(images, ones, zeros, None, 1e-5, False)[0],
+                activated_norm(images, ones, zeros, None, 1e-5, "none")[0],
                 F.batch_norm(images, None, None, training=True),
             ),
         ]

@@ -7,8 +7,8 @@ from training_framework.errors import UserError
 from training_framework.loggers import COLUMNS, CsvLogger
 
 HEADER = (
-    "epoch,step,train/loss,train/acc1,train/acc5,val/loss,val/acc1,val/acc5,lr,grad_norm,"
-    "images_per_second,data_wait,memory,mfu,eval_seconds"
+    "epoch,step,train/loss,train/acc1,train/acc5,val/loss,val/acc1,val/acc5,val/acc1_tta,"
+    "lr,grad_norm,images_per_second,data_wait,memory,mfu,eval_seconds"
 )
 
 
@@ -34,7 +34,7 @@ def test_columns_stand_in_their_fixed_order_whatever_the_order_of_the_values(pat
     logger = CsvLogger(path)
     logger.log(10, {"val/acc1": 71.5, "lr": 0.1, "train/loss": 1.25, "epoch": 0.0})
     logger.close()
-    assert path.read_text() == f"{HEADER}\n0,10,1.25,,,,71.5,,0.1,,,,,,\n"
+    assert path.read_text() == f"{HEADER}\n0,10,1.25,,,,71.5,,,0.1,,,,,,\n"
 
 
 def test_every_row_is_in_the_file_as_soon_as_it_is_logged(path):
@@ -112,16 +112,16 @@ def test_resuming_keeps_the_order_of_steps_enforced(path):
     logger.close()
 
 
-@pytest.mark.parametrize("lost_bytes", range(1, 22))
+@pytest.mark.parametrize("lost_bytes", range(1, 23))
 def test_a_torn_last_row_is_dropped(path, lost_bytes):
     write(path, [10, 20])
     whole = path.read_bytes()
     path.write_bytes(whole[:-lost_bytes])
     write(path, [30], resume_step=25)
-    assert path.read_bytes() == whole[: whole.rindex(b"0,20")] + b"0,30,3.75,,,,,,,,,,,,\n"
+    assert path.read_bytes() == whole[: whole.rindex(b"0,20")] + b"0,30,3.75,,,,,,,,,,,,,\n"
 
 
-@pytest.mark.parametrize("junk", [b"\0" * 40, b"\xff\xfe,\n", b"0,x20,1,,,,,,,,,,,,\n", b"\n"])
+@pytest.mark.parametrize("junk", [b"\0" * 40, b"\xff\xfe,\n", b"0,x20,1,,,,,,,,,,,,,\n", b"\n"])
 def test_what_a_power_cut_leaves_is_dropped(path, junk):
     write(path, [10])
     whole = path.read_bytes()
@@ -165,3 +165,13 @@ def test_resuming_replaces_the_file_in_one_move_and_leaves_nothing_behind(path, 
     write(path, [], resume_step=20)
     assert [int(row["step"]) for row in rows(path)] == [10, 20]
     assert [file.name for file in path.parent.iterdir()] == ["metrics.csv"]
+
+
+def test_rows_of_an_earlier_version_get_the_columns_that_it_lacked(path):
+    earlier = HEADER.replace("val/acc1_tta,", "")
+    path.write_text(f"{earlier}\n0,10,1.25,,,,71.5,33.5,0.1,,,,,,\n0,20,1.0,,")
+    logger = CsvLogger(path, resume_step=20)
+    logger.log(20, {"lr": 0.5})
+    logger.close()
+    assert path.read_text().splitlines()[1] == "0,10,1.25,,,,71.5,33.5,,0.1,,,,,,"
+    assert [row["lr"] for row in rows(path)] == ["0.1", "0.5"]

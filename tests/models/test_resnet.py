@@ -178,7 +178,7 @@ def test_shared_early_weights_are_one_parameter_under_two_names():
         ({"num_classes": 0}, ["num_classes is 0", "1 or more"]),
         (
             {"name": "resnet50", "share_early_weights": True},
-            ["share_early_weights", "resnet10, resnet18 or resnet34"],
+            ["share_early_weights", "resnet10, resnet18, resnet34"],
         ),
     ],
 )

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from training_framework.optimizers import WeightAverage
+from training_framework.optimizers import EvenAverage, WeightAverage
 
 
 @pytest.fixture
@@ -123,6 +123,7 @@ def test_a_saved_average_goes_on_bit_for_bit(model):
         assert torch.equal(resumed.state_dict()[name], tensor)
 
 
+@pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_update_never_waits_for_the_device(model):
     model = model.cuda()
@@ -133,3 +134,14 @@ def test_update_never_waits_for_the_device(model):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert torch.equal(average.model[0].weight, model[0].weight)
+
+
+def test_an_even_average_is_the_mean_of_the_weights_from_its_first_step_on():
+    model = nn.Linear(1, 1, bias=False)
+    average = EvenAverage(model, first_step=2)
+    values = [5.0, -3.0, 1.0, 2.0, 6.0]
+    means = [5.0, -3.0, 1.0, 1.5, 3.0]
+    for step, (value, mean) in enumerate(zip(values, means, strict=True)):
+        nn.init.constant_(model.weight, value)
+        average.update(model, step)
+        assert average.model.weight.item() == pytest.approx(mean)

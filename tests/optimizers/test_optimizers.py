@@ -42,7 +42,7 @@ def train(model, optimizer, steps=5):
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("fused", [False, True])
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", OPTIONS)
 def test_training_equals_torchs_plain_optimizer_without_decay_on_norms_and_biases(
     model, name, fused, layout
 ):
@@ -67,7 +67,7 @@ def test_training_equals_torchs_plain_optimizer_without_decay_on_norms_and_biase
         torch.testing.assert_close(parameter, expected, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", OPTIONS)
 def test_the_implementation_asked_for_is_the_one_that_runs(model, name):
     for fused in (False, True):
         optimizer = build_optimizer(model, name=name, lr=0.1, fused=fused)
@@ -88,7 +88,7 @@ class FusedCalls(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", OPTIONS)
 def test_fused_kernels_on_the_cpu_are_given_nothing_that_they_would_copy(model, name):
     model = model.to(memory_format=torch.channels_last)
     optimizer = build_optimizer(model, name=name, lr=0.05, fused=True, **OPTIONS[name])
@@ -103,7 +103,7 @@ def test_fused_kernels_on_the_cpu_are_given_nothing_that_they_would_copy(model, 
     assert {tuple(state.shape) for state in states} <= {(3, 2, 3, 3), ()}
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", OPTIONS)
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_an_optimizers_state_resumes_in_a_new_one_bit_for_bit(model, name, layout):
     model = model.to(memory_format=layout)

@@ -107,6 +107,36 @@ def test_a_cpu_does_not_choose_bf16_where_its_gradients_are_wrong():
     assert "gradients" in reason(tiny, "precision")
     larger = dataclasses.replace(FACTS, image_size=17)
     assert plan(fast, stem="imagenet", facts=larger).precision == "bf16-mixed"
+    growing = plan(fast, stem="imagenet", facts=larger, progressive_resolution=((0.0, 16),))
+    assert growing.precision == "32"
+
+
+def test_bf16_goes_into_winograds_products_where_a_network_consists_of_them():
+    fast = dataclasses.replace(
+        NATIVE_CPU, instruction_sets=("avx512", "avx512_bf16"), bf16_speed=1.9
+    )
+    made = plan(fast)
+    assert (made.precision, made.winograd_convolutions, made.bf16_products) == ("32", True, True)
+    slow = plan(dataclasses.replace(fast, bf16_speed=0.5))
+    assert slow.winograd_convolutions and not slow.bf16_products
+    everywhere = (
+        plan(fast, model="resnet50"),  # half of its products are in 1x1 convolutions
+        plan(fast, bf16_products=False),
+        plan(fast, winograd_convolutions=False),
+        plan(dataclasses.replace(fast, cpp_compiler=None)),
+        plan(dataclasses.replace(fast, instruction_sets=("avx512", "amx"))),
+    )
+    assert {made.precision for made in everywhere} == {"bf16-mixed"}
+    assert not any(made.bf16_products for made in everywhere)
+
+
+def test_bf16_products_that_are_asked_for_say_where_they_are_slow_or_useless():
+    made = plan(NATIVE_CPU, bf16_products=True)
+    assert made.bf16_products
+    assert reason(made, "bf16_products") == "asked for; this CPU is slow at it"
+    made = plan(NATIVE_CPU, bf16_products=True, winograd_convolutions=False)
+    assert not made.bf16_products
+    assert reason(made, "bf16_products") == "only works in Winograd's convolutions"
 
 
 def test_bf16_instructions_count_where_they_are_measured_to_be_fast():
@@ -384,3 +414,26 @@ def test_a_set_smaller_than_a_batch_counts_as_it_is():
     plan = make_plan(TrainConfig(batch_size=64), CPU, small)
     assert (plan.global_batch_size, plan.images_per_step) == (20, 20)
     assert plan.lr == pytest.approx(0.1 * 20 / 64)
+
+
+@pytest.mark.parametrize(
+    ("epochs", "total", "last_group"),
+    # 5 batches an epoch in groups of 2: whole epochs have 3 steps.
+    [(2, 6, 1), (1.6, 5, 1), (1.8, 5, 2), (0.4, 1, 2), (0.01, 1, 1)],
+)
+def test_a_run_may_end_within_an_epoch(epochs, total, last_group):
+    facts = dataclasses.replace(FACTS, train_images=50)
+    made = plan(facts=facts, epochs=epochs, batch_size=10, accumulate_grad_batches=2)
+    assert made.total_steps == total
+    groups, epoch, batch = [], 0, 0
+    while epoch * 5 + batch < made.total_batches:
+        groups.append(made.group_size(epoch, batch))
+        batch += groups[-1]
+        if batch == 5:
+            epoch, batch = epoch + 1, 0
+    assert (len(groups), groups[-1]) == (total, last_group)
+    assert sum(groups) == made.total_batches
+
+
+def test_whole_epochs_stay_whole_numbers():
+    assert plan(epochs=3.0).epochs == 3 and isinstance(plan(epochs=3.0).epochs, int)

@@ -69,7 +69,7 @@ def test_a_plan_is_the_same_after_json():
 
 def test_another_measured_speed_changes_no_precision():
     slower = dataclasses.replace(CPU, bf16_speed=1.09)
-    then, fresh = plan_on(), plan_on(slower)
+    then, fresh = plan_on(model="resnet50"), plan_on(slower, model="resnet50")
     assert (then.precision, fresh.precision) == ("bf16-mixed", "32")
     plan, lines = resumed(then, fresh, slower)
     assert plan.precision == "bf16-mixed"
@@ -129,10 +129,17 @@ def test_the_length_of_an_epoch_is_that_of_the_plan():
     assert resuming._shape_in({**state, "plan": None}).steps == 8
 
 
+def test_another_measured_speed_changes_no_products():
+    slower = dataclasses.replace(CPU, bf16_speed=1.09)
+    then, fresh = plan_on(), plan_on(slower)
+    assert (then.bf16_products, fresh.bf16_products) == (True, False)
+    assert resumed(then, fresh, slower)[0].bf16_products
+
+
 def test_without_a_compiler_kernels_are_refused_with_the_cure_or_given_up_with_leave():
     bare = dataclasses.replace(CPU, cpp_compiler=None)
     then = plan_on(**FP32)
-    assert then.winograd_convolutions
+    assert then.winograd_convolutions and then.bf16_products
     assert then.fused_norms
     with pytest.raises(
         UserError,
@@ -142,10 +149,11 @@ def test_without_a_compiler_kernels_are_refused_with_the_cure_or_given_up_with_l
     ):
         resumed(then, plan_on(bare, **FP32), bare)
     plan, lines = resumed(then, plan_on(bare, **FP32, allow_config_change=True), bare)
-    assert not plan.winograd_convolutions
+    assert not plan.winograd_convolutions and not plan.bf16_products
     assert not plan.fused_norms
     assert plan.precision == "32"
-    assert "differs from its run: fused_norms on -> off, winograd_convolutions on -> off" in lines
+    assert "bf16_products on -> off" in lines
+    assert "fused_norms on -> off" in lines and "winograd_convolutions on -> off" in lines
 
 
 def test_kernels_that_have_become_possible_stay_off():
@@ -198,8 +206,8 @@ def test_what_changes_no_number_is_decided_anew():
 
 def test_changed_settings_win_and_the_choices_of_the_machine_stay():
     slower = dataclasses.replace(CPU, bf16_speed=1.09)
-    fresh = plan_on(slower, lr=0.5, batch_size=128, allow_config_change=True)
-    plan, _ = resumed(plan_on(), fresh, slower, changed=("lr", "batch_size"))
+    fresh = plan_on(slower, lr=0.5, batch_size=128, bf16_products=False, allow_config_change=True)
+    plan, _ = resumed(plan_on(bf16_products=False), fresh, slower, changed=("lr", "batch_size"))
     assert (plan.lr, plan.global_batch_size, plan.total_steps) == (0.5, 128, fresh.total_steps)
     assert plan.precision == "bf16-mixed"
     assert plan.threads == 8
@@ -228,10 +236,10 @@ def test_settings_that_may_differ_at_a_resumption_are_fields_that_do():
 
 def test_processes_that_planned_differently_do_not_train_together(monkeypatch):
     slower = dataclasses.replace(CPU, bf16_speed=1.09, cpu_name="another CPU")
-    other = plan_on(slower).as_dict()
+    other = plan_on(slower, model="resnet50").as_dict()
     monkeypatch.setattr(resuming, "gathered", lambda values: [values, other])
     with pytest.raises(UserError, match="precision is bf16-mixed and 32; set precision for all"):
-        resuming.refuse_different_plans(plan_on())
+        resuming.refuse_different_plans(plan_on(model="resnet50"))
     monkeypatch.setattr(resuming, "gathered", lambda values: [values, values])
     resuming.refuse_different_plans(plan_on())
 

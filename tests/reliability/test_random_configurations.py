@@ -21,14 +21,14 @@ from experiment import run_experiment
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from lives import begin, end_fault, warm_up
-from pydantic import ValidationError
 from reliability_result import RESULTS, write_result
 from test_double_launches import digest_of_files
 from tiny_training import newest_version, write_images
 
 from training_framework.config import TrainConfig
-from training_framework.config.inheritance import parse_yaml
-from training_framework.config.loading import config_to_dict
+from training_framework.config.inheritance import Setting, parse_yaml
+from training_framework.config.loading import build_config, config_to_dict
+from training_framework.errors import UserError
 from training_framework.measure.verify.difference import compare_runs
 
 TERMINATED = 143
@@ -44,7 +44,14 @@ SMALL: dict[str, st.SearchStrategy[Any]] = {
     "cutout": st.integers(0, 20),
     "model": st.sampled_from(["resnet10", "resnet10", "resnet10", "resnet18", "resnet50"]),
     "weights": st.none(),
-    "epochs": st.integers(1, 3),
+    "eval_img_size": st.none() | st.integers(8, 16),
+    "progressive_resolution": st.just([])
+    | st.tuples(st.floats(0.1, 0.9), st.integers(8, 14)).map(lambda later: [[0.0, 8], list(later)]),
+    "rand_augment_operations": st.integers(1, 3),
+    "average_from": st.sampled_from([0.0, 0.0, 0.0, 0.5]),
+    "final_lr_fraction": st.sampled_from([0.0, 0.0, 0.0, 0.1]),
+    "recompute_norm_batches": st.integers(0, 3),
+    "epochs": st.integers(1, 3) | st.floats(0.3, 3),
     "batch_size": st.integers(2, 12),
     "accumulate_grad_batches": st.integers(1, 4),
     "lr": st.floats(1e-6, 0.2) | st.just("auto"),
@@ -96,6 +103,9 @@ CONTRADICTIONS: list[dict[str, Any]] = [
     {"devices": 2},
     {"data": "digits", "num_classes": 5},
     {"save_every_n_steps": 0},
+    {"progressive_resolution": [[0.5, 8]]},
+    {"average_from": 0.5, "ema_decay": 0.9},
+    {"final_lr_fraction": 0.1, "scheduler": "one_cycle"},
 ]  # fmt: skip
 WRONG_VALUES: list[Any] = [
     None, True, False, -1, 0, 0.5, -0.5, 1e309, float("nan"), 10**30, "", "auto", "no", "x" * 300,
@@ -144,12 +154,9 @@ def configurations() -> st.SearchStrategy[dict[str, Any]]:
 
 
 def _is_valid(values: dict[str, Any]) -> bool:
-    milestones = values.get("milestones", ())
-    if isinstance(milestones, list):  # as YAML gives them
-        values = {**values, "milestones": tuple(milestones)}
     try:
-        TrainConfig(**values)
-    except ValidationError:
+        build_config({key: Setting(value, "drawn") for key, value in values.items()})
+    except UserError:
         return False
     return True
 

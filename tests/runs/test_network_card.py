@@ -1,12 +1,16 @@
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
+from training_framework import inference
 from training_framework.checkpoint import save_checkpoint
+from training_framework.config.architectures import Variation
 from training_framework.errors import UserError
 from training_framework.models import save_weights
 from training_framework.runs.network_card import NetworkCard, load_network
@@ -51,6 +55,30 @@ def test_both_kinds_of_file_give_the_network_and_its_card_back(tmp_path, network
             assert torch.equal(loaded(images), network(images))
 
 
+def test_a_varied_network_is_built_again_from_its_card(tmp_path, images):
+    variation = Variation(activation="gelu", squeeze_excitation=True, deep_stem=True)
+    card = dataclasses.replace(CARD, variation=variation, share_early_weights=False)
+    network = card.build().eval()
+    save_weights(network.state_dict(), tmp_path / "a.safetensors", card.as_metadata())
+    loaded, found = load_network(tmp_path / "a.safetensors")
+    assert found == card
+    with torch.inference_mode():
+        assert torch.equal(loaded(images), network(images))
+
+
+def test_predicting_sets_this_process_up_as_planned(tmp_path, network, monkeypatch):
+    write(tmp_path / "a.ckpt", network)
+    Image.new("RGB", (8, 8)).save(tmp_path / "image.png")
+    seen = []
+    monkeypatch.setattr(
+        inference, "set_up_process", lambda values, device_type: seen.append((values, device_type))
+    )
+    overrides = {"accelerator": "cpu", "threads": 1}
+    list(inference.predict_files(tmp_path / "a.ckpt", [tmp_path], top=1, overrides=overrides))
+    ((values, device_type),) = seen
+    assert (values["threads"], values["fp32_precision"], device_type) == (1, "ieee", "cpu")
+
+
 def test_the_average_is_taken_where_there_is_one(tmp_path, network):
     average = {name: tensor + 1 for name, tensor in network.state_dict().items()}
     write(tmp_path / "a.ckpt", network, average=average)
@@ -74,6 +102,8 @@ def test_weights_of_another_network_are_refused(tmp_path, network):
         {},
         {**CARD.as_dict(), "mean": None},
         {**CARD.as_dict(), "surplus": 1},
+        {**CARD.as_dict(), "variation": {"activation": "sigmoid"}},
+        {**CARD.as_dict(), "variation": {"deep_stem": "a lot"}},
         {key: value for key, value in CARD.as_dict().items() if key != "stem"},
     ],
 )

@@ -12,7 +12,8 @@ from training_framework.training.metrics import ClassificationSums
 from training_framework.training.micro_batching import StepStart
 from training_framework.training.step import TrainStep
 
-DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+ON_CUDA = pytest.param("cuda", marks=pytest.mark.cuda)
+DEVICES = ["cpu", *([ON_CUDA] if torch.cuda.is_available() else [])]
 
 
 def network(device):

@@ -232,6 +232,7 @@ def test_all_reduce_counts_the_samples_of_every_rank_once(tmp_path):
         assert process.returncode == 0, errors
 
 
+@pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_update_never_waits_for_the_device():
     sums = ClassificationSums("cuda", num_classes=10)

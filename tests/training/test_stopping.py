@@ -139,6 +139,17 @@ def test_several_agree_about_every_two_seconds_and_at_logged_steps(stopped):
     assert decide(agreement, stopped, 9, at_logged_step=True).stopped_by == "SIGTERM"
 
 
+def test_before_the_first_row_several_agree_by_the_time_between_agreements(monkeypatch, stopped):
+    clock = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: clock[0])
+    agreement = StopAgreement(world_size=2, device=CPU)
+    asked = []
+    for step in range(1, 12):
+        clock[0] += 60.0 if step == 1 else 0.5  # the first one compiles
+        asked.append(bool(decide(agreement, stopped, step, step_seconds=None).stopped_by))
+    assert [step for step, was in enumerate(asked, 1) if was] == [1, 2, 4, 8]
+
+
 def test_several_save_at_the_logged_step_after_one_was_due():
     agreement = StopAgreement(world_size=2, device=CPU)
     saves = [

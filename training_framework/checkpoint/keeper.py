@@ -3,7 +3,6 @@
 import os
 import re
 import shutil
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any, Self
 
 import psutil
 
+from training_framework.checkpoint.background import BackgroundSaves, Save
 from training_framework.checkpoint.file import read_description
 from training_framework.checkpoint.flat_state import FlatState
 from training_framework.checkpoint.loading import previous_of
@@ -32,11 +32,12 @@ class CheckpointKeeper:
     The best are named by epoch and accuracy: `resnet50-epoch=00-val_acc1=20.0000.ckpt`. Of equally
     good ones, the earlier stays.
 
-    A save copies the state in memory and returns, and a thread writes the copy; another save waits
-    for it. Meanwhile there is a second copy of the weights, their average and the optimizer state.
-    If the machine has too little memory for that, the state itself is written, and training waits.
-    An error in the thread is raised by the next `save`, `wait` or `close`. As a context manager it
-    closes at the end.
+    A save copies the state in memory and returns, and a thread writes the copy. Where saves come
+    faster than the disk takes them, the newest wins: a save that still waits is dropped for a newer
+    one, unless it may be one of the best. At most two wait. Meanwhile there are further copies of
+    the weights, their average and the optimizer state. If the machine has too little memory for
+    that, the state itself is written, and training waits. An error in the thread is raised by a
+    later `save`, `wait` or `close`. As a context manager it closes at the end.
 
     Args:
         directory: An existing folder.
@@ -64,8 +65,7 @@ class CheckpointKeeper:
         self._every_seconds = every_seconds
         self._more_state = more_state
         self._saved_at = time.monotonic()
-        self._writer: threading.Thread | None = None
-        self._error: BaseException | None = None
+        self._background = BackgroundSaves(self._write, keep=keep)
         for left in directory.glob(".*.ckpt.tmp"):  # of a run that was killed during a save
             left.unlink(missing_ok=True)
 
@@ -84,7 +84,7 @@ class CheckpointKeeper:
         return (
             self._every_seconds is not None
             and time.monotonic() - self._saved_at >= self._every_seconds
-            and (self._writer is None or not self._writer.is_alive())
+            and not self._background.is_busy
         )
 
     def save(self, state: dict[str, Any], *, epoch: int, val_acc1: float | None) -> None:
@@ -98,24 +98,21 @@ class CheckpointKeeper:
                 evaluation, so only `last.ckpt` is written.
 
         Raises:
-            UserError: This save or the one before it could not be written.
+            UserError: This save or an earlier one could not be written.
         """
-        self.wait()
+        self._background.make_room(val_acc1)
         flat = FlatState.of({**state, **self._more_state()})
-        arguments = (state["progress"]["step"], epoch, val_acc1)
+        save = Save(flat, state["progress"]["step"], epoch, val_acc1)
         self._saved_at = time.monotonic()
         if psutil.virtual_memory().available < 2 * flat.tensor_bytes:
-            self._write(flat, *arguments)
+            self.wait()
+            self._write(save)
             return
-        writer = threading.Thread(
-            target=self._write_in_thread, args=(flat.copied(), *arguments), name="checkpoint"
-        )
+        copied = save._replace(state=flat.copied())
         try:
-            writer.start()
+            self._background.add(copied)
         except RuntimeError:  # no memory for its stack, or no more threads (ulimit -u)
-            self._write(flat, *arguments)
-        else:
-            self._writer = writer
+            self._write(copied)
 
     def wait(self) -> None:
         """Wait until the latest save is on the disk.
@@ -123,12 +120,7 @@ class CheckpointKeeper:
         Raises:
             UserError: It could not be written.
         """
-        if self._writer is not None:
-            self._writer.join()
-            self._writer = None
-        error, self._error = self._error, None
-        if error is not None:
-            raise error
+        self._background.wait()
 
     def close(self) -> None:
         """The same as `wait`."""
@@ -144,21 +136,15 @@ class CheckpointKeeper:
             if error is None:  # the first error is the one to show
                 raise
 
-    def _write_in_thread(self, *arguments: Any) -> None:
+    def _write(self, save: Save) -> None:
         try:
-            self._write(*arguments)
-        except BaseException as error:
-            self._error = error
-
-    def _write(self, state: FlatState, step: int, epoch: int, val_acc1: float | None) -> None:
-        try:
-            temporary = write_beside(self.last, state)
+            temporary = write_beside(self.last, save.state)
             with removed_on_failure(temporary):
                 fault_point("checkpoint.before_replace")
                 # Before it becomes the last one: a run that is killed in between repeats this step,
                 # and with it the same best checkpoint.
-                if val_acc1 is not None:
-                    self._keep_if_best(temporary, step, epoch, val_acc1)
+                if save.val_acc1 is not None:
+                    self._keep_if_best(temporary, save.step, save.epoch, save.val_acc1)
                 self._keep_previous()
                 temporary.replace(self.last)
             flush_directory(self.directory)

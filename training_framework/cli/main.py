@@ -19,7 +19,10 @@ from typing import Any, NoReturn
 from training_framework import __version__
 from training_framework.cli.compare import add_compare
 from training_framework.cli.data import add_inspect, add_pack
+from training_framework.cli.estimate import add_estimate
+from training_framework.cli.lr_range import add_lr_range
 from training_framework.cli.profile import add_profile
+from training_framework.cli.recipes import add_recipes
 from training_framework.cli.report import add_report
 from training_framework.cli.streams import discard_output, prepare_streams, say
 from training_framework.cli.tune import add_tune
@@ -199,11 +202,11 @@ def _parser() -> argparse.ArgumentParser:
     _add_evaluate(commands)
     _add_predict(commands)
     _add_data(commands)
-    add_compare(commands)
-    add_tune(commands)
-    add_report(commands)
-    add_profile(commands)
-    add_verify_resume(commands)
+    for add in (
+        add_recipes, add_estimate, add_lr_range, add_compare, add_tune, add_report, add_profile,
+        add_verify_resume,
+    ):  # fmt: skip
+        add(commands)
     return parser
 
 
@@ -235,8 +238,9 @@ def _add_evaluate(commands: Any) -> None:
     add_config_flags(
         parser,
         ("data", "data_root", "batch_size", "accelerator", "precision", "threads", "num_workers",
-         "on_bad_image"),
+         "on_bad_image", "tta"),
     )  # fmt: skip
+    parser.usage = f"{parser.prog} CHECKPOINT [--SETTING VALUE ...]"
 
 
 def _add_predict(commands: Any) -> None:
@@ -315,6 +319,8 @@ def _evaluate(options: argparse.Namespace) -> None:
         f"{facts.name}: {metrics.count:,} images  top-1 {metrics.acc1:.2f}%  "
         f"top-5 {metrics.acc5:.2f}%  loss {metrics.loss:.4f}  in {evaluation.seconds:.1f} s"
     )
+    if evaluation.acc1_tta is not None:
+        print(f"  with test-time augmentation: top-1 {evaluation.acc1_tta:.2f}%")
 
 
 def _predict(options: argparse.Namespace) -> None:

@@ -46,7 +46,7 @@ def plan_lines(plan: TrainPlan, hardware: Hardware, facts: DatasetFacts) -> list
 
 
 def _epochs(count: float) -> str:
-    return f"{count} epoch" if count == 1 else f"{count} epochs"
+    return f"{count:,} epoch" if count == 1 else f"{count:,} epochs"
 
 
 def _wrapped(text: str, indent: int = 10) -> list[str]:
@@ -70,6 +70,8 @@ def result_lines(result: TrainResult) -> list[str]:
             f"last   top-1 {result.last_acc1:6.2f}%   top-5 {result.last_acc5:6.2f}%   "
             f"loss {result.val_loss:.4f}"
         )
+    if result.last_acc1_tta is not None:
+        lines.append(f"       top-1 {result.last_acc1_tta:6.2f}%   with test-time augmentation")
     if result.epoch_seconds:
         total = sum(result.epoch_seconds)
         lines.append(

@@ -87,9 +87,13 @@ def check_value(key: str, setting: Setting) -> None:
 
 def _natural(key: str, value: Any) -> Any:
     """The value as TrainConfig expects it: YAML has lists but no tuples."""
-    if key == "milestones" and isinstance(value, list):
-        return tuple(value)
+    if key in ("milestones", "progressive_resolution"):
+        return _as_tuples(value)
     return value
+
+
+def _as_tuples(value: Any) -> Any:
+    return tuple(map(_as_tuples, value)) if isinstance(value, list) else value
 
 
 def _user_error(error: ValidationError, settings: Mapping[str, Setting]) -> UserError:

@@ -19,6 +19,7 @@ from training_framework.data.decoding import (
 )
 from training_framework.data.draws import Purpose, SampleGenerators
 from training_framework.data.image_files import StorageFault
+from training_framework.data.resolution import Resolutions
 from training_framework.data.sampling import Indices
 from training_framework.data.splits import ArraySplit, EncodedSplit
 from training_framework.errors import UserError, one_line
@@ -56,6 +57,7 @@ class FileBatches(Dataset[HostBatch]):
     Args:
         split: The encoded images.
         image_size: Side in pixels of the crops.
+        resolutions: That side by epoch, instead of `image_size`; None: always the same.
         train: Whether to take random crops.
         seed: Draws the crops, with epoch and sample.
         bad_images: Knows how many images may be bad; None: a bad image is an error.
@@ -68,11 +70,12 @@ class FileBatches(Dataset[HostBatch]):
         image_size: int,
         train: bool,
         seed: int,
+        resolutions: Resolutions | None = None,
         bad_images: BadImages | None = None,
     ) -> None:
         self._encoded = split.images()
         self._labels = split.labels
-        self._image_size = image_size
+        self._resolutions = resolutions or Resolutions(((0, image_size),))
         self._train = train
         self._generators = SampleGenerators(seed, Purpose.DECODING)
         self._skips_bad = bad_images is not None
@@ -83,7 +86,7 @@ class FileBatches(Dataset[HostBatch]):
 
     def __getitem__(self, request: Request) -> HostBatch:
         epoch, samples = request
-        size = self._image_size
+        size = self._resolutions.at(epoch)
         images: Pixels = np.empty((len(samples), size, size, 3), dtype=np.uint8)
         taken, bad = samples.copy(), dict[str, str]()
         for row, sample in enumerate(samples.tolist()):
@@ -117,9 +120,9 @@ class FileBatches(Dataset[HostBatch]):
         name, data = self._encoded.name_of(sample), self._encoded.read(sample)
         if self._train:
             rng = self._generators.of(epoch, drawn_for)
-            decode_random_resized_crop(data, name, size=self._image_size, rng=rng, out=pixels)
+            decode_random_resized_crop(data, name, size=len(pixels), rng=rng, out=pixels)
         else:
-            decode_center_crop(data, name, size=self._image_size, out=pixels)
+            decode_center_crop(data, name, size=len(pixels), out=pixels)
 
 
 class ArrayBatches(Dataset[HostBatch]):

@@ -7,6 +7,7 @@ import torch
 
 from training_framework.data.bad_images import BadImages
 from training_framework.data.batch import Batch, Loader
+from training_framework.data.resolution import Resolutions
 from training_framework.data.sampling import BatchPlan
 from training_framework.data.splits import ArraySplit, EncodedSplit, Split
 from training_framework.data.worker_loading import WorkerLoader
@@ -52,6 +53,7 @@ def build_loader(
     global_batch_size: int,
     train: bool,
     image_size: int,
+    resolutions: Resolutions | None = None,
     seed: int = 0,
     rank: int = 0,
     world_size: int = 1,
@@ -69,6 +71,8 @@ def build_loader(
         global_batch_size: Samples of a batch over all ranks.
         train: Shuffle, take random crops and only whole batches; otherwise every sample in order.
         image_size: Side in pixels of the batches' images.
+        resolutions: That side by epoch for encoded images, which are decoded at it; None: always
+            `image_size`.
         seed: Draws the order and the crops.
         rank: Number of this process, from 0.
         world_size: Number of processes.
@@ -106,6 +110,7 @@ def build_loader(
         plan=plan,
         device=device,
         image_size=image_size,
+        resolutions=resolutions,
         num_workers=num_workers,
         prefetch_factor=prefetch_factor,
         pin_memory=pin_memory,

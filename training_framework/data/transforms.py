@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 
 from training_framework.data import augmentation
+from training_framework.data.appearance import Appearance
 from training_framework.data.batch import Batch
 from training_framework.data.draws import BatchDraws
+from training_framework.data.resolution import Resolutions, resized
 
 __all__ = ["EvalTransform", "FlipMode", "MixedLabels", "TrainTransform"]
 
@@ -18,6 +20,7 @@ _FLIP = 0
 _CROP = slice(1, 3)
 _CUTOUT = slice(3, 5)
 _ERASING = slice(5, 10)
+_APPEARANCE = slice(10, None)
 
 
 class MixedLabels(NamedTuple):
@@ -43,6 +46,7 @@ class EvalTransform:
         device: The device of the batches.
         dtype: Of the result for uint8 images.
         channels_last: Whether the result is channels_last in memory.
+        size: Side in pixels to which uint8 images are resized; None: they keep their size.
     """
 
     def __init__(
@@ -53,7 +57,9 @@ class EvalTransform:
         device: torch.device | str,
         dtype: torch.dtype = torch.float32,
         channels_last: bool = True,
+        size: int | None = None,
     ) -> None:
+        self._size = size
         self._scale, self._shift = augmentation.scale_and_shift(mean, std, device)
         self._dtype = dtype
         self._memory_format = torch.channels_last if channels_last else torch.contiguous_format
@@ -63,7 +69,10 @@ class EvalTransform:
 
     def __call__(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The batch's images, (N, C, H, W) float, and its labels, (N,) int64."""
-        return self.normalized(batch.images), batch.labels
+        images = self.normalized(batch.images)
+        if self._size is not None and not batch.images.is_floating_point():
+            images = resized(images, self._size)
+        return images, batch.labels
 
     def normalized(self, images: Tensor) -> Tensor:
         """(N, C, H, W) images as floats."""
@@ -102,6 +111,8 @@ class TrainTransform:
         crop_padding: Padding in pixels of pad-and-crop; 0: off.
         cutout: Side in pixels of the square that is cut out; 0: off.
         random_erasing: Probability of losing a rectangle; 0: off.
+        appearance: Changes of colors and shapes; None: none.
+        resolutions: Size of the result by epoch, for uint8 images; None: they keep theirs.
         mixup: Alpha of mixup's beta distribution; 0: off.
         cutmix: Alpha of cutmix's beta distribution; 0: off. With both, each step draws one of them.
         dtype: Of the result for uint8 images.
@@ -120,6 +131,8 @@ class TrainTransform:
         crop_padding: int = 0,
         cutout: int = 0,
         random_erasing: float = 0.0,
+        appearance: Appearance | None = None,
+        resolutions: Resolutions | None = None,
         mixup: float = 0.0,
         cutmix: float = 0.0,
         dtype: torch.dtype = torch.float32,
@@ -129,6 +142,8 @@ class TrainTransform:
         self._crop_padding = crop_padding
         self._cutout = cutout
         self._random_erasing = random_erasing
+        self._appearance = appearance or Appearance()
+        self._resolutions = resolutions
         self._mixup = mixup
         self._cutmix = cutmix
         self._to_floats = EvalTransform(
@@ -139,6 +154,7 @@ class TrainTransform:
             _CROP.stop if crop_padding else 0,
             _CUTOUT.stop if cutout else 0,
             _ERASING.stop if random_erasing else 0,
+            _APPEARANCE.start + changes if (changes := self._appearance.draws_per_sample) else 0,
         )
         self._draws = BatchDraws(
             seed=seed,
@@ -180,6 +196,8 @@ class TrainTransform:
         if self._crop_padding:
             offsets = (draws[_CROP] * (2 * self._crop_padding + 1)).long()
             images = augmentation.pad_and_crop(images, self._crop_padding, offsets[0], offsets[1])
+        if self._appearance.draws_per_sample:
+            images = self._appearance(images, draws[_APPEARANCE])
         images = self._to_floats.normalized(images)
         if self._cutout:
             height, width = images.shape[2:]
@@ -191,6 +209,8 @@ class TrainTransform:
             images = augmentation.random_erasing(
                 images, draws[_ERASING], probability=self._random_erasing
             )
+        if self._resolutions is not None:
+            images = resized(images, self._resolutions.at(epoch))
         return images
 
     def _mixed(

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from training_framework.data.bad_images import BadImages, SplitName
 from training_framework.data.batch import Batch, prefetch_to_device
 from training_framework.data.host_batches import ArrayBatches, FileBatches, HostBatch, Request
+from training_framework.data.resolution import Resolutions
 from training_framework.data.sampling import BatchPlan, Indices
 from training_framework.data.splits import ArraySplit, EncodedSplit
 from training_framework.errors import UserError
@@ -51,6 +52,7 @@ class WorkerLoader:
         plan: The samples of each batch; its seed also draws the crops.
         device: The device of the batches.
         image_size: Side in pixels that files are cropped and resized to.
+        resolutions: That side by epoch, instead of `image_size`; None: always the same.
         num_workers: Loader processes; 0: load in this process.
         prefetch_factor: Batches that each worker prepares in advance.
         pin_memory: Use page-locked host memory; only for CUDA.
@@ -67,6 +69,7 @@ class WorkerLoader:
         plan: BatchPlan,
         device: torch.device | str,
         image_size: int,
+        resolutions: Resolutions | None = None,
         num_workers: int = 0,
         prefetch_factor: int = 4,
         pin_memory: bool = False,
@@ -77,6 +80,7 @@ class WorkerLoader:
             self._batches = FileBatches(
                 split,
                 image_size=image_size,
+                resolutions=resolutions,
                 train=plan.train,
                 seed=plan.seed,
                 bad_images=bad_images,

@@ -1,21 +1,24 @@
-"""Batch norm, the shortcut's addition and ReLU: separately, or on CPUs in one pass over memory."""
+"""Batch norm, the shortcut's addition and activation: separately, or on CPUs in one pass."""
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from training_framework.kernels.norm import (
+    ACTIVATION_NUMBERS,
     CHANNEL_MULTIPLE,
     MEAN,
     UNBIASED_VARIANCE,
-    rectified_norm,
+    activated_norm,
 )
 from training_framework.kernels.operands import is_readable
 
-__all__ = ["FusedBatchNorm2d", "can_fuse_norm", "rectified"]
+__all__ = ["FusedBatchNorm2d", "activated", "can_fuse_norm"]
 
 
 class FusedBatchNorm2d(nn.BatchNorm2d):
-    """BatchNorm2d that also adds a shortcut and applies ReLU, in training on a CPU in fp32.
+    """BatchNorm2d that also adds a shortcut and an activation, in training on a CPU in fp32.
 
     In evaluation, in other precisions and on other devices it runs `nn.BatchNorm2d`, which also
     raises the errors for wrong inputs. Parameters and buffers are the same in name, shape and
@@ -26,15 +29,24 @@ class FusedBatchNorm2d(nn.BatchNorm2d):
         """The norm of (N, C, H, W)."""
         if not self._applies_to(input):
             return super().forward(input)
-        return self._normalized(input, None, relu=False)
+        return self._normalized(input, None, "none")
 
-    def rectified(self, input: Tensor, shortcut: Tensor | None) -> Tensor:
-        """ReLU of the sum of the norm of (N, C, H, W) and the shortcut, if there is one."""
-        if not self._applies_to(input) or (
-            shortcut is not None and not (is_readable(shortcut) and shortcut.shape == input.shape)
+    def activated(self, input: Tensor, shortcut: Tensor | None, activation: str) -> Tensor | None:
+        """The activation of the sum of the norm of (N, C, H, W) and the shortcut, if there is one.
+
+        Returns:
+            (N, C, H, W), or None where the kernels do not apply.
+        """
+        if (
+            activation not in ACTIVATION_NUMBERS
+            or not self._applies_to(input)
+            or (
+                shortcut is not None
+                and not (is_readable(shortcut) and shortcut.shape == input.shape)
+            )
         ):
-            return _separately(self, input, shortcut)
-        return self._normalized(input, shortcut, relu=True)
+            return None
+        return self._normalized(input, shortcut, activation)
 
     def _applies_to(self, input: Tensor) -> bool:
         tensors = (input, self.weight, self.bias, self.running_mean, self.running_var)
@@ -48,10 +60,12 @@ class FusedBatchNorm2d(nn.BatchNorm2d):
             and input.numel() > self.num_features  # torch raises the error for a single value
         )
 
-    def _normalized(self, input: Tensor, shortcut: Tensor | None, *, relu: bool) -> Tensor:
+    def _normalized(self, input: Tensor, shortcut: Tensor | None, activation: str) -> Tensor:
         assert self.running_mean is not None and self.running_var is not None
         assert self.num_batches_tracked is not None and self.momentum is not None
-        output, statistics = rectified_norm(input, self.weight, self.bias, shortcut, self.eps, relu)
+        output, statistics = activated_norm(
+            input, self.weight, self.bias, shortcut, self.eps, activation
+        )
         with torch.no_grad():
             self.num_batches_tracked.add_(1)
             self.running_mean.lerp_(statistics[MEAN], self.momentum)
@@ -71,26 +85,32 @@ def can_fuse_norm(norm: nn.Module) -> bool:
     )
 
 
-def rectified(norm: nn.Module, input: Tensor, shortcut: Tensor | None = None) -> Tensor:
-    """ReLU of the sum of a norm's output and the shortcut, if there is one.
+def activated(
+    norm: nn.Module,
+    input: Tensor,
+    shortcut: Tensor | None,
+    activation: str,
+    function: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """The activation of the sum of a norm's output and the shortcut, if there is one.
 
     Args:
         norm: Any module from (N, C, H, W) to the same.
         input: (N, C, H, W).
         shortcut: (N, C, H, W).
+        activation: Its name.
+        function: The activation itself, for where the kernels do not apply.
     """
     if isinstance(norm, FusedBatchNorm2d) and not _has_hooks(norm):
-        return norm.rectified(input, shortcut)
-    return _separately(norm, input, shortcut)
-
-
-def _separately(norm: nn.Module, input: Tensor, shortcut: Tensor | None) -> Tensor:
+        fused = norm.activated(input, shortcut, activation)
+        if fused is not None:
+            return fused
     output: Tensor = norm(input)
     if _has_hooks(norm):  # they may keep the output, so it must not change
-        return torch.relu(output if shortcut is None else output + shortcut)
+        return function(output if shortcut is None else output + shortcut)
     if shortcut is not None:
         output += shortcut
-    return torch.relu_(output)
+    return torch.relu_(output) if activation == "relu" else function(output)
 
 
 def _has_hooks(norm: nn.Module) -> bool:

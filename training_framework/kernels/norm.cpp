@@ -1,5 +1,5 @@
 // Fused batch norm for training on CPU, fp32:  y = act((x - mean) * invstd * weight + bias + shortcut)
-// and its backward, act = ReLU or nothing. Statistics per channel over all rows.
+// and its backward, act = ReLU, GELU, SiLU or nothing. Statistics per channel over all rows.
 //
 // Layout: x, y, shortcut and their gradients are [rows][C] (an NHWC activation, rows = N*H*W),
 // everything per channel is [C]. C is a multiple of 16.
@@ -31,6 +31,7 @@ enum { TILE = 32768, MIN_ROWS = 16, MAX_ROWS = 256, SAMPLES = 8 };
 
 typedef float vec __attribute__((vector_size(VL * 4)));
 typedef float vec_u __attribute__((vector_size(VL * 4), aligned(4)));   // unaligned access
+typedef int ivec __attribute__((vector_size(VL * 4)));
 typedef long idx;
 
 static inline vec load(const float* p) { return *(const vec_u*)p; }
@@ -43,16 +44,65 @@ static inline vec affine(vec x, vec mean, vec scale, vec shift) { return (x - me
 static inline vec relu(vec v) { vec z = {}; return z > v ? z : v; }
 static inline vec masked(vec g, vec y) { vec z = {}; return y <= z ? z : g; }
 
+// e^x: 2^n by the exponent's bits times a polynomial on [-ln 2 / 2, ln 2 / 2], two units in the last
+// place. Below e^-87 and above e^88 it stays there. Adding 1.5 * 2^23 rounds to an integer.
+static inline vec exponential(vec x) {
+    const vec low = vec{} - 87.f, high = vec{} + 88.f;
+    x = x < low ? low : x;
+    x = x > high ? high : x;
+    const float magic = 12582912.f;
+    const vec t = x * 1.44269504f + magic, n = t - magic;
+    const vec r = (x - n * 0.693145752f) - n * 1.42860677e-6f;
+    vec p = r * 1.38888889e-3f + 8.33333333e-3f;
+    p = p * r + 4.16666667e-2f;
+    p = p * r + 1.66666667e-1f;
+    p = p * r + 0.5f;
+    p = p * r + 1.f;
+    p = p * r + 1.f;
+    const ivec power = ((ivec)t - 0x4B400000 + 127) << 23;
+    return p * (vec)power;
+}
+// The share of the standard normal distribution below z, and its density at z. Abramowitz and Stegun,
+// Handbook of Mathematical Functions, 7.1.26: an error of at most 1e-7, about fp32's.
+static inline vec normal_share(vec z, vec& density) {
+    const vec zero = {}, e = exponential(z * z * -0.5f), x = (z < zero ? -z : z) * 0.707106781f;
+    const vec t = 1.f / (x * 0.3275911f + 1.f);
+    vec p = t * 1.061405429f - 1.453152027f;
+    p = p * t + 1.421413741f;
+    p = p * t - 0.284496736f;
+    p = p * t + 0.254829592f;
+    const vec tail = p * t * e * 0.5f;
+    density = e * 0.398942280f;
+    return z < zero ? tail : 1.f - tail;
+}
+static inline vec gelu(vec z) { vec density; return z * normal_share(z, density); }
+static inline vec gelu_slope(vec z) {
+    vec density;
+    const vec share = normal_share(z, density);
+    return share + z * density;
+}
+static inline vec logistic(vec z) { return 1.f / (exponential(-z) + 1.f); }
+static inline vec silu_slope(vec z) { const vec s = logistic(z); return s * (z * (1.f - s) + 1.f); }
+
+enum Activation { NONE, RELU, GELU, SILU };
+template <int A> static inline vec activated(vec z) {
+    return A == RELU ? relu(z) : A == GELU ? gelu(z) : A == SILU ? z * logistic(z) : z;
+}
+
 // Arguments of a pass; unused ones are NULL. mean is subtracted from x.
 struct Args {
     const float *x, *other, *y;         // [rows][C]; other: shortcut (forward) or gy (backward)
+                                        // y: ReLU's output, or the shortcut of GELU and SiLU
     float *out;                         // [rows][C]
     const float *mean, *scale, *shift;  // [C]
     const float *k0, *k1;               // [C], backward's second pass
     idx C;
 };
-// What a pass uses: only moments of x; gy; gy masked by y; gy masked by the recomputed y.
-enum Mode { MOMENTS, PLAIN, MASK_Y, MASK_X };
+// What a pass uses: only moments of x; gy; gy masked by y; gy masked by the recomputed y; gy times the
+// slope at the recomputed sum, without and with a shortcut.
+enum Mode { MOMENTS, PLAIN, MASK_Y, MASK_X, GELU_X, GELU_Y, SILU_X, SILU_Y };
+static constexpr bool recomputes(int m) { return m >= MASK_X; }
+static constexpr bool reads_y(int m) { return m == MASK_Y || m == GELU_Y || m == SILU_Y; }
 
 // V vectors of a per-channel array from channel c on.
 template <int V> struct Vecs {
@@ -80,6 +130,11 @@ template <int M> static inline vec gradient(const Args& a, idx i, vec x, vec mea
     vec g = load(a.other + i);
     if (M == MASK_Y) return masked(g, load(a.y + i));
     if (M == MASK_X) return masked(g, affine(x, mean, scale, shift));
+    if (M >= GELU_X) {
+        vec z = affine(x, mean, scale, shift);
+        if (reads_y(M)) z += load(a.y + i);
+        return g * (M == GELU_X || M == GELU_Y ? gelu_slope(z) : silu_slope(z));
+    }
     return g;
 }
 
@@ -88,7 +143,7 @@ template <int M> static inline vec gradient(const Args& a, idx i, vec x, vec mea
 // at most MAX_ROWS rows, and tiles in double: a float chain over 65,536 rows would cost two digits.
 template <int M, int V> static void reduce_tile(const Args& a, idx r0, idx r1, idx c, double* sum) {
     enum { U = NV / V };   // rows at a time; NV independent chains hide the latency
-    const Vecs<V> mean(a.mean, c), scale(M == MASK_X ? a.scale : a.mean, c), shift(M == MASK_X ? a.shift : a.mean, c);
+    const Vecs<V> mean(a.mean, c), scale(recomputes(M) ? a.scale : a.mean, c), shift(recomputes(M) ? a.shift : a.mean, c);
     vec s[U][V] = {}, q[U][V] = {};
     auto step = [&](idx r, int u) {
 #pragma GCC unroll 4
@@ -96,7 +151,7 @@ template <int M, int V> static void reduce_tile(const Args& a, idx r0, idx r1, i
             const idx i = r * a.C + c + v * VL;
             const vec x = load(a.x + i), d = x - mean[v];
             const vec g = M == MOMENTS ? d : gradient<M>(a, i, x, mean[v], scale[v], shift[v]);
-            if (M == MASK_Y && a.out) store(a.out + i, g);
+            if (reads_y(M) && a.out) store(a.out + i, g);
             s[u][v] += g; q[u][v] += g * d;
         }
     };
@@ -121,8 +176,8 @@ template <int M> static void reduce(const Args& a, idx r0, idx r1, double* sum) 
         columns(a.C, [&](auto v, idx c) { reduce_tile<M, decltype(v)::value>(a, r, std::min(r + T, r1), c, sum); });
 }
 
-// Forward's second pass over a tile: a.out = relu?((x - mean) * scale + shift + shortcut?).
-template <bool RELU, bool ADD, int V> static void apply_tile(const Args& a, idx r0, idx r1, idx c) {
+// Forward's second pass over a tile: a.out = act((x - mean) * scale + shift + shortcut?).
+template <int ACT, bool ADD, int V> static void apply_tile(const Args& a, idx r0, idx r1, idx c) {
     const Vecs<V> mean(a.mean, c), scale(a.scale, c), shift(a.shift, c);
     for (idx r = r0; r < r1; ++r)
 #pragma GCC unroll 4
@@ -130,7 +185,7 @@ template <bool RELU, bool ADD, int V> static void apply_tile(const Args& a, idx 
             const idx i = r * a.C + c + v * VL;
             vec y = affine(load(a.x + i), mean[v], scale[v], shift[v]);
             if (ADD) y += load(a.other + i);
-            store(a.out + i, RELU ? relu(y) : y);
+            store(a.out + i, activated<ACT>(y));
         }
 }
 
@@ -153,11 +208,33 @@ template <class F> static inline void sweep(idx C, idx r0, idx r1, F f) {
         for (idx r = r0 + (r1 - r0 - 1) / T * T; r >= r0; r -= T)
             columns(C, [&](auto v, idx c) { f(v, r, std::min(r + T, r1), c); });
 }
-template <bool RELU, bool ADD> static void apply(const Args& a, idx r0, idx r1) {
-    sweep(a.C, r0, r1, [&](auto v, idx r, idx end, idx c) { apply_tile<RELU, ADD, decltype(v)::value>(a, r, end, c); });
+template <int ACT, bool ADD> static void apply(const Args& a, idx r0, idx r1) {
+    sweep(a.C, r0, r1, [&](auto v, idx r, idx end, idx c) { apply_tile<ACT, ADD, decltype(v)::value>(a, r, end, c); });
+}
+template <int ACT> static void apply(const Args& a, idx r0, idx r1) {
+    a.other ? apply<ACT, true>(a, r0, r1) : apply<ACT, false>(a, r0, r1);
+}
+static void apply(int act, const Args& a, idx r0, idx r1) {
+    switch (act) {
+        case RELU: return apply<RELU>(a, r0, r1);
+        case GELU: return apply<GELU>(a, r0, r1);
+        case SILU: return apply<SILU>(a, r0, r1);
+        default: return apply<NONE>(a, r0, r1);
+    }
 }
 template <int M> static void gradients(const Args& a, idx r0, idx r1) {
     sweep(a.C, r0, r1, [&](auto v, idx r, idx end, idx c) { gradient_tile<M, decltype(v)::value>(a, r, end, c); });
+}
+
+// Calls f(mode) for the mode of an activation, with or without y.
+template <class F> static void with_mode(int act, bool y, F f) {
+    auto call = [&](auto with, auto without) { y ? f(with) : f(without); };
+    switch (act) {
+        case RELU: return call(std::integral_constant<int, MASK_Y>(), std::integral_constant<int, MASK_X>());
+        case GELU: return call(std::integral_constant<int, GELU_Y>(), std::integral_constant<int, GELU_X>());
+        case SILU: return call(std::integral_constant<int, SILU_Y>(), std::integral_constant<int, SILU_X>());
+        default: return f(std::integral_constant<int, PLAIN>());
+    }
 }
 
 // One thread's moments of its rows r0..r1: sum[2][C] of x - ref and its square, and ref[C] itself.
@@ -204,7 +281,7 @@ template <class F> static void parallel(int threads, F body) {
 // float, and unbiased variance for the running statistics. The rounding error corrects the shift
 // (otherwise the bias) and the gradients.
 extern "C" void norm_forward(const float* x, const float* shortcut, const float* weight,
-        const float* bias, float eps, int relu,
+        const float* bias, float eps, int act,
         float* y, float* save, float* scratch, idx rows, idx C, int threads) {
     double* sums = (double*)scratch;
     float *refs = scratch + threads * 4 * C, *scale = refs + threads * C;
@@ -242,19 +319,19 @@ extern "C" void norm_forward(const float* x, const float* shortcut, const float*
             }
         }
         barrier();
-        if (relu) shortcut ? apply<true, true>(a, r0, r1) : apply<true, false>(a, r0, r1);
-        else shortcut ? apply<false, true>(a, r0, r1) : apply<false, false>(a, r0, r1);
+        apply(act, a, r0, r1);
     });
 }
 
 // Gradients for gy[rows][C]: gx[rows][C] (or NULL), gweight[C], gbias[C] from x[rows][C],
-// weight[C], and save[5][C] of the forward pass. With ReLU, gy is masked first:
-//   y != NULL               by y <= 0; gshortcut[rows][C] (or NULL) receives the masked gy. The first
-//                           pass writes it, so that the second reads it instead of gy and y.
-//   y == NULL, relu         the mask is recomputed from x, bit for bit (only without a shortcut),
-//                           which saves reading y in each pass.
+// weight[C], and save[5][C] of the forward pass. With an activation, gy is multiplied by its slope first:
+//   y != NULL, ReLU         zero where y <= 0; gshortcut[rows][C] (or NULL) receives the product. The
+//                           first pass writes it, so that the second reads it instead of gy and y.
+//   y != NULL, GELU, SiLU   the same with the slope at the sum, recomputed from x and the shortcut y.
+//   y == NULL               the slope is recomputed from x, ReLU's bit for bit (only without a
+//                           shortcut), which saves reading y in each pass.
 extern "C" void norm_backward(const float* gy, const float* x, const float* y, const float* weight,
-        const float* save, int relu, float* gx, float* gshortcut, float* gweight, float* gbias,
+        const float* save, int act, float* gx, float* gshortcut, float* gweight, float* gbias,
         float* scratch, idx rows, idx C, int threads) {
     double* sums = (double*)scratch;
     float *scale = scratch + threads * 5 * C, *k0 = scale + C, *k1 = k0 + C;
@@ -263,7 +340,7 @@ extern "C" void norm_backward(const float* gy, const float* x, const float* y, c
     parallel(threads, [&](int me, int n, auto barrier) {
         const idx r0 = rows * me / n, r1 = rows * (me + 1) / n;
         double* sum = sums + me * 2 * C;
-        !relu ? reduce<PLAIN>(a, r0, r1, sum) : y ? reduce<MASK_Y>(a, r0, r1, sum) : reduce<MASK_X>(a, r0, r1, sum);
+        with_mode(act, y, [&](auto mode) { reduce<decltype(mode)::value>(a, r0, r1, sum); });
         barrier();
         for (idx c = part(C, me, n), end = part(C, me + 1, n); c < end; c += B) {
             double g[B] = {}, gd[B] = {};
@@ -285,8 +362,7 @@ extern "C" void norm_backward(const float* gy, const float* x, const float* y, c
         if (!gx) return;
         Args b = a;
         b.out = gx;
-        if (relu && gshortcut) b.other = gshortcut;
-        !relu || gshortcut ? gradients<PLAIN>(b, r0, r1)
-                           : y ? gradients<MASK_Y>(b, r0, r1) : gradients<MASK_X>(b, r0, r1);
+        if (act != NONE && gshortcut) b.other = gshortcut;
+        with_mode(gshortcut ? NONE : act, y, [&](auto mode) { gradients<decltype(mode)::value>(b, r0, r1); });
     });
 }

@@ -1,4 +1,4 @@
-"""Fused batch norm, shortcut and ReLU from norm.cpp, as an operator of PyTorch."""
+"""Fused batch norm, shortcut and activation from norm.cpp, as an operator of PyTorch."""
 
 import ctypes
 import functools
@@ -13,14 +13,17 @@ from training_framework.kernels.operands import check_operand
 from training_framework.kernels.scratch import scratch_memory, thread_count
 
 __all__ = [
+    "ACTIVATION_NUMBERS",
     "CHANNEL_MULTIPLE",
+    "activated_norm",
+    "activated_norm_backward",
     "load_norm_kernels",
-    "rectified_norm",
-    "rectified_norm_backward",
 ]
 
 CHANNEL_MULTIPLE = 16
-# Rows of the statistics that `rectified_norm` returns, and their number.
+# The activations, by their numbers in norm.cpp.
+ACTIVATION_NUMBERS = {"none": 0, "relu": 1, "gelu": 2, "silu": 3}
+# Rows of the statistics that `activated_norm` returns, and their number.
 MEAN, UNBIASED_VARIANCE, STATISTICS = 0, 4, 5
 
 
@@ -71,7 +74,7 @@ def _check(
         per_channel: Tensors that must have shape (C,), by name for the message.
         others: Tensors that must have the shape of the images, or None.
     """
-    operator = "rectified_norm"
+    operator = "activated_norm"
     check_operand(operator, "images", images, (None, None, None, None))
     channels = images.shape[1]
     if channels % CHANNEL_MULTIPLE or images.numel() <= channels:
@@ -86,19 +89,24 @@ def _check(
             check_operand(operator, name, other, images.shape)
 
 
-@torch.library.custom_op("efficient_resnet::rectified_norm", mutates_args=())
-def rectified_norm(
-    images: Tensor, weight: Tensor, bias: Tensor, shortcut: Tensor | None, eps: float, relu: bool
+@torch.library.custom_op("efficient_resnet::activated_norm", mutates_args=())
+def activated_norm(
+    images: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    shortcut: Tensor | None,
+    eps: float,
+    activation: str,
 ) -> tuple[Tensor, Tensor]:
-    """Batch norm of a training step, plus a shortcut, then ReLU, in fp32 on the CPU.
+    """Batch norm of a training step, plus a shortcut, then an activation, in fp32 on the CPU.
 
     Args:
         images: (N, C, H, W), C a multiple of CHANNEL_MULTIPLE, more than one value per channel.
         weight: (C,), the scale.
         bias: (C,), the shift.
-        shortcut: (N, C, H, W), added before ReLU; None: nothing is added.
+        shortcut: (N, C, H, W), added before the activation; None: nothing is added.
         eps: Added to the variance.
-        relu: Whether to apply ReLU.
+        activation: A key of ACTIVATION_NUMBERS.
 
     Returns:
         (N, C, H, W) in channels_last, and (STATISTICS, C): the mean in row MEAN, the unbiased
@@ -116,16 +124,22 @@ def rectified_norm(
     output, statistics = _like(images), _per_channel(STATISTICS, channels)
     library.norm_forward(
         images.data_ptr(), None if shortcut is None else shortcut.data_ptr(),
-        weight.data_ptr(), bias.data_ptr(), eps, relu, output.data_ptr(), statistics.data_ptr(),
+        weight.data_ptr(), bias.data_ptr(), eps, ACTIVATION_NUMBERS[activation],
+        output.data_ptr(), statistics.data_ptr(),
         scratch_memory(library.norm_scratch(channels, threads)),
         batch * height * width, channels, threads,
     )  # fmt: skip
     return output, statistics
 
 
-@rectified_norm.register_fake
+@activated_norm.register_fake
 def _(
-    images: Tensor, weight: Tensor, bias: Tensor, shortcut: Tensor | None, eps: float, relu: bool
+    images: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    shortcut: Tensor | None,
+    eps: float,
+    activation: str,
 ) -> tuple[Tensor, Tensor]:
     return (
         torch.empty_like(images, memory_format=torch.channels_last),
@@ -133,25 +147,26 @@ def _(
     )
 
 
-@torch.library.custom_op("efficient_resnet::rectified_norm_backward", mutates_args=())
-def rectified_norm_backward(
+@torch.library.custom_op("efficient_resnet::activated_norm_backward", mutates_args=())
+def activated_norm_backward(
     grad_output: Tensor,
     images: Tensor,
-    output: Tensor | None,
+    kept: Tensor | None,
     weight: Tensor,
     statistics: Tensor,
-    relu: bool,
+    activation: str,
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of `rectified_norm`.
+    """Gradients of `activated_norm`.
 
     Args:
         grad_output: (N, C, H, W).
         images: The input of the forward pass.
-        output: Its output; needed only with both ReLU and a shortcut, otherwise None.
+        kept: Its output with ReLU, or its shortcut with another activation; None if there was no
+            shortcut or no activation.
         weight: (C,).
         statistics: The statistics that it returned.
-        relu: As in the forward pass.
+        activation: As in the forward pass.
         wanted: Whether to compute the gradients by images and by shortcut; the others are empty.
 
     Returns:
@@ -161,18 +176,18 @@ def rectified_norm_backward(
     Raises:
         RuntimeError: A tensor has another shape or dtype, or is on another device.
     """
-    _check(images, {"weight": weight}, {"grad_output": grad_output, "output": output})
-    check_operand("rectified_norm", "statistics", statistics, (STATISTICS, images.shape[1]))
+    _check(images, {"weight": weight}, {"grad_output": grad_output, "kept": kept})
+    check_operand("activated_norm", "statistics", statistics, (STATISTICS, images.shape[1]))
     batch, channels, height, width = images.shape
     library, threads = load_norm_kernels(), thread_count()
     grad_output, images = _channels_last(grad_output), _channels_last(images)
     grads = [_like(images) if want else grad_output.new_empty(0) for want in wanted]
-    output = None if output is None else _channels_last(output)
+    kept = None if kept is None else _channels_last(kept)
     weight, statistics = weight.contiguous(), statistics.contiguous()
     grad_weight, grad_bias = _per_channel(channels), _per_channel(channels)
     library.norm_backward(
-        grad_output.data_ptr(), images.data_ptr(), None if output is None else output.data_ptr(),
-        weight.data_ptr(), statistics.data_ptr(), relu,
+        grad_output.data_ptr(), images.data_ptr(), None if kept is None else kept.data_ptr(),
+        weight.data_ptr(), statistics.data_ptr(), ACTIVATION_NUMBERS[activation],
         *(grad.data_ptr() if want else None for grad, want in zip(grads, wanted, strict=True)),
         grad_weight.data_ptr(), grad_bias.data_ptr(),
         scratch_memory(library.norm_scratch(channels, threads)),
@@ -181,14 +196,14 @@ def rectified_norm_backward(
     return grads[0], grads[1], grad_weight, grad_bias
 
 
-@rectified_norm_backward.register_fake
+@activated_norm_backward.register_fake
 def _(
     grad_output: Tensor,
     images: Tensor,
-    output: Tensor | None,
+    kept: Tensor | None,
     weight: Tensor,
     statistics: Tensor,
-    relu: bool,
+    activation: str,
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     grads = [
@@ -201,10 +216,11 @@ def _(
 
 
 def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    images, weight, _, shortcut, _, relu = inputs
-    ctx.relu = relu
-    # Without a shortcut, the backward pass recomputes the zeros of ReLU from the images.
-    kept = output[0] if relu and shortcut is not None else None
+    images, weight, _, shortcut, _, activation = inputs
+    ctx.activation = activation
+    # Without a shortcut, the backward pass recomputes the slopes from the images.
+    kept = output[0] if activation == "relu" and shortcut is not None else shortcut
+    kept = None if activation == "none" else kept
     ctx.save_for_backward(images, weight, output[1], kept)
     ctx.set_materialize_grads(False)
 
@@ -214,12 +230,12 @@ def _backward(
 ) -> tuple[Tensor | None, ...]:
     if grad_output is None:
         return (None,) * 6
-    images, weight, statistics, output = ctx.saved_tensors
+    images, weight, statistics, kept = ctx.saved_tensors
     by_images, by_weight, by_bias, by_shortcut = ctx.needs_input_grad[:4]
-    # Without ReLU, the shortcut receives the gradient unchanged.
-    wanted = [by_images, by_shortcut and ctx.relu]
-    grads = rectified_norm_backward(
-        grad_output, images, output, weight, statistics, ctx.relu, wanted
+    # Without an activation, the shortcut receives the gradient unchanged.
+    wanted = [by_images, by_shortcut and ctx.activation != "none"]
+    grads = activated_norm_backward(
+        grad_output, images, kept, weight, statistics, ctx.activation, wanted
     )
     grad_shortcut = grads[1] if wanted[1] else grad_output
     return (
@@ -232,4 +248,4 @@ def _backward(
     )
 
 
-rectified_norm.register_autograd(_backward, setup_context=_keep_for_backward)
+activated_norm.register_autograd(_backward, setup_context=_keep_for_backward)

@@ -1,4 +1,5 @@
-// Fused Winograd convolution for training on CPU, fp32: 3x3, stride 1 or 2, padding 1.
+// Fused Winograd convolution for training on CPU: 3x3, stride 1 or 2, padding 1. Tensors are fp32; the
+// products of the transformed tiles are fp32, or bf16 with sums in fp32.
 //
 //   forward         y  = A^T [ (G w G^T) .* (B^T x B) ] A           (Lavin & Gray, arXiv 1509.09308)
 //   input gradient  the same with dy for x and w rotated by 180 degrees, channels swapped
@@ -20,6 +21,8 @@
 //   M   [f][panel of K][tile][PW]     products
 // S is the side of a transformed tile and f one of its S*S frequencies; u is the weight of
 // a frequency. Stride 2 has fewer weights, since all its plain products share one.
+// bf16 products are summed in pairs: of channels c and c + 1 in V and U, of tiles t and t + 1 in the weight
+// gradient's factors. Whatever is not read as such pairs already is stored interleaved.
 // A panel is PW = 2 vectors of channels. Panels (instead of rows of C floats) keep every stream of
 // the matrix kernels contiguous: rows of 512 floats would all map to two L1 sets.
 // C and K are multiples of 16; the last panel may be half full (its stride is still PW).
@@ -31,6 +34,9 @@
 #include <cstring>
 #include <algorithm>
 #include <utility>
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
 #ifdef _OPENMP
 #include <omp.h>
 static int thread_number() { return omp_get_thread_num(); }
@@ -51,12 +57,63 @@ enum { PW = 2 * VL };
 
 typedef float vec __attribute__((vector_size(VL * 4)));
 typedef float vec_u __attribute__((vector_size(VL * 4), aligned(4)));   // unaligned access
+typedef unsigned int pairs __attribute__((vector_size(VL * 4)));          // of bf16
+typedef unsigned int pairs_u __attribute__((vector_size(VL * 4), aligned(2)));
+typedef unsigned short bf16;
 typedef long idx;
 #define UNROLL _Pragma("GCC unroll 16")
 
 static inline vec load(const float* p) { return *(const vec_u*)p; }
 static inline void store(float* p, vec v) { *(vec_u*)p = v; }
 static inline idx up(idx a, idx b) { return (a + b - 1) / b; }
+
+// bf16 in the lower halves, rounded to the nearest even one.
+static inline pairs rounded(vec v) {
+#ifdef __AVX512BF16__
+    return (pairs)_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)v));
+#else
+    const pairs bits = (pairs)v, nearest = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    return (bits & 0x7fffffff) > 0x7f800000 ? bits >> 16 | 0x40 : nearest;   // NaN stays NaN
+#endif
+}
+// sum + a.low * b.low + a.high * b.high
+static inline vec dot(vec sum, pairs a, pairs b) {
+#ifdef __AVX512BF16__
+    return (vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+#else
+    sum += (vec)(a << 16) * (vec)(b << 16);
+    return sum + (vec)(a & 0xffff0000) * (vec)(b & 0xffff0000);
+#endif
+}
+static inline unsigned int pair_at(const bf16* p) {
+    unsigned int both;
+    memcpy(&both, p, 4);
+    return both;
+}
+
+// How transformed numbers are stored: T, and how many tiles (or channels) lie beside each other.
+struct Floats {
+    typedef float T;
+    enum { DEPTH = 1 };
+    static void put(T* p, vec v, vec) { store(p, v); }
+};
+struct Rounded {
+    typedef bf16 T;
+    enum { DEPTH = 1 };
+    static void put(T* p, vec v, vec) {
+#ifdef __AVX512BF16__
+        _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh((__m512)v));
+#else
+        const pairs r = rounded(v);
+        for (int i = 0; i < VL; ++i) p[i] = (bf16)r[i];
+#endif
+    }
+};
+struct Paired {
+    typedef bf16 T;
+    enum { DEPTH = 2 };
+    static void put(T* p, vec first, vec second) { *(pairs_u*)p = rounded(first) | rounded(second) << 16; }
+};
 
 // A form of the algorithm along one axis, as the matrices of the formula at the top:
 //   S lines of frequencies: the first W - 1 have a weight each, all further ones share one
@@ -79,14 +136,15 @@ template <> struct Unit<2> {    // F(2,3): 0, 1, -1
     MATRIX(G, 4, 3, {{1, 0, 0}, {.5f, .5f, .5f}, {.5f, -.5f, .5f}, {0, 0, 1}});
     MATRIX(AT, 2, 4, {{1, 1, 1, 0}, {0, 1, -1, -1}});
 };
-template <> struct Unit<4> {    // F(4,3): 0, 1, -1, 1/2, -2
+template <> struct Unit<4> {    // F(4,3): 0, 2/3, -2/3, 3/2, -3/2
     enum { S = 6, W = 6, I = 6, STEP = 4, OFFSET = 1, O = 4 };
-    MATRIX(BT, 6, 6, {{1, -1.5f, -2, 1.5f, 1, 0}, {0, -1, .5f, 2.5f, 1, 0}, {0, 1, -2.5f, .5f, 1, 0},
-                      {0, -2, -1, 2, 1, 0}, {0, .5f, -1, -.5f, 1, 0}, {0, 1, -1.5f, -2, 1.5f, 1}});
-    MATRIX(G, 6, 3, {{1, 0, 0}, {1 / 3.f, 1 / 3.f, 1 / 3.f}, {-1 / 3.f, 1 / 3.f, -1 / 3.f},
-                     {-16 / 15.f, -8 / 15.f, -4 / 15.f}, {1 / 15.f, -2 / 15.f, 4 / 15.f}, {0, 0, 1}});
-    MATRIX(AT, 4, 6, {{1, 1, 1, 1, 1, 0}, {0, 1, -1, .5f, -2, 0}, {0, 1, 1, .25f, 4, 0},
-                      {0, 1, -1, .125f, -8, 1}});
+    MATRIX(BT, 6, 6, {{1, 0, -97 / 36.f, 0, 1, 0}, {0, -3 / 2.f, -9 / 4.f, 2 / 3.f, 1, 0},
+                      {0, 3 / 2.f, -9 / 4.f, -2 / 3.f, 1, 0}, {0, -2 / 3.f, -4 / 9.f, 3 / 2.f, 1, 0},
+                      {0, 2 / 3.f, -4 / 9.f, -3 / 2.f, 1, 0}, {0, 1, 0, -97 / 36.f, 0, 1}});
+    MATRIX(G, 6, 3, {{1, 0, 0}, {-81 / 130.f, -54 / 130.f, -36 / 130.f}, {-81 / 130.f, 54 / 130.f, -36 / 130.f},
+                     {16 / 130.f, 24 / 130.f, 36 / 130.f}, {16 / 130.f, -24 / 130.f, 36 / 130.f}, {0, 0, 1}});
+    MATRIX(AT, 4, 6, {{1, 1, 1, 1, 1, 0}, {0, 2 / 3.f, -2 / 3.f, 3 / 2.f, -3 / 2.f, 0},
+                      {0, 4 / 9.f, 4 / 9.f, 9 / 4.f, 9 / 4.f, 0}, {0, 8 / 27.f, -8 / 27.f, 27 / 8.f, -27 / 8.f, 1}});
 };
 // Stride 2 forward, from five inputs: F(2,2) at 0 and 1 on the even ones, plain products on the odd ones.
 struct Strided {
@@ -166,52 +224,49 @@ struct Tile {
     }
 };
 
-// V = B^T x B of `len` tiles from t0 on, rows I0 .. I0+NR-1 of the S x S frequencies:
-// x [N][H][W][C] -> V [NR*S][panels][stride tiles][PW], frequencies fs floats apart.
-// zero: C zeros, for pixels outside the image.
-template <class Form, int I0, int NR> static void input_transform(const Conv& s, const float* x,
-        idx t0, idx len, const float* zero, float* V, idx stride, idx fs) {
-    enum { S = Form::S, I = Form::I };
-    Tile tile(s, t0);
-    for (idx t = 0; t < len; ++t, tile.next()) {
-        const float* p[I * I];
-        tile.pixels<I, Form::STEP>(x, s.H, s.W, s.C, Form::OFFSET, zero, p);
-        for (idx c = 0; c < s.C; c += VL) {
-            float* v = V + (c / PW * stride + t) * PW + c % PW;
-            vec e[I][NR], d[I], o[S];
-            UNROLL for (int b = 0; b < I; ++b) {
-                UNROLL for (int a = 0; a < I; ++a) d[a] = load(p[a * I + b] + c);
-                lines<typename Form::BT, I0, NR>(d, e[b]);
-            }
-            UNROLL for (int a = 0; a < NR; ++a) {
-                UNROLL for (int b = 0; b < I; ++b) d[b] = e[b][a];
-                lines<typename Form::BT>(d, o);
-                UNROLL for (int b = 0; b < S; ++b) store(v + (S * a + b) * fs, o[b]);
-            }
-        }
-    }
-}
+// What is transformed: the inputs x [N][H][W][C] by B^T, or the output gradients dy [N][P][Q][K] by A.
+template <class Form> struct Inputs {
+    enum { SIDE = Form::I, STEP = Form::STEP, OFFSET = Form::OFFSET };
+    typedef typename Form::BT Matrix;
+    idx h, w, channels;
+    Inputs(const Conv& s) : h(s.H), w(s.W), channels(s.C) {}
+};
+template <class Form> struct Gradients {
+    enum { SIDE = Form::O, STEP = Form::O, OFFSET = 0 };
+    typedef Transposed<typename Form::AT> Matrix;
+    idx h, w, channels;
+    Gradients(const Conv& s) : h(s.P), w(s.Q), channels(s.K) {}
+};
 
-// dM = A dy A^T, the same for the output gradient dy [N][P][Q][K] (O x O pixels per tile).
-template <class Form, int I0, int NR> static void grad_transform(const Conv& s, const float* dy,
-        idx t0, idx len, const float* zero, float* G, idx stride, idx fs) {
-    enum { S = Form::S, O = Form::O };
-    typedef Transposed<typename Form::AT> A;
+// V = B^T x B, or A dy A^T, of `len` tiles from t0 on, rows I0 .. I0+NR-1 of the S x S frequencies:
+// x -> V [NR*S][panels][stride tiles][PW], frequencies fs numbers apart, stored as Out.
+// zero: zeros for all channels of a pixel outside the image.
+template <class Form, class From, class Out, int I0, int NR> static void transform(const Conv& s,
+        const float* x, idx t0, idx len, const float* zero, typename Out::T* V, idx stride, idx fs) {
+    enum { S = Form::S, I = From::SIDE, DEPTH = Out::DEPTH };
+    typedef typename From::Matrix Matrix;
+    const From from(s);
     Tile tile(s, t0);
-    for (idx t = 0; t < len; ++t, tile.next()) {
-        const float* p[O * O];
-        tile.pixels<O, O>(dy, s.P, s.Q, s.K, 0, zero, p);
-        for (idx k = 0; k < s.K; k += VL) {
-            float* g = G + (k / PW * stride + t) * PW + k % PW;
-            vec e[O][NR], d[O], o[S];
-            UNROLL for (int b = 0; b < O; ++b) {
-                UNROLL for (int a = 0; a < O; ++a) d[a] = load(p[a * O + b] + k);
-                lines<A, I0, NR>(d, e[b]);
-            }
+    for (idx t = 0; t < len; t += DEPTH) {
+        const float* p[DEPTH][I * I];
+        UNROLL for (int u = 0; u < DEPTH; ++u, tile.next()) {
+            if (t + u < len) tile.pixels<I, From::STEP>(x, from.h, from.w, from.channels, From::OFFSET, zero, p[u]);
+            else std::fill(p[u], p[u] + I * I, zero);
+        }
+        for (idx c = 0; c < from.channels; c += VL) {
+            auto v = V + (c / PW * stride + t) * PW + c % PW * DEPTH;
+            vec e[DEPTH][I][NR], d[I], o[DEPTH][S];
+            UNROLL for (int u = 0; u < DEPTH; ++u)
+                UNROLL for (int b = 0; b < I; ++b) {
+                    UNROLL for (int a = 0; a < I; ++a) d[a] = load(p[u][a * I + b] + c);
+                    lines<Matrix, I0, NR>(d, e[u][b]);
+                }
             UNROLL for (int a = 0; a < NR; ++a) {
-                UNROLL for (int b = 0; b < O; ++b) d[b] = e[b][a];
-                lines<A>(d, o);
-                UNROLL for (int b = 0; b < S; ++b) store(g + (S * a + b) * fs, o[b]);
+                UNROLL for (int u = 0; u < DEPTH; ++u) {
+                    UNROLL for (int b = 0; b < I; ++b) d[b] = e[u][b][a];
+                    lines<Matrix>(d, o[u]);
+                }
+                UNROLL for (int b = 0; b < S; ++b) Out::put(v + (S * a + b) * fs, o[0][b], o[DEPTH - 1][b]);
             }
         }
     }
@@ -267,19 +322,49 @@ template <int R, int NV> static void gemm(const float* A, idx astep, const float
         UNROLL for (int v = 0; v < NV; ++v) store(M + r * PW + v * VL, acc[r][v]);
 }
 
-typedef void (*Gemm)(const float*, idx, const float*, idx, float*, const float*);
-template <int NV, size_t... R> static Gemm pick(idx rows, std::index_sequence<R...>) {
-    static const Gemm f[] = {gemm<R + 1, NV>...};
+// The same with bf16 products: B packed [C/2][PW][2].
+template <int R, int NV> static void gemm(const bf16* A, idx astep, const bf16* B, idx C, float* M,
+                                          const bf16* next) {
+    vec acc[R][NV] = {};
+    for (idx c = 0; c < C; c += PW, A += astep) {
+        idx n = std::min<idx>(PW, C - c);
+        for (idx k = 0; k < n; k += 4, B += 4 * PW, next += 32) {
+            __builtin_prefetch(next, 0, 2);
+            UNROLL for (int j = 0; j < 4; j += 2) {
+                pairs b[NV];
+                UNROLL for (int v = 0; v < NV; ++v) b[v] = *(const pairs_u*)(B + j * PW + v * VL * 2);
+                UNROLL for (int r = 0; r < R; ++r) {
+                    const pairs a = pair_at(A + r * PW + k + j) - pairs{};
+                    UNROLL for (int v = 0; v < NV; ++v) acc[r][v] = dot(acc[r][v], a, b[v]);
+                }
+            }
+        }
+    }
+    UNROLL for (int r = 0; r < R; ++r)
+        UNROLL for (int v = 0; v < NV; ++v) store(M + r * PW + v * VL, acc[r][v]);
+}
+
+template <class T> using Gemm = void (*)(const T*, idx, const T*, idx, float*, const T*);
+template <class T, int NV, size_t... R> static Gemm<T> pick(idx rows, std::index_sequence<R...>) {
+    static const Gemm<T> f[] = {gemm<R + 1, NV>...};
     return f[rows - 1];
 }
 // The kernel for `rows` (1 .. ROWS) tiles and nv (1, 2) vectors of output channels.
-static inline Gemm pick(idx rows, int nv) {
-    return nv == 2 ? pick<2>(rows, std::make_index_sequence<ROWS>()) : pick<1>(rows, std::make_index_sequence<ROWS>());
+template <class T> static inline Gemm<T> pick(idx rows, int nv) {
+    const std::make_index_sequence<ROWS> all;
+    return nv == 2 ? pick<T, 2>(rows, all) : pick<T, 1>(rows, all);
 }
 
 // dU[WROWS][NV vectors] (+)= sum over n tiles of A[t][row] * B[t][vector]; A, B rows PW apart.
 // The sum of a block starts from zero and is added at the end: a sum of sums. Continuing the old sum
 // would make one chain over all tiles (16384 for 64 channels at 32x32): error 7e-6 instead of 1e-6.
+template <int NV> static void add_sums(vec (*acc)[NV], float* D, bool add) {
+    UNROLL for (int r = 0; r < WROWS; ++r)
+        UNROLL for (int v = 0; v < NV; ++v) {
+            float* d = D + r * PW + v * VL;
+            store(d, add ? load(d) + acc[r][v] : acc[r][v]);
+        }
+}
 template <int NV> static void outer(const float* A, const float* B, idx n, float* D, bool add) {
     vec acc[WROWS][NV] = {};
     for (idx t = 0; t < n; ++t, A += PW, B += PW) {
@@ -290,11 +375,23 @@ template <int NV> static void outer(const float* A, const float* B, idx n, float
             UNROLL for (int v = 0; v < NV; ++v) acc[r][v] += a * b[v];
         }
     }
-    UNROLL for (int r = 0; r < WROWS; ++r)
-        UNROLL for (int v = 0; v < NV; ++v) {
-            float* d = D + r * PW + v * VL;
-            store(d, add ? load(d) + acc[r][v] : acc[r][v]);
+    add_sums<NV>(acc, D, add);
+}
+template <int NV> static void outer(const bf16* A, const bf16* B, idx n, float* D, bool add) {
+    vec acc[WROWS][NV] = {};
+    for (idx t = 0; t < n; t += 2, A += 2 * PW, B += 2 * PW) {
+        pairs b[NV];
+        UNROLL for (int v = 0; v < NV; ++v) b[v] = *(const pairs_u*)(B + v * VL * 2);
+        UNROLL for (int r = 0; r < WROWS; ++r) {
+            const pairs a = pair_at(A + r * 2) - pairs{};
+            UNROLL for (int v = 0; v < NV; ++v) acc[r][v] = dot(acc[r][v], a, b[v]);
         }
+    }
+    add_sums<NV>(acc, D, add);
+}
+
+template <class T> static inline void outer(int nv, const T* A, const T* B, idx n, float* D, bool add) {
+    nv == 2 ? outer<2>(A, B, n, D, add) : outer<1>(A, B, n, D, add);
 }
 
 // u[W*W] = G g G^T of nine vectors.
@@ -330,16 +427,21 @@ static inline void transpose(vec* r) {
 // Part `me` of `n` of the weight transform: w [K][3][3][C] -> U packed.
 // flip = false (forward):        U [W*W][panels of K][C][PW], w transposed on the way.
 // flip = true (input gradient):  U [W*W][panels of C][K][PW] of the rotated filter.
-template <class Form> static void weight_transform(const float* w, idx C, idx K, bool flip, float* U, idx fs,
-                                              int me, int n) {
-    enum { F = Form::W * Form::W };
-    vec g[9], u[F];
-    if (flip) {   // units (panel, k): the output streams are contiguous
-        for (idx i = up(C, PW) * K * me / n, end = up(C, PW) * K * (me + 1) / n; i < end; ++i)
-            for (idx c = i / K * PW, v = 0; v < PW && c + v < C; v += VL) {
-                for (int j = 0; j < 9; ++j) g[j] = load(w + (i % K * 9 + 8 - j) * C + c + v);
-                weight_tile<Form>(g, u);
-                for (int f = 0; f < F; ++f) store(U + i * PW + v + f * fs, u[f]);
+template <class Form, class Out> static void weight_transform(const float* w, idx C, idx K, bool flip,
+                                                         typename Out::T* U, idx fs, int me, int n) {
+    enum { F = Form::W * Form::W, DEPTH = Out::DEPTH };
+    vec g[9], u[DEPTH][F];
+    if (flip) {   // units (panel, DEPTH of k): the output streams are contiguous
+        const idx rows = K / DEPTH;
+        for (idx i = up(C, PW) * rows * me / n, end = up(C, PW) * rows * (me + 1) / n; i < end; ++i)
+            for (idx c = i / rows * PW, v = 0; v < PW && c + v < C; v += VL) {
+                for (int d = 0; d < DEPTH; ++d) {
+                    const float* from = w + (i % rows * DEPTH + d) * 9 * C + c + v;
+                    for (int j = 0; j < 9; ++j) g[j] = load(from + (8 - j) * C);
+                    weight_tile<Form>(g, u[d]);
+                }
+                for (int f = 0; f < F; ++f)
+                    Out::put(U + (i * PW + v) * DEPTH + f * fs, u[0][f], u[DEPTH - 1][f]);
             }
         return;
     }
@@ -352,14 +454,21 @@ template <class Form> static void weight_transform(const float* w, idx C, idx K,
                 for (int r = 0; r < VL; ++r) buf[v][j][r] = load(w + ((k + v * VL + r) * 9 + j) * C + c);
                 transpose(buf[v][j]);
             }
-        for (int r = 0; r < VL; ++r)
+        for (int r = 0; r < VL; r += DEPTH)
             for (int v = 0; v < nv; ++v) {
-                for (int j = 0; j < 9; ++j) g[j] = buf[v][j][r];
-                weight_tile<Form>(g, u);
-                for (int f = 0; f < F; ++f) store(U + (i * VL + r) * PW + v * VL + f * fs, u[f]);
+                for (int d = 0; d < DEPTH; ++d) {
+                    for (int j = 0; j < 9; ++j) g[j] = buf[v][j][r + d];
+                    weight_tile<Form>(g, u[d]);
+                }
+                for (int f = 0; f < F; ++f)
+                    Out::put(U + (i * VL + r) * PW + v * VL * DEPTH + f * fs, u[0][f], u[DEPTH - 1][f]);
             }
     }
 }
+
+// Which products: how one tile after another is stored for them, and how pairs are.
+struct Fp32 { typedef Floats Row, Deep; };
+struct Bf16 { typedef Rounded Row; typedef Paired Deep; };
 
 // Scratch sizes in floats. tb: tiles per block; group: panels of K multiplied before they are
 // transformed back, or rows of frequencies summed together. A cache line of padding between
@@ -371,32 +480,39 @@ struct Plan {
     // With more channels, U (16 MB for 512 of F(2,3)) is read once per block, so V and M may leave
     // L2. If the panels can be divided among the threads, all threads then work on one block, each on
     // its own panels: every part of U is read by only one thread, mostly the one that wrote it.
-    template <class Form> static Plan forward(const Conv& s, int threads) {
-        const idx f = Form::S * Form::S, most = 920000 / (4 * f * s.C) / ROWS * ROWS;
+    template <class Form, class Kind> static Plan forward(const Conv& s, int threads) {
+        const idx size = sizeof(typename Kind::Row::T);
+        const idx f = Form::S * Form::S, most = 920000 / (size * f * s.C) / ROWS * ROWS;
         const bool big = most < 3 * ROWS, shared = big && (s.kp % threads == 0 || s.kp >= 4 * threads);
         const idx tb = shared ? std::min<idx>(128, s.T)
                               : std::min<idx>(big ? 64 : std::min<idx>(most, 56), up(s.T, threads));
         return Plan(s, tb, big ? s.kp : 1, s.kp * s.C, big ? up(s.kp, shared ? threads : 1) : 1,
-                    Form::W * Form::W, f, 1, shared);
+                    Form::W * Form::W, f, 1, shared, size, size, sizeof(float));
     }
     // dU of the rows being summed should stay in L2: two rows of F(2,3) and 128 channels are 0.5 MB.
-    template <class Form> static Plan weight(const Conv& s, int threads) {
+    template <class Form, class Kind> static Plan weight(const Conv& s, int threads) {
+        const idx size = sizeof(typename Kind::Deep::T);
         const idx copies = std::max(1, threads / 2), small = std::max(s.C, s.K);
         const bool halves = Form::S % 2 == 0 && small <= (Form::S == 4 ? 128 : 64);
         const idx rows = halves ? Form::S / 2 : 1;
-        return Plan(s, std::min<idx>(small <= 128 ? 96 : 64, up(s.T, copies)), rows, s.cp * s.K,
-                    s.kp, Form::W * Form::W, Form::S * rows, copies, false);
+        return Plan(s, std::min<idx>(small <= 128 ? 96 : 64, up(up(s.T, copies), 2) * 2), rows, s.cp * s.K,
+                    s.kp, Form::W * Form::W, Form::S * rows, copies, false, sizeof(float), size, size);
     }
-    float* rest(float* scratch) const { return scratch + weights + block; }   // of the threads
+    // Of thread `me`.
+    float* own(float* scratch, int me) const { return scratch + weights + block + me * per_thread; }
     idx total(int threads) const { return weights + block + threads * per_thread; }
     float* shared_block(float* scratch) const { return scratch + weights; }
 private:
     idx weights, block;
-    Plan(const Conv& s, idx tb_, idx group_, idx urows, idx mpanels, idx all, idx f, idx n, bool shared_)
+    static idx pages(idx bytes) { return up(bytes, 4096) * 1024; }
+    // usize, vsize, msize: bytes of a number in U (or dU), V and M (or the other factor).
+    Plan(const Conv& s, idx tb_, idx group_, idx urows, idx mpanels, idx all, idx f, idx n, bool shared_,
+         idx usize, idx vsize, idx msize)
         : tb(tb_), group(group_), ufs((urows + 1) * PW), vfs((s.cp * tb + 1) * PW),
           mfs((mpanels * tb + 1) * PW), frequencies(f), copies(n),
-          per_thread(up(f * ((shared_ ? 0 : vfs) + mfs) + s.C + s.K, 1024) * 1024), shared(shared_),
-          weights(up(all * ufs * copies, 1024) * 1024), block(shared_ ? up(f * vfs, 1024) * 1024 : 0) {}
+          per_thread(pages(f * ((shared_ ? 0 : vfs * vsize) + mfs * msize) + (s.C + s.K) * 4)),
+          shared(shared_), weights(pages(all * ufs * copies * usize)),
+          block(shared_ ? pages(f * vfs * vsize) : 0) {}
 };
 
 // Part `me` of `n` of dw = G^T (sum of `splits` partial dU) G; dU [split][W*W][panel of C][K][PW],
@@ -428,33 +544,37 @@ template <class Form> static void weight_output(const Conv& s, const float* dU, 
         }
 }
 
-typedef void (*Transform)(const Conv&, const float*, idx, idx, const float*, float*, idx, idx);
+template <class Out> using Transform = void (*)(const Conv&, const float*, idx, idx, const float*,
+                                              typename Out::T*, idx, idx);
 // The transforms of NR rows of frequencies, indexed by the first row divided by NR.
-template <class Form, int NR, size_t... I> static void pick_rows(idx i, Transform* in, Transform* gr,
-                                                                 std::index_sequence<I...>) {
-    static const Transform ins[] = {input_transform<Form, (int)I * NR, NR>...};
-    static const Transform grs[] = {grad_transform<Form, (int)I * NR, NR>...};
+template <class Form, class Out, int NR, size_t... I> static void pick_rows(
+        idx i, Transform<Out>* in, Transform<Out>* gr, std::index_sequence<I...>) {
+    static const Transform<Out> ins[] = {transform<Form, Inputs<Form>, Out, (int)I * NR, NR>...};
+    static const Transform<Out> grs[] = {transform<Form, Gradients<Form>, Out, (int)I * NR, NR>...};
     *in = ins[i];
     *gr = grs[i];
 }
-template <class Form, int NR> static void pick_rows(idx first, Transform* in, Transform* gr) {
-    pick_rows<Form, NR>(first / NR, in, gr, std::make_index_sequence<Form::S / NR>());
+template <class Form, class Out, int NR> static void pick_rows(idx first, Transform<Out>* in, Transform<Out>* gr) {
+    pick_rows<Form, Out, NR>(first / NR, in, gr, std::make_index_sequence<Form::S / NR>());
 }
 
 // See winograd_forward. Threads divide the tiles, or the output channels of each block of tiles; they
 // compute U together.
-template <class Form> static void forward(const Conv& s, const float* x, const float* w, float* y,
-                                          float* scratch, int flip, int threads) {
+template <class Form, class Kind> static void forward(const Conv& s, const float* x, const float* w, float* y,
+                                                      float* scratch, int flip, int threads) {
     enum { F = Form::S * Form::S };
-    const Plan p = Plan::forward<Form>(s, threads);
+    typedef typename Kind::Row Row;
+    typedef typename Row::T T;
+    const Plan p = Plan::forward<Form, Kind>(s, threads);
     const idx C = s.C, K = s.K;
-    float *U = scratch, *rest = p.rest(scratch);
+    T* U = (T*)scratch;
 #pragma omp parallel num_threads(threads)
     {
         const int me = thread_number(), n = thread_count();   // n may be less than requested
-        weight_transform<Form>(w, flip ? K : C, flip ? C : K, flip, U, p.ufs, me, n);
-        float* own = rest + me * p.per_thread;
-        float *V = p.shared ? p.shared_block(scratch) : own, *P = p.shared ? own : V + F * p.vfs;
+        weight_transform<Form, typename Kind::Deep>(w, flip ? K : C, flip ? C : K, flip, U, p.ufs, me, n);
+        float* own = p.own(scratch, me);
+        T* V = (T*)(p.shared ? p.shared_block(scratch) : own);
+        float *P = p.shared ? own : (float*)(V + F * p.vfs);
         float *zero = P + F * p.mfs, *dummy = zero + C;
         memset(zero, 0, C * sizeof(float));
 #pragma omp barrier
@@ -464,22 +584,22 @@ template <class Form> static void forward(const Conv& s, const float* x, const f
             const idx len = std::min(p.tb, end - t0), parts = up(len, ROWS);
             if (p.shared) {
                 const idx mine = len * me / n, count = len * (me + 1) / n - mine;
-                input_transform<Form, 0, Form::S>(s, x, t0 + mine, count, zero, V + mine * PW, p.tb, p.vfs);
+                transform<Form, Inputs<Form>, Row, 0, Form::S>(s, x, t0 + mine, count, zero, V + mine * PW, p.tb, p.vfs);
 #pragma omp barrier
             } else {
-                input_transform<Form, 0, Form::S>(s, x, t0, len, zero, V, p.tb, p.vfs);
+                transform<Form, Inputs<Form>, Row, 0, Form::S>(s, x, t0, len, zero, V, p.tb, p.vfs);
             }
             for (idx k0 = first; k0 < last; k0 += p.group) {
                 const idx k1 = std::min(last, k0 + p.group);
                 for (int f = 0; f < F; ++f)
                     for (idx k = k0; k < k1; ++k) {
-                        const float* B = U + weight_of<Form>(f) * p.ufs + k * C * PW;
-                        const float* next = k + 1 < k1 ? B + C * PW              // the panel after this
+                        const T* B = U + weight_of<Form>(f) * p.ufs + k * C * PW;
+                        const T* next = k + 1 < k1 ? B + C * PW              // the panel after this
                                           : f < F - 1  ? U + weight_of<Form>(f + 1) * p.ufs + k0 * C * PW
                                           : k1 < last  ? U + k1 * C * PW : U + first * C * PW;
                         for (idx g = 0; g < parts; ++g) {   // rows spread evenly: 16 = 8+8, not 14+2
                             const idx r0 = len * g / parts, r1 = len * (g + 1) / parts;
-                            pick(r1 - r0, K - k * PW > VL ? 2 : 1)(
+                            pick<T>(r1 - r0, K - k * PW > VL ? 2 : 1)(
                                 V + f * p.vfs + r0 * PW, p.tb * PW, B, C,
                                 P + f * p.mfs + ((k - k0) * p.tb + r0) * PW,
                                 g * 8 < PW ? next + g * C * 8 : B);
@@ -497,22 +617,25 @@ template <class Form> static void forward(const Conv& s, const float* x, const f
 // See winograd_weight. The rows of the frequencies are divided in two halves (each needs half of the
 // transforms and half of the sums; rows that share a weight are in one half), each half among
 // threads/2 threads by tiles. An odd thread does nothing; a single thread does both halves.
-template <class Form> static void weight(const Conv& s, const float* x, const float* dy, float* dw,
-                                         float* scratch, int threads) {
-    enum { S = Form::S, W = Form::W };
-    const Plan p = Plan::weight<Form>(s, threads);
+template <class Form, class Kind> static void weight(const Conv& s, const float* x, const float* dy, float* dw,
+                                                     float* scratch, int threads) {
+    typedef typename Kind::Deep Deep;
+    enum { S = Form::S, W = Form::W, DEPTH = Deep::DEPTH };
+    const Plan p = Plan::weight<Form, Kind>(s, threads);
     const idx C = s.C, K = s.K;
-    float *dU = scratch, *rest = p.rest(scratch);
+    float* dU = scratch;
 #pragma omp parallel num_threads(threads)
     {
         const int me = thread_number(), n = thread_count();
         const idx splits = std::max(1, n / 2), split = me / 2;
         const int half = (S + 1) / 2, first = me % 2 * half, last = n == 1 || me % 2 ? S : half;
-        float *V = rest + me * p.per_thread, *G = V + p.frequencies * p.vfs, *zero = G + p.frequencies * p.mfs;
+        auto V = (typename Deep::T*)p.own(scratch, me), G = V + p.frequencies * p.vfs;
+        float* zero = (float*)(G + p.frequencies * p.mfs);
         memset(zero, 0, std::max(C, K) * sizeof(float));
         for (int row = first; row < last && split < splits; row += p.group) {
-            Transform in, gr;
-            p.group == 1 ? pick_rows<Form, 1>(row, &in, &gr) : pick_rows<Form, S % 2 ? 1 : S / 2>(row, &in, &gr);
+            Transform<Deep> in, gr;
+            p.group == 1 ? pick_rows<Form, Deep, 1>(row, &in, &gr)
+                         : pick_rows<Form, Deep, S % 2 ? 1 : S / 2>(row, &in, &gr);
             idx t0 = s.T * split / splits, end = s.T * (split + 1) / splits;
             bool more = false;
             do {   // at least once: even a split without tiles must write zeros
@@ -525,8 +648,8 @@ template <class Form> static void weight(const Conv& s, const float* x, const fl
                     float* D = dU + (split * W * W + weight_of<Form>(r * S + f % S)) * p.ufs;
                     for (idx c = 0; c < s.cp; ++c)
                         for (idx k = 0; k < K; k += WROWS)
-                            (C - c * PW > VL ? outer<2> : outer<1>)(
-                                G + f * p.mfs + k / PW * p.tb * PW + k % PW,
+                            outer(C - c * PW > VL ? 2 : 1,
+                                G + f * p.mfs + k / PW * p.tb * PW + k % PW * DEPTH,
                                 V + f * p.vfs + c * p.tb * PW, len, D + (c * K + k) * PW, add);
                 }
                 more = true;
@@ -538,10 +661,11 @@ template <class Form> static void weight(const Conv& s, const float* x, const fl
     }
 }
 
-// Calls f with the form for a stride and a side of tiles, as a value of its type.
-template <class F> static void with_form(int stride, int tile, bool back, F f) {
-    if (stride == 1) tile == 2 ? f(Unit<2>()) : f(Unit<4>());
-    else back ? f(StridedBack()) : f(Strided());
+// Calls f with the form for a stride and a side of tiles, and the kind of products, as values of their types.
+template <class F> static void with_form(int stride, int tile, bool back, int in_bf16, F f) {
+    const auto with_kind = [&](auto form) { in_bf16 ? f(form, Bf16()) : f(form, Fp32()); };
+    if (stride == 1) tile == 2 ? with_kind(Unit<2>()) : with_kind(Unit<4>());
+    else back ? with_kind(StridedBack()) : with_kind(Strided());
 }
 static idx strided(idx side, int stride) { return (side - 1) / stride + 1; }
 // The shape, with H x W as the larger side: the input, or with `back` the output.
@@ -564,33 +688,34 @@ int winograd_tile(int weights, int stride, long N, long H, long W) {
 }
 
 // Floats of scratch (64-byte aligned) that winograd_forward (weights = 0) or winograd_weight (1) needs.
-long winograd_scratch(int weights, int stride, int tile, long N, long H, long W, long C, long K,
+long winograd_scratch(int weights, int in_bf16, int stride, int tile, long N, long H, long W, long C, long K,
                       int back, int threads) {
     idx total = 0;
-    with_form(stride, tile, back, [&](auto form) {
+    with_form(stride, tile, back, in_bf16, [&](auto form, auto kind) {
         typedef decltype(form) Form;
+        typedef decltype(kind) Kind;
         const Conv s = shape<Form>(stride, back, N, H, W, C, K);
-        total = (weights ? Plan::weight<Form>(s, threads) : Plan::forward<Form>(s, threads)).total(threads);
+        total = (weights ? Plan::weight<Form, Kind>(s, threads) : Plan::forward<Form, Kind>(s, threads)).total(threads);
     });
     return total;
 }
 
 // y [N][H'][W'][K] = conv(x [N][H][W][C], w [K][3][3][C]); or with back = 1 the input gradient
 // y [N][H][W][K] of x = dy [N][H'][W'][C], w [C][3][3][K] being the convolution's from K to C.
-void winograd_forward(const float* x, const float* w, float* y, float* scratch, int stride, int tile,
-                      long N, long H, long W, long C, long K, int back, int threads) {
-    with_form(stride, tile, back, [&](auto form) {
+void winograd_forward(const float* x, const float* w, float* y, float* scratch, int in_bf16, int stride,
+                      int tile, long N, long H, long W, long C, long K, int back, int threads) {
+    with_form(stride, tile, back, in_bf16, [&](auto form, auto kind) {
         typedef decltype(form) Form;
-        forward<Form>(shape<Form>(stride, back, N, H, W, C, K), x, w, y, scratch, back, threads);
+        forward<Form, decltype(kind)>(shape<Form>(stride, back, N, H, W, C, K), x, w, y, scratch, back, threads);
     });
 }
 
 // dw [K][3][3][C] from x [N][H][W][C] and dy [N][H'][W'][K].
-void winograd_weight(const float* x, const float* dy, float* dw, float* scratch, int stride, int tile,
-                     long N, long H, long W, long C, long K, int threads) {
-    with_form(stride, tile, false, [&](auto form) {
+void winograd_weight(const float* x, const float* dy, float* dw, float* scratch, int in_bf16, int stride,
+                     int tile, long N, long H, long W, long C, long K, int threads) {
+    with_form(stride, tile, false, in_bf16, [&](auto form, auto kind) {
         typedef decltype(form) Form;
-        weight<Form>(shape<Form>(stride, false, N, H, W, C, K), x, dy, dw, scratch, threads);
+        weight<Form, decltype(kind)>(shape<Form>(stride, false, N, H, W, C, K), x, dy, dw, scratch, threads);
     });
 }
 }

@@ -33,13 +33,13 @@ def load_winograd_kernels() -> ctypes.CDLL:
     pointer, number, count = ctypes.c_void_p, ctypes.c_int, ctypes.c_long
     library.winograd_tile.argtypes = [number, number, *[count] * 3]
     library.winograd_tile.restype = number
-    library.winograd_scratch.argtypes = [*[number] * 3, *[count] * 5, number, number]
+    library.winograd_scratch.argtypes = [*[number] * 4, *[count] * 5, number, number]
     library.winograd_scratch.restype = count
     library.winograd_forward.argtypes = [
-        *[pointer] * 4, number, number, *[count] * 5, number, number,
+        *[pointer] * 4, *[number] * 3, *[count] * 5, number, number,
     ]  # fmt: skip
     library.winograd_forward.restype = None
-    library.winograd_weight.argtypes = [*[pointer] * 4, number, number, *[count] * 5, number]
+    library.winograd_weight.argtypes = [*[pointer] * 4, *[number] * 3, *[count] * 5, number]
     library.winograd_weight.restype = None
     return library
 
@@ -68,19 +68,21 @@ def _output_size(side: int, stride: int) -> int:
     return (side - 1) // stride + 1
 
 
-def _convolve(images: Tensor, weight: Tensor, stride: int) -> Tensor:
+def _convolve(images: Tensor, weight: Tensor, stride: int, bf16: bool) -> Tensor:
     batch, channels, height, width = images.shape
     size = [_output_size(side, stride) for side in (height, width)]
     output = _like_images(batch, len(weight), *size)
     shape = (batch, height, width, channels, len(weight))
-    return _run(images, weight, output, stride, shape, back=False)
+    return _run(images, weight, output, stride, shape, bf16=bf16, back=False)
 
 
-def _image_gradient(grad_output: Tensor, images: Tensor, weight: Tensor, stride: int) -> Tensor:
+def _image_gradient(
+    grad_output: Tensor, images: Tensor, weight: Tensor, stride: int, bf16: bool
+) -> Tensor:
     batch, channels, height, width = images.shape
     gradient = _like_images(*images.shape)
     shape = (batch, height, width, len(weight), channels)
-    return _run(grad_output, weight, gradient, stride, shape, back=True)
+    return _run(grad_output, weight, gradient, stride, shape, bf16=bf16, back=True)
 
 
 def _run(
@@ -90,6 +92,7 @@ def _run(
     stride: int,
     shape: tuple[int, ...],
     *,
+    bf16: bool,
     back: bool,
 ) -> Tensor:
     """The convolution, or with `back` the gradient by its images.
@@ -100,13 +103,14 @@ def _run(
         result: (N, K, H, W) in channels_last, the tensor to write.
         stride: Stride of the convolution.
         shape: N, height and width of the convolution's images, C and K.
+        bf16: Whether to compute the products in bf16.
         back: Whether to compute the gradient by the images.
     """
     if not result.numel():
         return result
     library, threads = load_winograd_kernels(), thread_count()
     tile = tile_side(stride, *shape[:3], weight_gradient=False)
-    sizes = (stride, tile, *shape)
+    sizes = (int(bf16), stride, tile, *shape)
     scratch = scratch_memory(library.winograd_scratch(0, *sizes, int(back), threads))
     source, weight = _channels_last(source), _channels_last(weight)
     library.winograd_forward(
@@ -115,14 +119,16 @@ def _run(
     return result
 
 
-def _weight_gradient(grad_output: Tensor, images: Tensor, weight: Tensor, stride: int) -> Tensor:
+def _weight_gradient(
+    grad_output: Tensor, images: Tensor, weight: Tensor, stride: int, bf16: bool
+) -> Tensor:
     gradient = torch.empty_like(weight, memory_format=torch.channels_last)
     if not grad_output.numel():
         return gradient.zero_()
     library, threads = load_winograd_kernels(), thread_count()
     batch, channels, height, width = images.shape
     tile = tile_side(stride, batch, height, width, weight_gradient=True)
-    sizes = (stride, tile, batch, height, width, channels, len(weight))
+    sizes = (int(bf16), stride, tile, batch, height, width, channels, len(weight))
     scratch = scratch_memory(library.winograd_scratch(1, *sizes, 0, threads))
     images, grad_output = _channels_last(images), _channels_last(grad_output)
     library.winograd_weight(
@@ -148,13 +154,15 @@ def _check(images: Tensor, weight: Tensor, stride: int) -> None:
 
 
 @torch.library.custom_op("efficient_resnet::winograd_convolution", mutates_args=())
-def winograd_convolution(images: Tensor, weight: Tensor, stride: int) -> Tensor:
+def winograd_convolution(images: Tensor, weight: Tensor, stride: int, bf16: bool = False) -> Tensor:
     """3x3 convolution with a padding of 1, in fp32 on the CPU.
 
     Args:
         images: (N, C, H, W), C a multiple of CHANNEL_MULTIPLE.
         weight: (K, C, 3, 3), K a multiple of CHANNEL_MULTIPLE too.
         stride: 1 or 2.
+        bf16: Whether to compute the products of the transformed tiles, here and in the gradients,
+            in bf16, with sums in fp32. (Without avx512_bf16 the CPU emulates that, slowly.)
 
     Returns:
         (N, K, (H - 1) // stride + 1, (W - 1) // stride + 1) in channels_last.
@@ -163,18 +171,23 @@ def winograd_convolution(images: Tensor, weight: Tensor, stride: int) -> Tensor:
         RuntimeError: A tensor has another shape or dtype, or is on another device.
     """
     _check(images, weight, stride)
-    return _convolve(images, weight, stride)
+    return _convolve(images, weight, stride, bf16)
 
 
 @winograd_convolution.register_fake
-def _(images: Tensor, weight: Tensor, stride: int) -> Tensor:
+def _(images: Tensor, weight: Tensor, stride: int, bf16: bool = False) -> Tensor:
     size = [_output_size(side, stride) for side in images.shape[2:]]
     return _empty_channels_last(images, images.shape[0], weight.shape[0], *size)
 
 
 @torch.library.custom_op("efficient_resnet::winograd_convolution_backward", mutates_args=())
 def winograd_convolution_backward(
-    grad_output: Tensor, images: Tensor, weight: Tensor, stride: int, wanted: list[bool]
+    grad_output: Tensor,
+    images: Tensor,
+    weight: Tensor,
+    stride: int,
+    wanted: list[bool],
+    bf16: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of `winograd_convolution` by images and by weight.
 
@@ -184,6 +197,7 @@ def winograd_convolution_backward(
         weight: (K, C, 3, 3).
         stride: 1 or 2.
         wanted: Whether to compute each of the two; a gradient that is not wanted is empty.
+        bf16: Whether to compute the products in bf16, with sums in fp32.
 
     Returns:
         The gradients (N, C, H, W) in channels_last and (K, C, 3, 3) with the strides of the weight.
@@ -197,9 +211,9 @@ def winograd_convolution_backward(
     check_operand("winograd_convolution_backward", "grad_output", grad_output, expected)
     grad_images, grad_weight = grad_output.new_empty(0), grad_output.new_empty(0)
     if wanted[0]:
-        grad_images = _image_gradient(grad_output, images, weight, stride)
+        grad_images = _image_gradient(grad_output, images, weight, stride, bf16)
     if wanted[1]:
-        grad_weight = _weight_gradient(grad_output, images, weight, stride)
+        grad_weight = _weight_gradient(grad_output, images, weight, stride, bf16)
         if weight.is_contiguous():  # DDP needs the strides of the parameter
             grad_weight = grad_weight.contiguous()
     return grad_images, grad_weight
@@ -207,7 +221,12 @@ def winograd_convolution_backward(
 
 @winograd_convolution_backward.register_fake
 def _(
-    grad_output: Tensor, images: Tensor, weight: Tensor, stride: int, wanted: list[bool]
+    grad_output: Tensor,
+    images: Tensor,
+    weight: Tensor,
+    stride: int,
+    wanted: list[bool],
+    bf16: bool = False,
 ) -> tuple[Tensor, Tensor]:
     nothing = grad_output.new_empty(0)
     return (
@@ -216,16 +235,20 @@ def _(
     )
 
 
-def _keep_for_backward(ctx: Any, inputs: tuple[Tensor, Tensor, int], output: Tensor) -> None:
+def _keep_for_backward(ctx: Any, inputs: tuple[Tensor, Tensor, int, bool], output: Tensor) -> None:
     ctx.save_for_backward(*inputs[:2])
-    ctx.stride = inputs[2]
+    ctx.options = inputs[2:]
 
 
-def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
     images, weight = ctx.saved_tensors
+    stride, bf16 = ctx.options
     wanted = list(ctx.needs_input_grad[:2])
-    gradients = winograd_convolution_backward(grad_output, images, weight, ctx.stride, wanted)
-    return gradients[0] if wanted[0] else None, gradients[1] if wanted[1] else None, None
+    gradients = winograd_convolution_backward(grad_output, images, weight, stride, wanted, bf16)
+    by_images, by_weight = (
+        gradient if want else None for gradient, want in zip(gradients, wanted, strict=True)
+    )
+    return by_images, by_weight, None, None
 
 
 winograd_convolution.register_autograd(_backward, setup_context=_keep_for_backward)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from training_framework.kernels.operands import is_readable
 from training_framework.kernels.winograd import CHANNEL_MULTIPLE, winograd_convolution
 
-__all__ = ["SMALLEST_MAP", "WinogradConv2d", "winograd_applies"]
+__all__ = ["SMALLEST_MAP", "Bf16WinogradConv2d", "WinogradConv2d", "winograd_applies"]
 
 # On smaller maps, much of the work is on the border; SmallMapConv2d handles them.
 SMALLEST_MAP = 3
@@ -27,6 +27,8 @@ class WinogradConv2d(nn.Conv2d):
     kernels read. It can be differentiated once, not twice.
     """
 
+    bf16_products = False
+
     def forward(self, input: Tensor) -> Tensor:
         """(N, Cin, H, W) to (N, Cout, H, W)."""
         if (
@@ -38,9 +40,19 @@ class WinogradConv2d(nn.Conv2d):
             or not winograd_applies(self, *input.shape[2:])
         ):
             return super().forward(input)
-        output = winograd_convolution(input, self.weight, self.stride[0])
+        output = winograd_convolution(input, self.weight, self.stride[0], self.bf16_products)
         in_channels_last = input.is_contiguous(memory_format=torch.channels_last)
         return output if in_channels_last else output.contiguous()
+
+
+class Bf16WinogradConv2d(WinogradConv2d):
+    """The same with products in bf16 and sums in fp32, in the gradients too.
+
+    The rounding of the transformed tiles adds an error of 1.2% (root mean square) at stride 1, and
+    0.4% for small maps and stride 2, where a convolution of bf16 tensors has 0.3%.
+    """
+
+    bf16_products = True
 
 
 def winograd_applies(convolution: nn.Conv2d, height: int, width: int) -> bool:

@@ -36,7 +36,7 @@ class ConsoleLogger:
         *,
         total_steps: int,
         start_step: int = 0,
-        total_epochs: int | None = None,
+        total_epochs: float | None = None,
         terminal: bool | None = None,
         stream: TextIO | None = None,
     ) -> None:
@@ -138,6 +138,7 @@ def _evaluation(values: Mapping[str, float]) -> list[str]:
             "val/loss": "val loss {:.3f}",
             "val/acc1": "acc1 {:.2f}%",
             "val/acc5": "acc5 {:.2f}%",
+            "val/acc1_tta": "with TTA {:.2f}%",
             "eval_seconds": "in {:.1f} s",
         },
     )

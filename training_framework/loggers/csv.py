@@ -21,6 +21,7 @@ COLUMNS = {
     "val/loss": "mean loss on the validation set",
     "val/acc1": "top-1 accuracy on the validation set, percent",
     "val/acc5": "top-5 accuracy on the validation set, percent",
+    "val/acc1_tta": "top-1 accuracy on the validation set with test-time augmentation, percent",
     "lr": "learning rate of the step",
     "grad_norm": "norm of the gradient before clipping",
     "images_per_second": "training images per second over all devices",
@@ -118,11 +119,14 @@ def _rows_to_keep(path: Path, resume_step: int) -> list[str]:
     header, *rows = text.split("\n")
     if _HEADER.startswith(header) and not any(rows):
         return []
-    if header != _HEADER:
+    columns = header.split(",")
+    if not {"epoch", "step"} <= set(columns) <= COLUMNS.keys():
         raise UserError(
             f"{path}: the first line does not list the columns of this version",
             "move the file away to start a new one",
         )
+    if header != _HEADER:  # an earlier version had fewer columns
+        rows = [_with_all_columns(row, columns) for row in rows]
     # After the last newline there is nothing, or a row whose last number may be incomplete.
     rows.pop()
     kept: list[str] = []
@@ -133,6 +137,15 @@ def _rows_to_keep(path: Path, resume_step: int) -> list[str]:
             kept.append(row)
             last_step = step
     return kept
+
+
+def _with_all_columns(row: str, columns: list[str]) -> str:
+    """A row under today's columns; an incomplete row stays incomplete."""
+    fields = row.split(",")
+    if len(fields) != len(columns):
+        return row
+    values = dict(zip(columns, fields, strict=True))
+    return ",".join(values.get(name, "") for name in COLUMNS)
 
 
 def _step_of(row: str) -> int:

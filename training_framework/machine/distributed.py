@@ -1,9 +1,11 @@
 """Processes that train together: torchrun's environment and torch.distributed."""
 
+import atexit
 import gc
 import importlib
 import json
 import os
+import signal
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,23 +15,30 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from training_framework.errors import UserError
 
 __all__ = [
+    "BACKENDS",
     "Processes",
     "gathered",
     "is_first_to_report",
     "largest",
     "process_group",
     "share_buffers",
+    "share_largest",
     "value_of_first_process",
 ]
 
+# How processes talk to each other, by PyTorch's type of their devices. A type that is missing here
+# has no such way, and one process trains on it.
+BACKENDS = {"cpu": "gloo", "cuda": "nccl", "xpu": "xccl"}
 BOARD_TIMEOUT = timedelta(seconds=5)
 # One process may take longer than another to open a large data set or to compile kernels.
 FIRST_PROCESS_TIMEOUT = timedelta(minutes=10)
+# ncclCommAbort needs no other process and takes milliseconds, but some versions of NCCL hang in it.
+ABORT_SECONDS = 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,29 +90,48 @@ class Processes:
 
 @contextmanager
 def process_group(processes: Processes, device: torch.device) -> Iterator[None]:
-    """Join the other processes, by NCCL for CUDA devices and gloo elsewhere; a no-op for one.
+    """Join the other processes, by the backend for their device; a no-op for one.
 
     A UserError in one process ends the others with the same UserError; otherwise they would only
     report that the process is gone.
 
+    After an error, a group of NCCL stays until the process ends, and is aborted there. Destroying
+    it would wait for the other processes, which may wait for this one, so that nobody ever sees the
+    error ("Shutdown" in PyTorch's documentation of torch.distributed).
+
     All users of the group, such as a DistributedDataParallel, must be out of scope at the end.
     gloo's threads end only with the last user, and a thread that still owns a Python tensor while
     the interpreter shuts down aborts the process (see PyTorch's pull request 179291).
+
+    Raises:
+        UserError: This process is in a group already.
     """
     if processes.world_size == 1:
         yield
         return
+    if dist.is_initialized():
+        raise UserError(
+            "this process is in a process group already: the script formed one, or a training "
+            "before ended with an error",
+            "leave the group to the training, and start the script again after an error",
+        )
     # torch.distributed.nn binds the current group as default arguments at import. A later import,
     # by DistributedDataParallel, would keep this group for ever.
     importlib.import_module("torch.distributed.nn.functional")
+    _check_backend(device.type)
     if device.type == "cuda":
         torch.cuda.set_device(device)
         dist.init_process_group("nccl", device_id=device)
+    elif device.type == "xpu":
+        torch.xpu.set_device(device)
+        dist.init_process_group("xccl")
     else:
         dist.init_process_group("gloo")
+    must_abort = False
     try:
         yield
     except BaseException as error:
+        must_abort = device.type == "cuda"
         traceback.clear_frames(error.__traceback__)  # their variables may use the group
         if isinstance(error, UserError):
             _post_cause(error)
@@ -112,19 +140,53 @@ def process_group(processes: Processes, device: torch.device) -> Iterator[None]:
         raise
     finally:
         gc.collect()
-        dist.destroy_process_group()
+        if must_abort:
+            atexit.register(_abort_group)  # by then, the error has been shown
+        else:
+            dist.destroy_process_group()
+
+
+def _abort_group() -> None:
+    """Abort the group of all processes. Ends this process by SIGALRM if that takes too long."""
+    group = dist.group.WORLD
+    assert group is not None
+    # A thread could not start while the interpreter ends, nor a handler run during a call of NCCL.
+    signal.alarm(ABORT_SECONDS)
+    group.abort()
+    dist.destroy_process_group()  # which waits for nobody now
+    signal.alarm(0)
+
+
+def _check_backend(device_type: str) -> None:
+    backend = BACKENDS[device_type]
+    if not dist.is_backend_available(backend):
+        raise UserError(
+            f"processes on {device_type} need {backend}, which PyTorch {torch.__version__} lacks",
+            "install a PyTorch build with it, or set accelerator to cpu",
+        )
 
 
 def largest(values: Sequence[float], device: torch.device) -> list[float]:
     """The maximum of each value over all processes, in fp32.
 
-    Several processes wait for the device, and must all call it at the same point.
+    Several processes wait for the device, once, and must all call it at the same point.
     """
     if not dist.is_initialized():
         return [float(value) for value in values]
-    numbers = torch.tensor(values, dtype=torch.float32, device=device)
-    dist.all_reduce(numbers, op=dist.ReduceOp.MAX)
-    return numbers.tolist()
+    # Filled there: a copy from the host would be waited for too.
+    filled = [torch.full((), value, dtype=torch.float32, device=device) for value in values]
+    numbers: list[float] = share_largest(torch.stack(filled)).tolist()
+    return numbers
+
+
+def share_largest(numbers: Tensor) -> Tensor:
+    """Replace numbers on the device by their maximum over all processes, and return them.
+
+    Does not wait for the device. All processes must call it at the same point.
+    """
+    if dist.is_initialized():
+        dist.all_reduce(numbers, op=dist.ReduceOp.MAX)
+    return numbers
 
 
 def gathered(value: Any) -> list[Any]:
@@ -143,11 +205,19 @@ def gathered(value: Any) -> list[Any]:
 def share_buffers(model: nn.Module) -> None:
     """Copy rank 0's buffers, such as the running statistics of batch norms, to all processes.
 
-    All processes must call it at the same point.
+    All processes must call it at the same point. Buffers of one dtype travel together.
     """
-    if dist.is_initialized():
-        for buffer in model.buffers():
-            dist.broadcast(buffer, src=0)
+    if not dist.is_initialized():
+        return
+    by_dtype: dict[torch.dtype, list[Tensor]] = {}
+    for buffer in model.buffers():
+        by_dtype.setdefault(buffer.dtype, []).append(buffer)
+    for buffers in by_dtype.values():
+        together = torch.cat([buffer.flatten() for buffer in buffers])
+        dist.broadcast(together, src=0)
+        pieces = together.split([buffer.numel() for buffer in buffers])
+        for buffer, piece in zip(buffers, pieces, strict=True):
+            buffer.copy_(piece.view_as(buffer))
 
 
 def is_first_to_report(text: str) -> bool:

@@ -18,6 +18,7 @@ from training_framework.machine.accelerators import (
     find_accelerators,
     find_triton_fault,
     gpu_support_fault,
+    one_device_is_visible,
 )
 from training_framework.machine.load import MachineWatch
 from training_framework.machine.memory import can_keep_freed_memory, memory_in_use
@@ -52,6 +53,10 @@ class Hardware:
         instruction_sets: The relevant ones of the CPU: avx2, avx512, avx512_bf16, amx, arm_bf16.
         memory_bytes: Host memory that this process may use (within the container limit).
         accelerators: All that were found, usable or not.
+        own_cores: Whether `cores` are this process's alone, as SLURM binds its tasks; otherwise the
+            processes of this machine share them.
+        one_device_each: Whether the environment shows this process one device alone, as SLURM does
+            where each process of a machine gets its own.
         bf16_speed: Measured speed of a bf16 convolution on this CPU as a multiple of fp32; None if
             not measured or if the CPU has no instructions for bf16.
         cpp_compiler: Name of the C++ compiler for CPU kernels; None if there is no working one.
@@ -69,6 +74,8 @@ class Hardware:
     instruction_sets: tuple[str, ...]
     memory_bytes: int
     accelerators: tuple[Accelerator, ...]
+    own_cores: bool = False
+    one_device_each: bool = False
     bf16_speed: float | None = None
     cpp_compiler: str | None = None
     cpp_compiler_fault: str = "no C++ compiler is installed"
@@ -76,6 +83,10 @@ class Hardware:
     glibc: bool = False
     thread_limit: int | None = None
     other_cpu_share: float = 0.0
+
+    def cores_each(self, local_world_size: int) -> int:
+        """Cores for each of the processes on this machine, at least one."""
+        return self.cores if self.own_cores else max(1, self.cores // local_world_size)
 
     @property
     def usable(self) -> tuple[Accelerator, ...]:
@@ -134,6 +145,8 @@ def detect_hardware() -> Hardware:
         instruction_sets=tuple(sets),
         memory_bytes=_usable_memory(),
         accelerators=accelerators,
+        own_cores=_cores_are_own(),
+        one_device_each=one_device_is_visible(),
         bf16_speed=bf16_speed,
         cpp_compiler=None if compiler is None else Path(compiler).name,
         cpp_compiler_fault=missing_compiler() if compiler is None else "",
@@ -198,6 +211,15 @@ def usable_cores() -> int:
         return cores or 1
     limit = cores if quota == "max" else max(1, int(quota) // int(period))
     return min(cores or 1, limit or 1)
+
+
+def _cores_are_own() -> bool:
+    """Whether SLURM has bound this process to cores of its own.
+
+    Processes that torchrun starts within a SLURM task share the task's cores.
+    """
+    bound = os.environ.get("SLURM_CPUS_PER_TASK", "")
+    return bound == str(usable_cores()) and "TORCHELASTIC_RUN_ID" not in os.environ
 
 
 def _usable_memory() -> int:

@@ -1,84 +1,109 @@
 """The peak speed of a device: from data sheets for GPUs, measured for CPUs."""
 
 import functools
-import re
 import time
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["gpu_model", "measure_bf16_speed", "measure_peak_flops"]
+from training_framework.machine.precision import ProductFormat
+
+__all__ = ["CITED_PEAKS", "CitedPeaks", "measure_bf16_speed", "measure_peak_flops"]
 
 PEAK_TRIAL_SECONDS = 0.1
 BF16_TRIALS = 5
 
-# Dense peak of the tensor cores in FLOP/s, accumulated in fp32, by model (see `gpu_model`); bf16
-# and fp16 are equally fast on all of these. Sources: NVIDIA's data sheets and architecture papers
-# (without sparsity). A model that is not listed has no peak here: a similar name proves nothing.
-CITED_PEAK_FLOPS = {
-    "B200": 2250e12,
-    "H200": 989e12,
-    "H200 NVL": 835e12,
-    "GH200": 989e12,
-    "H100": 989e12,
-    "H100 NVL": 835e12,
-    "H100 PCIE": 756e12,
-    "H20": 148e12,
-    "A100": 312e12,
-    "A100 PCIE": 312e12,
-    "A30": 165e12,
-    "A40": 150e12,
-    "A10": 125e12,
-    "A10G": 70e12,
-    "L40S": 362e12,
-    "L40": 181e12,
-    "L4": 121e12,
-    "T4": 65e12,
-    "V100": 125e12,
-    "V100 PCIE": 112e12,
-    "V100S PCIE": 130e12,
-    "RTX A6000": 155e12,
-    "RTX 5090": 209e12,
-    "RTX 4090": 165e12,
-    "RTX 3090": 71e12,
-}
-# Words of a name that do not change the peak: who sells it, its memory, and its socket where there
-# is a model without one.
-_BRANDS = re.compile(r"\b(NVIDIA|TESLA|GEFORCE)\b")
-_MEMORY_OR_SOCKET = re.compile(r"\d+GB|HBM\d\w?|SXM\d?")
 
+class CitedPeaks(NamedTuple):
+    """A model's dense peaks in TFLOP/s, with products added up in fp32; 0: it lacks the units.
 
-def gpu_model(device_name: str) -> str:
-    """A GPU's model, from its name as the driver gives it.
-
-    `NVIDIA A100-SXM4-80GB` is an `A100`, and `NVIDIA GeForce RTX 4090 Laptop GPU` an
-    `RTX 4090 LAPTOP GPU`, which is another model than `RTX 4090`.
+    Attributes:
+        bf16: Of bfloat16 on tensor cores.
+        fp16: Of half precision on tensor cores.
+        tf32: Of TF32 on tensor cores.
+        fp32: Of IEEE fp32, without tensor cores.
+        source: NVIDIA's document. Where it gives rates with sparsity, these are their halves.
     """
-    words = re.split(r"[ -]+", _BRANDS.sub("", device_name.upper()).strip())
-    return " ".join(word for word in words if not _MEMORY_OR_SOCKET.fullmatch(word))
+
+    bf16: float
+    fp16: float
+    tf32: float
+    fp32: float
+    source: str
+
+
+_A100 = CitedPeaks(312, 312, 156, 19.5, "A100 data sheet")
+_H100_SXM = CitedPeaks(989, 989, 494, 67, "H100 data sheet")
+_HOPPER_NVL = (835, 835, 417, 60)
+_V100_PCIE = CitedPeaks(0, 112, 0, 14, "V100 data sheet")
+_V100_SXM2 = CitedPeaks(0, 125, 0, 15.7, "V100 data sheet")
+
+# By the driver's name of the device, without "NVIDIA " in front, which older drivers leave out. A
+# name that is not listed has no peak here: a similar name can be another chip (RTX 4090 Laptop), a
+# part of one (MIG) or a special edition (A100-SXM-64GB). H20 and A10G are not listed: we found no
+# data sheet to check theirs against.
+CITED_PEAKS = {
+    "B200": CitedPeaks(2250, 2250, 1100, 75, "Blackwell data sheet (HGX B200)"),
+    "H200": CitedPeaks(989, 989, 494, 67, "H200 data sheet"),
+    "H200 NVL": CitedPeaks(*_HOPPER_NVL, "H200 data sheet"),
+    "GH200 480GB": CitedPeaks(989, 989, 494, 67, "GH200 data sheet"),
+    "GH200 144G HBM3e": CitedPeaks(989, 989, 494, 67, "GH200 data sheet"),
+    "H100 80GB HBM3": _H100_SXM,
+    "H100 NVL": CitedPeaks(*_HOPPER_NVL, "H100 data sheet"),
+    "H100 PCIe": CitedPeaks(756, 756, 378, 51, "H100 data sheet"),
+    "A100-SXM4-40GB": _A100,
+    "A100-SXM4-80GB": _A100,
+    "A100-PCIE-40GB": _A100,
+    "A100 80GB PCIe": _A100,
+    "A30": CitedPeaks(165, 165, 82, 10.3, "A30 data sheet"),
+    "A40": CitedPeaks(149.7, 149.7, 74.8, 37.4, "A40 data sheet"),
+    "A10": CitedPeaks(125, 125, 62.5, 31.2, "A10 data sheet"),
+    "L40S": CitedPeaks(362, 362, 183, 91.6, "L40S data sheet"),
+    "L40": CitedPeaks(181, 181, 90.5, 90.5, "L40 data sheet"),
+    "L4": CitedPeaks(121, 121, 60, 30.3, "L4 data sheet"),
+    "Tesla T4": CitedPeaks(0, 65, 0, 8.1, "T4 data sheet"),
+    "Tesla V100-SXM2-16GB": _V100_SXM2,
+    "Tesla V100-SXM2-32GB": _V100_SXM2,
+    "Tesla V100-PCIE-16GB": _V100_PCIE,
+    "Tesla V100-PCIE-32GB": _V100_PCIE,
+    "Tesla V100S-PCIE-32GB": CitedPeaks(0, 130, 0, 16.4, "V100 data sheet"),
+    "RTX A6000": CitedPeaks(154.8, 154.8, 77.4, 38.7, "Ampere GA102 architecture paper"),
+    "GeForce RTX 5090": CitedPeaks(209.5, 209.5, 104.8, 104.8, "RTX Blackwell architecture paper"),
+    "GeForce RTX 4090": CitedPeaks(165.2, 165.2, 82.6, 82.6, "Ada architecture paper"),
+    "GeForce RTX 3090": CitedPeaks(71, 71, 35.6, 35.6, "Ampere GA102 architecture paper"),
+}
+_CPU_DTYPES = {
+    "fp32": torch.float32,
+    "tf32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
 
 
 def measure_peak_flops(
-    device_kind: str, device_name: str, dtype: torch.dtype
+    device_kind: str, device_name: str, factors: ProductFormat
 ) -> tuple[float, Literal["cited", "measured", "n/a"]]:
-    """Peak FLOP/s of a device in a dtype: the denominator of MFU.
+    """Peak FLOP/s of a device: the denominator of MFU.
 
-    For GPUs in the table above, it is the dense tensor-core rate of the data sheet (half precision
-    only). For CPUs it is measured: the best of a few matrix products and a convolution, with the
-    threads in use. For other devices it is unknown, and MFU is not reported.
+    For GPUs in the table above, it is the dense rate of the data sheet. For CPUs it is measured:
+    the best of a few matrix products and a convolution, with the threads in use. For other devices
+    it is unknown, and MFU is not reported.
+
+    Args:
+        device_kind: PyTorch's type of the device.
+        device_name: The device's name, as its driver gives it.
+        factors: What convolutions and matrix products multiply.
 
     Returns:
         FLOP/s per device (0 if unknown), and the source of the figure.
     """
     if device_kind == "cpu":
-        return _measured_cpu_peak(dtype), "measured"
-    if dtype in (torch.bfloat16, torch.float16):
-        flops = CITED_PEAK_FLOPS.get(gpu_model(device_name))
-        if flops is not None:
-            return flops, "cited"
-    return 0.0, "n/a"
+        return _measured_cpu_peak(_CPU_DTYPES[factors]), "measured"
+    peaks = CITED_PEAKS.get(device_name.removeprefix("NVIDIA "))
+    teraflops = 0.0 if peaks is None else getattr(peaks, factors)
+    return (teraflops * 1e12, "cited") if teraflops else (0.0, "n/a")
 
 
 def _measured_cpu_peak(dtype: torch.dtype) -> float:

@@ -1,6 +1,7 @@
-"""The two residual blocks of ResNet (He et al., arXiv 1512.03385, figure 5).
+"""The two residual blocks of ResNet (He et al., arXiv 1512.03385, figure 5), and their base.
 
-Parameters and buffers have torchvision's names, so that its weight files load.
+Parameters and buffers have torchvision's names, and timm's where torchvision has no such block, so
+that their weight files load.
 """
 
 from collections.abc import Iterator
@@ -12,18 +13,23 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
-from training_framework.kernels.fused_norm import rectified
+from training_framework.config.architectures import Variation
+from training_framework.models.activations import ACTIVATIONS, activated
+from training_framework.models.blur_pool import BlurPool
+from training_framework.models.squeeze_excitation import SqueezeExcitation
 
-__all__ = ["BasicBlock", "Bottleneck", "ResidualBlock"]
+__all__ = ["BasicBlock", "Bottleneck", "ResidualBlock", "conv1x1", "conv3x3"]
 
 
-def _conv3x3(in_channels: int, out_channels: int, stride: int = 1, groups: int = 1) -> nn.Conv2d:
+def conv3x3(in_channels: int, out_channels: int, stride: int = 1, groups: int = 1) -> nn.Conv2d:
+    """A 3x3 convolution without bias, padded by one pixel."""
     return nn.Conv2d(
         in_channels, out_channels, 3, stride=stride, padding=1, groups=groups, bias=False
     )
 
 
-def _conv1x1(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
+def conv1x1(in_channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
+    """A 1x1 convolution without bias."""
     return nn.Conv2d(in_channels, out_channels, 1, stride=stride, bias=False)
 
 
@@ -45,18 +51,27 @@ def _running_statistics_unchanged(block: nn.Module) -> Iterator[None]:
 
 
 class ResidualBlock(nn.Module):
-    """The common parts of both blocks: the shortcut, and the recomputation of activations.
+    """The common parts of all blocks: the shortcut, and the recomputation of activations.
+
+    Args:
+        variation: Activation, squeeze and excitation, blur and shortcut.
 
     Attributes:
         expansion: Output channels as a multiple of `channels`.
         recompute_activations: In training, keep only the block's input and recompute the rest in
             the backward pass; set by `surgery.checkpoint_activations`.
         downsample: The projection of the shortcut, or None if the shapes agree.
+        se: Squeeze and excitation of the branch parallel to the shortcut, or None.
     """
 
     expansion: ClassVar[int]
     recompute_activations: bool = False
     downsample: nn.Module | None
+    se: SqueezeExcitation | None
+
+    def __init__(self, variation: Variation) -> None:
+        super().__init__()
+        self.variation = variation
 
     def _projection(self, in_channels: int, channels: int, stride: int) -> nn.Sequential | None:
         """The shortcut's 1x1 convolution and norm, or None if the shapes agree.
@@ -67,9 +82,30 @@ class ResidualBlock(nn.Module):
         out_channels = channels * self.expansion
         if stride == 1 and in_channels == out_channels:
             return None
+        if not self.variation.pooled_shortcut:
+            return nn.Sequential(
+                conv1x1(in_channels, out_channels, stride), nn.BatchNorm2d(out_channels)
+            )
+        # Maps of an odd side have a border of which only single pixels remain.
+        pool = nn.AvgPool2d(stride, stride, ceil_mode=True, count_include_pad=False)
         return nn.Sequential(
-            _conv1x1(in_channels, out_channels, stride), nn.BatchNorm2d(out_channels)
+            nn.Identity() if stride == 1 else pool,
+            conv1x1(in_channels, out_channels),
+            nn.BatchNorm2d(out_channels),
         )
+
+    def _register_last(self, channels: int, downsample: nn.Sequential | None) -> None:
+        wanted = self.variation.squeeze_excitation
+        self.se = SqueezeExcitation(channels * self.expansion) if wanted else None
+        self.downsample = downsample
+
+    def _strided(
+        self, in_channels: int, channels: int, stride: int, groups: int = 1
+    ) -> tuple[nn.Conv2d, BlurPool | None]:
+        """A 3x3 convolution that reduces the maps by `stride`, or leaves this to a blur."""
+        blurs = self.variation.blur_pool and stride > 1
+        convolution = conv3x3(in_channels, channels, 1 if blurs else stride, groups)
+        return convolution, BlurPool() if blurs else None
 
     @property
     def last_norm(self) -> nn.BatchNorm2d:
@@ -80,9 +116,16 @@ class ResidualBlock(nn.Module):
         """The branch parallel to the shortcut, up to the input of its last norm."""
         raise NotImplementedError
 
-    def _add_shortcut(self, x: Tensor) -> Tensor:
+    def _activated(self, norm: nn.Module, x: Tensor, shortcut: Tensor | None = None) -> Tensor:
+        return activated(norm, x, shortcut, activation=self.variation.activation)
+
+    def _output(self, x: Tensor) -> Tensor:
         shortcut = x if self.downsample is None else self.downsample(x)
-        return rectified(self.last_norm, self.residual(x), shortcut)
+        branch = self.residual(x)
+        if self.se is None:
+            return self._activated(self.last_norm, branch, shortcut)
+        weighed = self.se(self.last_norm(branch))
+        return ACTIVATIONS[self.variation.activation](weighed + shortcut)
 
     def _recomputation_contexts(
         self,
@@ -92,14 +135,14 @@ class ResidualBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(N, in_channels, H, W) to (N, channels * expansion, ceil(H / stride), ...)."""
         if not (self.recompute_activations and self.training and torch.is_grad_enabled()):
-            return self._add_shortcut(x)
+            return self._output(x)
         # A block draws no random numbers, so the state of the generators need not be kept. The
         # compiler never repeats buffer updates, so it needs no contexts.
         if torch.compiler.is_compiling():
-            out = checkpoint(self._add_shortcut, x, use_reentrant=False, preserve_rng_state=False)
+            out = checkpoint(self._output, x, use_reentrant=False, preserve_rng_state=False)
         else:
             out = checkpoint(
-                self._add_shortcut,
+                self._output,
                 x,
                 use_reentrant=False,
                 preserve_rng_state=False,
@@ -116,18 +159,26 @@ class BasicBlock(ResidualBlock):
         in_channels: Channels of the input.
         channels: Channels of both convolutions and of the output.
         stride: Stride of the first convolution and of the shortcut.
+        variation: See `Variation`.
     """
 
     expansion = 1
 
-    def __init__(self, in_channels: int, channels: int, stride: int = 1) -> None:
-        super().__init__()
+    def __init__(
+        self,
+        in_channels: int,
+        channels: int,
+        stride: int = 1,
+        *,
+        variation: Variation = Variation(),  # noqa: B008 -- it is immutable
+    ) -> None:
+        super().__init__(variation)
         downsample = self._projection(in_channels, channels, stride)
-        self.conv1 = _conv3x3(in_channels, channels, stride)
+        self.conv1, self.blur = self._strided(in_channels, channels, stride)
         self.bn1 = nn.BatchNorm2d(channels)
-        self.conv2 = _conv3x3(channels, channels)
+        self.conv2 = conv3x3(channels, channels)
         self.bn2 = nn.BatchNorm2d(channels)
-        self.downsample = downsample
+        self._register_last(channels, downsample)
 
     @property
     def last_norm(self) -> nn.BatchNorm2d:
@@ -135,8 +186,9 @@ class BasicBlock(ResidualBlock):
         return self.bn2
 
     def residual(self, x: Tensor) -> Tensor:
-        """3x3, norm, ReLU, 3x3."""
-        return self.conv2(rectified(self.bn1, self.conv1(x)))
+        """3x3, norm, activation, 3x3."""
+        x = self._activated(self.bn1, self.conv1(x))
+        return self.conv2(x if self.blur is None else self.blur(x))
 
 
 class Bottleneck(ResidualBlock):
@@ -151,6 +203,7 @@ class Bottleneck(ResidualBlock):
         stride: Stride of the 3x3 convolution and of the shortcut.
         groups: Groups of the 3x3 convolution (ResNeXt, Xie et al., arXiv 1611.05431).
         base_width: Channels per group if `channels` is 64; they grow in proportion to it.
+        variation: See `Variation`.
     """
 
     expansion = 4
@@ -163,17 +216,18 @@ class Bottleneck(ResidualBlock):
         *,
         groups: int = 1,
         base_width: int = 64,
+        variation: Variation = Variation(),  # noqa: B008 -- it is immutable
     ) -> None:
-        super().__init__()
+        super().__init__(variation)
         width = channels * base_width // 64 * groups
         downsample = self._projection(in_channels, channels, stride)
-        self.conv1 = _conv1x1(in_channels, width)
+        self.conv1 = conv1x1(in_channels, width)
         self.bn1 = nn.BatchNorm2d(width)
-        self.conv2 = _conv3x3(width, width, stride, groups)
+        self.conv2, self.blur = self._strided(width, width, stride, groups)
         self.bn2 = nn.BatchNorm2d(width)
-        self.conv3 = _conv1x1(width, channels * self.expansion)
+        self.conv3 = conv1x1(width, channels * self.expansion)
         self.bn3 = nn.BatchNorm2d(channels * self.expansion)
-        self.downsample = downsample
+        self._register_last(channels, downsample)
 
     @property
     def last_norm(self) -> nn.BatchNorm2d:
@@ -181,6 +235,7 @@ class Bottleneck(ResidualBlock):
         return self.bn3
 
     def residual(self, x: Tensor) -> Tensor:
-        """1x1, norm, ReLU, 3x3, norm, ReLU, 1x1."""
-        x = rectified(self.bn1, self.conv1(x))
-        return self.conv3(rectified(self.bn2, self.conv2(x)))
+        """1x1, norm, activation, 3x3, norm, activation, 1x1."""
+        x = self._activated(self.bn1, self.conv1(x))
+        x = self._activated(self.bn2, self.conv2(x))
+        return self.conv3(x if self.blur is None else self.blur(x))

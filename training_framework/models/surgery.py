@@ -21,7 +21,11 @@ from training_framework.kernels.synchronized_norm import (
     TorchSynchronizedBatchNorm2d,
 )
 from training_framework.kernels.winograd import load_winograd_kernels
-from training_framework.kernels.winograd_convolution import WinogradConv2d, winograd_applies
+from training_framework.kernels.winograd_convolution import (
+    Bf16WinogradConv2d,
+    WinogradConv2d,
+    winograd_applies,
+)
 from training_framework.models.blocks import ResidualBlock
 from training_framework.models.flops import meta_copy
 
@@ -175,7 +179,9 @@ def use_small_map_convolutions(model: nn.Module, image_size: int) -> int:
     return replaced
 
 
-def use_winograd_convolutions(model: nn.Module, image_size: int) -> int:
+def use_winograd_convolutions(
+    model: nn.Module, image_size: int, *, bf16_products: bool = False
+) -> int:
     """On CPUs, compute 3x3 convolutions of stride 1 and 2 by Winograd's algorithm.
 
     When to use it: for training on a CPU in fp32 and channels_last; measured on CPUs with AVX-512.
@@ -187,6 +193,7 @@ def use_winograd_convolutions(model: nn.Module, image_size: int) -> int:
         model: Its `Conv2d` modules of that kind change, except those that have hooks or occur in
             several places. To use both, call `use_small_map_convolutions` first.
         image_size: Side in pixels of the square input images.
+        bf16_products: Whether to compute the products in bf16; see `Bf16WinogradConv2d`.
 
     Returns:
         Number of convolutions changed; 0 comes with a warning.
@@ -195,7 +202,8 @@ def use_winograd_convolutions(model: nn.Module, image_size: int) -> int:
         NativeKernelsError: The kernels cannot be compiled here.
     """
     load_winograd_kernels()
-    replaced = _replace_convolutions(model, image_size, winograd_applies, WinogradConv2d)
+    kind = Bf16WinogradConv2d if bf16_products else WinogradConv2d
+    replaced = _replace_convolutions(model, image_size, winograd_applies, kind)
     _warn_if_none(
         replaced,
         f"use_winograd_convolutions: no suitable convolution at {image_size} px",

@@ -51,7 +51,7 @@ class WeightAverage:
             model: The network after its step, with or without a wrapper of DDP or torch.compile.
             step: Number of this optimizer step, from 0.
         """
-        weight = 1 - min(self.decay, (1 + step) / (10 + step))
+        weight = 1 - self._decay_at(step)
         current = _tensors(model)
         assert len(current) == len(self._averaged), "this is not the averaged model"
         averaged_floats, current_floats = [], []
@@ -66,6 +66,9 @@ class WeightAverage:
         torch._foreach_lerp_(averaged_floats, current_floats, weight)
         if averaged_others:
             torch._foreach_copy_(averaged_others, current_others)
+
+    def _decay_at(self, step: int) -> float:
+        return min(self.decay, (1 + step) / (10 + step))
 
     def state_dict(self) -> dict[str, Tensor]:
         """The state_dict of the averaged model. The next update changes its tensors."""

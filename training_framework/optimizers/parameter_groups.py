@@ -1,10 +1,14 @@
 """Choose the parameters that weight decay applies to."""
 
 import re
-from typing import Any
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
+
+from training_framework.optimizers.rates import TrainedFor
 
 __all__ = ["parameter_groups"]
 
@@ -14,8 +18,23 @@ _NORM_TYPES = (_NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 _NORM_CLASS_NAME = re.compile(r"Norm(\dd)?$")
 
 
+class _Kind(NamedTuple):
+    """What the parameters of a group have in common; groups are sorted by it."""
+
+    is_other: bool  # no convolution, if those are separate
+    is_exempt: bool  # from weight decay
+    lr_factor: float = 1.0
+    trained_for: TrainedFor | None = None
+
+
 def parameter_groups(
-    model: nn.Module, *, weight_decay: float, decay_norm_and_bias: bool = False
+    model: nn.Module,
+    *,
+    weight_decay: float,
+    decay_norm_and_bias: bool = False,
+    bias_lr_factor: float = 1.0,
+    trained_for: Mapping[nn.Parameter, TrainedFor] = MappingProxyType({}),
+    separate_convolutions: bool = False,
 ) -> list[dict[str, Any]]:
     """Parameter groups for a torch optimizer: weight decay, but not on norms and biases.
 
@@ -32,26 +51,43 @@ def parameter_groups(
         model: The network; wrapped (DDP, torch.compile) or not.
         weight_decay: Weight decay of the decayed parameters.
         decay_norm_and_bias: Decay norms and biases too.
+        bias_lr_factor: Learning rate of norms and biases, as a multiple of the others'.
+        trained_for: Parameters that are not trained to the end.
+        separate_convolutions: Whether the weights of convolutions have groups of their own, before
+            the others and with `is_convolution`.
 
     Returns:
-        One or two groups, none of them empty, in the model's order: decayed, then not decayed.
-        An empty list if nothing is trainable.
+        Groups, none of them empty, each in the model's order: decayed, then not decayed. Where
+        parameters differ in more, there are more groups, with more keys; see `set_rates`. An empty
+        list if nothing is trainable.
     """
-    decayed: list[nn.Parameter] = []
-    not_decayed: list[nn.Parameter] = []
+    groups: dict[_Kind, list[nn.Parameter]] = {}
     seen: set[nn.Parameter] = set()
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             if not parameter.requires_grad or parameter in seen:
                 continue
             seen.add(parameter)
-            exempt = not decay_norm_and_bias and (_is_norm(module) or _is_bias(name))
-            (not_decayed if exempt else decayed).append(parameter)
-    groups: list[dict[str, Any]] = [
-        {"params": decayed, "weight_decay": weight_decay},
-        {"params": not_decayed, "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]
+            is_bias = _is_norm(module) or _is_bias(name)
+            kind = _Kind(
+                not (separate_convolutions and isinstance(module, nn.Conv2d) and name == "weight"),
+                is_bias and not decay_norm_and_bias,
+                bias_lr_factor if is_bias else 1.0,
+                trained_for.get(parameter),
+            )
+            groups.setdefault(kind, []).append(parameter)
+    result = []
+    for kind in sorted(groups, key=lambda kind: (*kind[:3], kind.trained_for or ())):
+        group = {"params": groups[kind], "weight_decay": 0.0 if kind.is_exempt else weight_decay}
+        if kind.lr_factor != 1:
+            group["lr_factor"] = kind.lr_factor
+        if kind.trained_for is not None:
+            # Plain values, since a checkpoint holds them.
+            group["trained_steps"], group["then_freezes"] = kind.trained_for
+        if not kind.is_other:
+            group["is_convolution"] = True
+        result.append(group)
+    return result
 
 
 def _is_norm(module: nn.Module) -> bool:

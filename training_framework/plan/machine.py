@@ -1,11 +1,44 @@
 """The devices of a run, and whether its processes fit them."""
 
+import platform
+
 from training_framework.config import TrainConfig
 from training_framework.errors import UserError
+from training_framework.machine.distributed import BACKENDS, Processes, is_first_to_report
 from training_framework.machine.hardware import Accelerator, Hardware
 from training_framework.switches import Choices
 
-__all__ = ["check_processes", "choose_accelerators"]
+__all__ = ["check_own_device", "check_processes", "choose_accelerators"]
+
+
+def check_own_device(
+    config: TrainConfig, hardware: Hardware, processes: Processes, *, key: str
+) -> None:
+    """Whether the only device that this process sees is its own, as far as torchrun can tell.
+
+    Args:
+        config: What is asked for.
+        hardware: The machine as this process sees it.
+        processes: This process, and those that train with it.
+        key: The same in all processes, and new for each call.
+
+    Raises:
+        UserError: Another process has the same device.
+    """
+    if config.accelerator == "cpu" or not _each_its_own(hardware, processes.local_world_size):
+        return
+    (gpu,) = hardware.usable
+    if gpu.uuid and not is_first_to_report(f"{key}/{platform.node()}/{gpu.uuid}"):
+        raise UserError(
+            f"several of the {processes.local_world_size} processes on this machine see the same "
+            f"single GPU, {gpu.name}",
+            "unset CUDA_VISIBLE_DEVICES for torchrun, or use --nproc-per-node=1",
+        )
+
+
+def _each_its_own(hardware: Hardware, local_world_size: int) -> bool:
+    """Whether each process on this machine sees one device, meant for it alone."""
+    return hardware.one_device_each and local_world_size > 1 and len(hardware.usable) == 1
 
 
 def choose_accelerators(
@@ -22,8 +55,10 @@ def choose_accelerators(
         choices.note("device", "cpu", f"asked for; {name}")
         return ()
     if usable:
-        chosen = usable[:local_world_size]
-        choices.note("device", chosen[0].kind, f"{chosen[0].name}, usable by this PyTorch")
+        each_its_own = _each_its_own(hardware, local_world_size)
+        chosen = usable * local_world_size if each_its_own else usable[:local_world_size]
+        seen = "; each process sees its own" if each_its_own else ""
+        choices.note("device", chosen[0].kind, f"{chosen[0].name}, usable by this PyTorch{seen}")
         return chosen
     if wanted == "gpu":
         fault = faults[0] if faults else "this PyTorch finds no GPU"
@@ -48,13 +83,20 @@ def check_processes(
     """
     if config.devices not in ("auto", world_size):
         raise _wrong_devices(config.devices, world_size)
+    device = accelerators[0].kind if accelerators else "cpu"
+    if world_size > 1 and device not in BACKENDS:
+        raise UserError(
+            f"{world_size} processes were started, and PyTorch cannot connect those on {device}",
+            "start one process, without torchrun, or set accelerator to cpu",
+        )
     if accelerators and len(accelerators) < local_world_size:
         raise UserError(
             f"torchrun started {local_world_size} processes on this machine, which has "
             f"{len(accelerators)} usable GPU(s)",
-            f"use --nproc-per-node={len(accelerators)}, or accelerator: cpu",
+            f"use --nproc-per-node={len(accelerators)}, or accelerator: cpu; if each process has "
+            "a GPU of its own, show it that one alone in CUDA_VISIBLE_DEVICES",
         )
-    if config.auto_micro_batch and world_size > 1:
+    if config.auto_micro_batch is True and world_size > 1:
         raise UserError(
             f"auto_micro_batch is for one process, and {world_size} train together: one "
             "that is short of memory cannot change what the others compute",
@@ -72,9 +114,7 @@ def check_processes(
             "strategy: auto",
         )
     if world_size > 1:
-        on_cuda = bool(accelerators) and accelerators[0].kind == "cuda"
-        backend = "NCCL" if on_cuda else "gloo"
-        choices.note("strategy", "ddp", f"{world_size} processes of torchrun, {backend}")
+        choices.note("strategy", "ddp", f"{world_size} processes, connected by {BACKENDS[device]}")
 
 
 def _wrong_devices(devices: int | str, world_size: int) -> UserError:

@@ -18,6 +18,7 @@ from training_framework.kernels.norm import load_norm_kernels
 from training_framework.kernels.winograd import load_winograd_kernels
 from training_framework.machine.distributed import Processes, value_of_first_process
 from training_framework.machine.hardware import Hardware, detect_hardware
+from training_framework.plan.machine import check_own_device
 from training_framework.plan.planner import make_plan
 from training_framework.plan.train_plan import TrainPlan
 
@@ -79,6 +80,7 @@ def plan_run(
     key = f"plan/{next(_plans_made)}"
     processes = Processes.from_environment()
     hardware = detect_hardware()
+    check_own_device(config, hardware, processes, key=key)
     source: Dataset | UserLoaders
     if train_loader is None:
         source = open_configured_dataset(config)

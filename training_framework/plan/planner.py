@@ -17,11 +17,15 @@ __all__ = ["make_plan"]
 
 LARGEST_CIFAR_STEM_PIXELS = 64
 LEARNING_RATE_PER_64_IMAGES = 0.1
+MUON_LEARNING_RATE = 0.24
+UNNORMALIZED_MUON_LEARNING_RATE = 0.02
 SMALLEST_EVALUATION_BATCH = 64
 # Settings that the plan takes over as they are.
 _AS_ASKED = (
-    "allow_config_change", "beta1", "beta2", "decay_norm_and_bias", "epochs", "eps", "gamma",
-    "log_every_n_steps", "model", "on_bad_image", "optimizer", "output_dir", "resume",
+    "allow_config_change", "beta1", "beta2", "decay_fraction", "decay_norm_and_bias", "epochs",
+    "eps", "final_lr_fraction", "gamma", "log_every_n_steps", "lookahead_share", "model",
+    "muon_iterations", "muon_momentum", "muon_normalize", "muon_rest", "on_bad_image",
+    "output_dir", "rand_augment_magnitude", "rand_augment_operations", "resume",
     "save_every_n_steps", "save_every_seconds", "save_top_k", "scheduler", "seed",
     "stop_after_steps", "tensorboard", "weight_decay", "weights",
 )  # fmt: skip
@@ -64,7 +68,9 @@ def make_plan(
     )
     durations = _durations(config, facts, world_size, batches_per_epoch, choices)
     stem = _stem(config, facts, choices)
-    lr = _learning_rate(config, durations["images_per_step"], choices)
+    trained_images_per_step = durations["images_per_step"] * (config.train_on_hardest or 1)
+    lr = _learning_rate(config, trained_images_per_step, choices)
+    muon_rest_lr = _muon_rest_lr(config, trained_images_per_step, choices)
     chosen = choose_all(
         Situation(
             config=config,
@@ -88,9 +94,11 @@ def make_plan(
         stem=stem,
         num_classes=_num_classes(config, facts),
         image_size=facts.image_size,
+        eval_img_size=_evaluation_size(config, facts),
         lr=lr,
+        muon_rest_lr=muon_rest_lr,
         nesterov=_nesterov(config),
-        momentum=config.momentum if config.optimizer == "sgd" else 0.0,
+        momentum=config.momentum if _uses_sgd(config) else 0.0,
         name=config.name or f"{own_network or config.model}-{facts.name}",
         more_switches=more_switches,
         asked_for=_asked_for(config),
@@ -132,8 +140,10 @@ def _durations(
         batch = facts.train_images
     else:
         batches = facts.train_images // batch
-    steps = math.ceil(batches / config.accumulate_grad_batches)
-    total = steps * config.epochs
+    accumulate = config.accumulate_grad_batches
+    steps = math.ceil(batches / accumulate)
+    whole_epochs, rest = divmod(max(1, round(config.epochs * batches)), batches)
+    total = whole_epochs * steps + math.ceil(rest / accumulate)
     warmup = config.warmup_steps
     if config.warmup_epochs is not None:
         warmup = round(config.warmup_epochs * steps)
@@ -143,12 +153,13 @@ def _durations(
         "device_batch_size": batch // world_size,
         # Without a backward pass, a batch takes little memory, and tiny ones are slow.
         "evaluation_batch_size": max(batch, SMALLEST_EVALUATION_BATCH * world_size),
-        "images_per_step": batch * config.accumulate_grad_batches,
+        "images_per_step": batch * accumulate,
         "batches_per_epoch": batches,
         "steps_per_epoch": steps,
         "total_steps": total,
         "warmup_steps": warmup,
         "step_size_steps": max(1, round(config.step_size * steps)),
+        "whitening_bias_steps": round(config.whitening_bias_epochs * steps),
         "milestones_steps": tuple(round(epoch * steps) for epoch in config.milestones),
         "evaluation_interval_steps": (
             float(interval) if isinstance(interval, int) else max(1.0, interval * steps)
@@ -193,20 +204,54 @@ def _num_classes(config: TrainConfig, facts: DatasetFacts) -> int:
     return wanted or found
 
 
-def _learning_rate(config: TrainConfig, images_per_step: int, choices: Choices) -> float:
+def _evaluation_size(config: TrainConfig, facts: DatasetFacts) -> int:
+    if config.eval_img_size is not None and facts.storage == "loader":
+        raise UserError(
+            "eval_img_size is for data sets, and your own loader makes its images",
+            "remove eval_img_size",
+        )
+    return config.eval_img_size or facts.image_size
+
+
+def _learning_rate(config: TrainConfig, images_per_step: float, choices: Choices) -> float:
     if config.lr != "auto":
         return config.lr
-    if config.optimizer == "sgd":
-        lr = LEARNING_RATE_PER_64_IMAGES * images_per_step / 64
-        reason = f"{LEARNING_RATE_PER_64_IMAGES} for every 64 images of a step"
+    if config.optimizer == "muon":
+        lr, reason = _muon_rate(config)
     else:
-        lr = 1e-3 * math.sqrt(images_per_step / 256)
-        reason = "0.001 at 256 images a step, with the root of the batch"
+        lr, reason = _usual_rate(config.optimizer, images_per_step)
     choices.note("lr", f"{lr:.4g}", reason)
     return lr
 
 
+def _muon_rate(config: TrainConfig) -> tuple[float, str]:
+    if config.muon_normalize:
+        return MUON_LEARNING_RATE, "of weights that are normalized, as in airbench94_muon"
+    return UNNORMALIZED_MUON_LEARNING_RATE, "muon's usual one"
+
+
+def _muon_rest_lr(config: TrainConfig, images_per_step: float, choices: Choices) -> float:
+    if config.muon_rest_lr != "auto":
+        return config.muon_rest_lr
+    lr, reason = _usual_rate(config.muon_rest, images_per_step)
+    if config.optimizer == "muon":
+        choices.note("muon_rest_lr", f"{lr:.4g}", reason)
+    return lr
+
+
+def _usual_rate(optimizer: str, images_per_step: float) -> tuple[float, str]:
+    if optimizer == "sgd":
+        lr = LEARNING_RATE_PER_64_IMAGES * images_per_step / 64
+        return lr, f"{LEARNING_RATE_PER_64_IMAGES} for every 64 images of a step"
+    lr = 1e-3 * math.sqrt(images_per_step / 256)
+    return lr, "0.001 at 256 images a step, with the root of the batch"
+
+
+def _uses_sgd(config: TrainConfig) -> bool:
+    return config.optimizer == "sgd" or (config.optimizer, config.muon_rest) == ("muon", "sgd")
+
+
 def _nesterov(config: TrainConfig) -> bool:
     if config.nesterov == "auto":
-        return config.optimizer == "sgd" and config.momentum > 0
+        return _uses_sgd(config) and config.momentum > 0
     return config.nesterov

@@ -23,7 +23,7 @@ FREE_FIELDS = frozenset(
         "device_name", "evaluation_interval_steps", "keep_memory", "log_every_n_steps", "name",
         "num_workers", "on_bad_image", "output_dir", "pin_memory", "prefetch_factor",
         "resident_data", "resume", "save_every_n_steps", "save_every_seconds", "save_top_k",
-        "stop_after_steps", "tensorboard", "weights",
+        "stop_after_steps", "tensorboard", "tta", "weights",
     }
 )  # fmt: skip
 # Fields that change with the number of processes.
@@ -119,7 +119,7 @@ def _obstacles(then: TrainPlan, fresh: TrainPlan, hardware: Hardware) -> Iterato
     if compiled and then.device == "cpu" and not hardware.cpp_compiler:
         yield _Obstacle(
             f"{' and '.join(compiled)}: {hardware.cpp_compiler_fault}",
-            compiled,
+            (*compiled, "bf16_products"),
             "install a C++ compiler (g++)",
         )
     if then.fused_optimizer and not has_fused_optimizer(then.optimizer, fresh.device):
@@ -127,6 +127,13 @@ def _obstacles(then: TrainPlan, fresh: TrainPlan, hardware: Hardware) -> Iterato
             f"this PyTorch has no fused {then.optimizer} for {fresh.device}",
             ("fused_optimizer",),
             "use the PyTorch that it was trained with",
+        )
+    gpu = next(iter(hardware.usable), None)
+    if then.product_format == "tf32" and fresh.device == "cuda" and gpu and not gpu.tf32:
+        yield _Obstacle(
+            f"it multiplied in TF32, which {gpu.name} does not have",
+            ("fp32_precision",),
+            "resume on a GPU of compute capability 8.0 or newer",
         )
     limit = os.environ.get("OMP_THREAD_LIMIT", "")
     if limit.isdecimal() and 0 < int(limit) < then.threads:

@@ -5,12 +5,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
 from torch import nn
 
 from training_framework.checkpoint import load_checkpoint
+from training_framework.config.architectures import Variation
 from training_framework.data.facts import DatasetFacts
 from training_framework.errors import UserError
-from training_framework.models import ResNet, build_model, load_weights, read_metadata
+from training_framework.models import build_model, load_weights, read_metadata
 from training_framework.plan import TrainPlan
 
 __all__ = ["NetworkCard", "load_network"]
@@ -18,6 +20,7 @@ __all__ = ["NetworkCard", "load_network"]
 MOST_CLASSES = 100_000
 LARGEST_IMAGE_SIZE = 4096
 _METADATA_KEY = "network"
+_VARIATION = TypeAdapter(Variation)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,12 +32,13 @@ class NetworkCard:
         stem: `cifar` or `imagenet`.
         share_early_weights: As in `build_model`.
         class_names: One for each class, in label order.
-        image_size: Side in pixels of the images it was trained on.
+        image_size: Side in pixels of the images to evaluate it on.
         mean: Per-channel mean of its input, in units where 255 is 1.
         std: Per-channel standard deviation, same units.
         center_crop: Whether evaluation uses the middle of an image resized to 256/224 of
             `image_size`, as for image folders; otherwise it uses the whole image.
         is_own: Whether it is a user's own network; no file holds its class.
+        variation: What settings changed in the model; None, in older files: nothing.
     """
 
     model: str
@@ -46,6 +50,7 @@ class NetworkCard:
     std: tuple[float, float, float]
     center_crop: bool
     is_own: bool = False
+    variation: Variation | None = None
 
     @classmethod
     def of(cls, plan: TrainPlan, facts: DatasetFacts) -> "NetworkCard":
@@ -56,13 +61,14 @@ class NetworkCard:
             stem=plan.stem,
             share_early_weights=plan.share_early_weights,
             class_names=facts.class_names or tuple(map(str, range(plan.num_classes))),
-            image_size=plan.image_size,
+            image_size=plan.eval_img_size,
             mean=facts.mean,
             std=facts.std,
             center_crop=facts.storage == "files",
+            variation=plan.variation,
         )
 
-    def build(self) -> ResNet:
+    def build(self) -> nn.Module:
         """The network, with initial weights.
 
         Raises:
@@ -79,14 +85,18 @@ class NetworkCard:
             num_classes=len(self.class_names),
             stem=self.stem,  # type: ignore[arg-type]
             share_early_weights=self.share_early_weights,
+            variation=self.variation,
         )
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for a checkpoint."""
-        return {
+        plain = {
             key: list(value) if isinstance(value, tuple) else value
             for key, value in asdict(self).items()
         }
+        if self.variation is not None:
+            plain["variation"] = self.variation._asdict()
+        return plain
 
     def as_metadata(self) -> dict[str, str]:
         """Text for the header of a safetensors file."""
@@ -104,6 +114,8 @@ class NetworkCard:
             plain = dict(values)
             for key in ("class_names", "mean", "std"):
                 plain[key] = tuple(plain[key])
+            if plain.get("variation") is not None:
+                plain["variation"] = _VARIATION.validate_python(plain["variation"])
             card = cls(**plain)
         except (TypeError, KeyError, ValueError):
             pass
@@ -170,7 +182,7 @@ def load_network(path: Path) -> tuple[nn.Module, NetworkCard]:
     return network.eval(), card
 
 
-def _built(card: NetworkCard, path: Path) -> ResNet:
+def _built(card: NetworkCard, path: Path) -> nn.Module:
     try:
         return card.build()
     except UserError as error:

@@ -4,7 +4,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-__all__ = ["EpochRecord", "Progress", "TrainResult"]
+__all__ = ["TTA_COLUMN", "EpochRecord", "Progress", "TrainResult"]
+
+TTA_COLUMN = "val/acc1_tta"
 
 
 @dataclass(kw_only=True)
@@ -99,9 +101,11 @@ class TrainResult:
         best_acc5: Top-5 accuracy of the same evaluation.
         last_acc1: Top-1 accuracy of the last evaluation.
         last_acc5: Top-5 accuracy of the last evaluation.
+        last_acc1_tta: Top-1 accuracy of the last evaluation with test-time augmentation; None
+            without it.
         train_loss: Mean training loss of the last logged steps.
         val_loss: Loss of the last evaluation.
-        epoch_seconds: Wall time of each epoch, evaluation included.
+        epoch_seconds: Wall time of each epoch, evaluation included; the last one may be a part.
         images_per_second: Training images over the time of the training steps, all processes.
         steps: Optimizer steps made.
         run_directory: Where everything was written; None on processes that do not write.
@@ -122,6 +126,7 @@ class TrainResult:
     run_directory: Path | None
     stopped_by: str = ""
     bad_images: int = 0
+    last_acc1_tta: float | None = None
 
     @classmethod
     def of(
@@ -133,14 +138,18 @@ class TrainResult:
         stopped_by: str,
     ) -> "TrainResult":
         """The result of a run with this progress."""
+        seconds = [record["seconds"] for record in progress.epochs]
+        if progress.batch and not stopped_by:  # the run ends within an epoch
+            seconds.append(progress.epoch_seconds)
         return cls(
             best_acc1=progress.best_acc1,
             best_acc5=progress.best_acc5,
             last_acc1=progress.last.get("val/acc1"),
             last_acc5=progress.last.get("val/acc5"),
+            last_acc1_tta=progress.last.get(TTA_COLUMN),
             train_loss=train_loss,
             val_loss=progress.last.get("val/loss"),
-            epoch_seconds=tuple(record["seconds"] for record in progress.epochs),
+            epoch_seconds=tuple(seconds),
             images_per_second=progress.images / max(progress.train_seconds, 1e-9),
             steps=progress.step,
             run_directory=run_directory,

@@ -11,7 +11,6 @@ from training_framework.data.facts import DatasetFacts
 from training_framework.machine.hardware import Hardware, library_versions
 from training_framework.machine.load import neighbours_note
 from training_framework.machine.peak_flops import measure_peak_flops
-from training_framework.machine.precision import compute_dtype
 from training_framework.plan import PlannedRun, TrainPlan
 from training_framework.runs.directory import write_json
 from training_framework.runs.network_card import NetworkCard
@@ -43,9 +42,7 @@ class Costs:
         """
         if not flops_per_image:
             return cls(flops_per_image=0, peak_flops=0, peak_source="not asked")
-        peak, source = measure_peak_flops(
-            plan.device, plan.device_name, compute_dtype(plan.precision)
-        )
+        peak, source = measure_peak_flops(plan.device, plan.device_name, plan.product_format)
         return cls(
             flops_per_image=flops_per_image,
             peak_flops=peak * plan.world_size,
@@ -78,13 +75,15 @@ def opening_lines(
     if busy:
         lines += textwrap.wrap(f"note: {busy}", 80, subsequent_indent="      ")
     layout = "channels_last" if plan.channels_last else "contiguous"
+    products = " in TF32" if plan.product_format == "tf32" else ""
     compiled = f", compiled ({plan.compile_mode})" if plan.compile else ""
     lines.append(
         f"{facts.name}: {facts.train_images:,} training and {facts.val_images:,} validation "
         f"images, {plan.num_classes} classes, {plan.image_size} px"
     )
     lines.append(
-        f"{plan.device} ({plan.device_name}), precision {plan.precision}, {layout}{compiled}; "
+        f"{plan.device} ({plan.device_name}), precision {plan.precision}{products}, "
+        f"{layout}{compiled}; "
         f"{plan.total_steps:,} steps"
     )
     return [*lines, costs.line(plan.device_name)]

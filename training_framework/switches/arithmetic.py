@@ -6,9 +6,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from training_framework.config.schema import as_in_model
 from training_framework.errors import UserError
 from training_framework.machine.randomness import use_deterministic_algorithms
 from training_framework.optimizers import has_fused_optimizer
+from training_framework.switches.fp32_precision import FP32_PRECISION
 from training_framework.switches.precision import PRECISION
 from training_framework.switches.switch import (
     Card,
@@ -35,10 +37,8 @@ def _channels_last(situation: Situation) -> Decision:
     wanted = situation.config.channels_last
     if wanted != "auto":
         return Decision(wanted, "asked for")
-    if situation.device == "mps":
-        return Decision(False, "no gain on mps")
-    if situation.on_gpu and not situation.accelerators[0].tensor_cores:
-        return Decision(False, "slower on GPUs without tensor cores")
+    if situation.on_gpu and situation.accelerators[0].channels_last_fault:
+        return Decision(False, situation.accelerators[0].channels_last_fault)
     return Decision(True, "the layout convolutions prefer here")
 
 
@@ -72,11 +72,21 @@ def _cuda_graph(situation: Situation) -> Decision:
         "only works on a CUDA GPU": not situation.on_cuda,
         "several processes train together": situation.world_size > 1,
         "a step of several batches is not recorded": config.accumulate_grad_batches > 1,
+        "progressive_resolution changes the shape of the batches": bool(
+            config.progressive_resolution
+        ),
+        "train_on_hardest looks at the images before the step": bool(config.train_on_hardest),
         "fp16's scale is read from the device in every step": (
             situation.chosen["precision"] == "16-mixed"
         ),
         "only fused optimizers read the learning rate on the device": (
             config.fused_optimizer is False
+        ),
+        "muon, lookahead and rates of single weights are not recorded": (
+            config.optimizer == "muon"
+            or config.lookahead_steps > 0
+            or config.bias_lr_factor != 1
+            or (not situation.own_network and as_in_model(config, "whitening"))
         ),
     }
     obstacle = next((reason for reason, holds in obstacles.items() if holds), None)
@@ -153,6 +163,9 @@ def _compile(situation: Situation) -> Decision:
     if capability is not None and capability < TRITON_FROM_CAPABILITY:
         found, needed = (".".join(map(str, c)) for c in (capability, TRITON_FROM_CAPABILITY))
         return Decision(False, f"needs compute capability {needed}, and the GPU has {found}")
+    if not situation.accelerators[0].tensor_cores:
+        # torch.compile always chooses channels_last for convolutions on NVIDIA's GPUs.
+        return Decision(False, "computes in channels_last, slower on GPUs without tensor cores")
     if situation.hardware.triton_fault:
         return Decision(False, situation.hardware.triton_fault)
     worth = steps >= COMPILE_FROM_STEPS
@@ -245,6 +258,7 @@ DETERMINISTIC = Switch(
 
 ARITHMETIC = (
     PRECISION,
+    FP32_PRECISION,
     CHANNELS_LAST,
     CUDA_GRAPH,
     COMPILE_MODE,

@@ -103,4 +103,43 @@ CUTMIX = Switch(
     ),
 )
 
-AUGMENTATIONS = (FLIP, CROP_PADDING, CUTOUT, RANDOM_ERASING, MIXUP, CUTMIX)
+COLOR_JITTER = Switch(
+    key="color_jitter",
+    name="color jitter",
+    numbers="different",
+    choose=as_asked("color_jitter"),
+    card=Card(
+        use="Photographs whose light differs more than the training set shows.",
+        price="A few passes over the batch on the device. Not yet measured in this project.",
+        failure="Classes that differ by their color. Short trainings.",
+        source="Krizhevsky et al., ImageNet Classification with Deep Convolutional Neural "
+        "Networks, 2012, section 4.1; the operations are Pillow's ImageEnhance",
+    ),
+)
+
+AUTO_AUGMENT = Switch(
+    key="auto_augment",
+    name="automatic augmentation",
+    numbers="different",
+    choose=as_asked("auto_augment"),
+    card=Card(
+        use="Long trainings: `trivial` applies one random operation of a random strength to each "
+        "image, `rand` several of one strength.",
+        price="On a GPU three passes over the batch for each operation, on a CPU one over the "
+        "images that drew it. Not yet measured in this project.",
+        failure="Short trainings. Strong operations change what digits and fine classes show.",
+        source="Müller and Hutter, TrivialAugment, arXiv 2103.10158; Cubuk et al., RandAugment, "
+        "arXiv 1909.13719",
+    ),
+)
+
+AUGMENTATIONS = (
+    FLIP,
+    CROP_PADDING,
+    CUTOUT,
+    RANDOM_ERASING,
+    COLOR_JITTER,
+    AUTO_AUGMENT,
+    MIXUP,
+    CUTMIX,
+)

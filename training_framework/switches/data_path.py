@@ -79,7 +79,7 @@ def _num_workers(situation: Situation) -> Decision:
         return Decision(0, "the data is resident: nothing is left to load" if useless else "")
     if wanted != "auto":
         return Decision(wanted, "asked for")
-    cores = max(1, situation.hardware.cores // situation.local_world_size)
+    cores = situation.hardware.cores_each(situation.local_world_size)
     if situation.on_gpu:
         return Decision(min(cores, MAX_LOADER_WORKERS), f"{cores} cores for each process")
     return Decision(1, "the step needs the cores and is slower")

@@ -5,8 +5,11 @@ from training_framework.switches.augmentations import AUGMENTATIONS
 from training_framework.switches.cpu_kernels import CPU_KERNELS
 from training_framework.switches.data_path import DATA_PATH
 from training_framework.switches.methods import METHODS
+from training_framework.switches.networks import NETWORKS
 from training_framework.switches.processes import PROCESSES
+from training_framework.switches.short_runs import SHORT_RUNS
 from training_framework.switches.switch import Switch
+from training_framework.switches.updates import UPDATES
 
 __all__ = ["SWITCHES"]
 
@@ -18,5 +21,8 @@ SWITCHES: tuple[Switch, ...] = (
     *CPU_KERNELS,
     *DATA_PATH,
     *METHODS,
+    *NETWORKS,
+    *UPDATES,
     *AUGMENTATIONS,
+    *SHORT_RUNS,
 )

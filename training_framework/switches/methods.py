@@ -6,6 +6,7 @@ from torch import nn
 
 from training_framework.config.architectures import MODELS
 from training_framework.models import checkpoint_activations
+from training_framework.switches.device_memory import choose_micro_batching
 from training_framework.switches.switch import (
     Card,
     Network,
@@ -44,9 +45,10 @@ AUTO_MICRO_BATCH = Switch(
     key="auto_micro_batch",
     name="automatic micro-batches",
     numbers="different",
-    choose=as_asked("auto_micro_batch"),
+    choose=choose_micro_batching,
     card=Card(
-        use="A run must not end when memory is full: the batch is computed in smaller parts.",
+        use="A run must not end when memory is full: the batch is computed in smaller parts. The "
+        "plan turns it on where a GPU's memory seems too small.",
         price="Then the passes are smaller and slower, and batch norm sees the parts.",
         failure="It only works with one process: one that is short of memory cannot change what "
         "the others compute.",

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 from training_framework.machine.hardware import Accelerator, Hardware
+from training_framework.switches.cpu_kernels import bf16_products_pay
 from training_framework.switches.switch import Card, Decision, Situation, Switch, Trial
 
 __all__ = ["PRECISION"]
@@ -17,6 +18,10 @@ def _precision(situation: Situation) -> Decision:
     if wanted == "mixed":
         return Decision("bf16-mixed", "asked for" + _slowness_note(situation))
     decision = _cpu_precision(situation.hardware)
+    if decision.value != "32" and bf16_products_pay(situation):
+        return Decision(
+            "32", "bf16 is fast here, and fastest as the products of Winograd's convolutions"
+        )
     if decision.value != "32" and _strides_over_single_pixels(situation):
         return Decision(
             "32", "bf16 gradients of strided convolutions over one pixel are wrong here"
@@ -30,7 +35,8 @@ def _strides_over_single_pixels(situation: Situation) -> bool:
     PyTorch 2.13 gives weight gradients of 1e14 for such a 3x3 convolution in bf16 on a CPU with
     avx512_bf16: (16, 128, 1, 1) to 256 channels, stride 2, padding 1, channels_last.
     """
-    return situation.stem == "imagenet" and situation.facts.image_size <= 16
+    sizes = [size for _, size in situation.config.progressive_resolution]
+    return situation.stem == "imagenet" and min([situation.facts.image_size, *sizes]) <= 16
 
 
 def _gpu_precision(gpu: Accelerator, wanted: str) -> Decision:

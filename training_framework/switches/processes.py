@@ -32,7 +32,8 @@ SYNC_BATCHNORM = Switch(
     card=Card(
         use="Several processes with few images each (below about 16), or results that must not "
         "depend on the number of processes.",
-        price="Two small messages between all processes for each norm and step.",
+        price="Two small messages between all processes for each norm and step. On CUDA the host "
+        "also waits for the device in each norm (PyTorch issue 78656).",
         failure="With one process there is nothing to synchronize. It turns fused_norms off.",
         source="PyTorch documentation of torch.nn.SyncBatchNorm",
     ),
@@ -44,8 +45,9 @@ def _threads(situation: Situation) -> Decision:
     if wanted != "auto":
         threads, why = wanted, "asked for"
     else:
-        threads = max(1, hardware.cores // situation.local_world_size)
-        why = f"{hardware.cores} cores, {situation.local_world_size} process(es)"
+        threads = hardware.cores_each(situation.local_world_size)
+        shared = "" if hardware.own_cores else f", {situation.local_world_size} process(es)"
+        why = f"{hardware.cores} cores{shared}"
     limit = hardware.thread_limit
     if limit is not None and threads > limit:
         return Decision(limit, f"OMP_THREAD_LIMIT allows no more ({threads}: {why})")

@@ -14,20 +14,31 @@ from training_framework.faults import fault_point
 from training_framework.machine.distributed import largest
 from training_framework.machine.precision import Precision, autocast
 from training_framework.machine.randomness import random_states, restore_random_states
-from training_framework.runs.progress import Progress
+from training_framework.runs.progress import TTA_COLUMN, Progress
 from training_framework.training.loss import per_sample_losses
 from training_framework.training.metrics import ClassificationMetrics, ClassificationSums
 from training_framework.training.stopping import StopRequested, StopSignals
+from training_framework.training.test_time_augmentation import (
+    TestTimeAugmentation,
+    averaged_logits,
+)
 
 __all__ = ["Evaluate", "Evaluation", "evaluate", "evaluate_unless_stopped", "evaluation_row"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """What an evaluation found, and how long it took (all ranks, loading included)."""
+    """What an evaluation found, and how long it took (all ranks, loading included).
+
+    Attributes:
+        metrics: Of the plain images.
+        seconds: Wall time.
+        acc1_tta: Top-1 accuracy in percent with test-time augmentation; None without it.
+    """
 
     metrics: ClassificationMetrics
     seconds: float
+    acc1_tta: float | None = None
 
     @property
     def is_finite(self) -> bool:
@@ -49,6 +60,7 @@ def evaluate(
     device: torch.device,
     num_classes: int,
     precision: Precision,
+    tta: TestTimeAugmentation = "none",
     should_stop: Callable[[], bool] | None = None,
 ) -> Evaluation:
     """Loss (without label smoothing), top-1 and top-5 over a split.
@@ -63,6 +75,7 @@ def evaluate(
         device: Where the model is.
         num_classes: Classes of the logits.
         precision: What the forward pass computes in.
+        tta: Test-time augmentation whose accuracy is measured too.
         should_stop: Called after every batch. If it returns True on any rank, no rank has a result.
 
     Raises:
@@ -73,6 +86,7 @@ def evaluate(
     was_training = model.training
     model.eval()
     sums = ClassificationSums(device, num_classes=num_classes)
+    sums_tta = ClassificationSums(device, num_classes=num_classes)
     stopped = False
     try:
         for batch in loader.epoch(0):
@@ -80,7 +94,11 @@ def evaluate(
             images, labels = transform(batch)
             with autocast(device.type, precision):
                 logits = model(images)
-            sums.update(logits, labels, per_sample_losses(logits, labels), valid=batch.valid)
+                views = averaged_logits(model, images, logits, tta) if tta != "none" else None
+            losses = per_sample_losses(logits, labels)
+            sums.update(logits, labels, losses, valid=batch.valid)
+            if views is not None:
+                sums_tta.update(views, labels, losses, valid=batch.valid)
             stopped = should_stop is not None and should_stop()
             if stopped:
                 break
@@ -94,7 +112,11 @@ def evaluate(
         raise UserError(
             "the validation data has no image to evaluate", "add images, or evaluate nothing"
         )
-    return Evaluation(metrics=metrics, seconds=time.perf_counter() - start)
+    acc1_tta = None
+    if tta != "none":
+        sums_tta.all_reduce()
+        acc1_tta = sums_tta.read().acc1
+    return Evaluation(metrics=metrics, seconds=time.perf_counter() - start, acc1_tta=acc1_tta)
 
 
 def evaluate_unless_stopped(
@@ -131,6 +153,8 @@ def evaluation_row(
     metrics = evaluation.metrics
     progress.epoch_evaluation_seconds += evaluation.seconds
     progress.last = {"val/loss": metrics.loss, "val/acc1": metrics.acc1, "val/acc5": metrics.acc5}
+    if evaluation.acc1_tta is not None:
+        progress.last[TTA_COLUMN] = evaluation.acc1_tta
     if not evaluation.is_finite:
         say(
             f"note: the validation loss is {metrics.loss} at step {progress.step}, so these "

@@ -10,7 +10,7 @@ from torch.nn.utils import get_total_norm
 
 from training_framework.data import Batch
 from training_framework.errors import UserError
-from training_framework.machine.distributed import gathered, largest
+from training_framework.machine.distributed import gathered, share_largest
 from training_framework.training.state import TrainState
 
 __all__ = ["FinitenessGuard", "WatchedBatch"]
@@ -71,9 +71,9 @@ class _Fault(NamedTuple):
 class FinitenessGuard:
     """Finds the first step whose loss, gradient, weights or norm statistics are not finite.
 
-    `watch` keeps references only. `check` reads one number from the device, a sum of all: it looks
-    closer only where that is not finite. A sum may overflow where every number is finite; then
-    nothing is wrong.
+    `watch` keeps references only. `check` reads one number from the device, whether a sum of all is
+    finite: it looks closer only where that is not. A sum may overflow where every number is finite;
+    then nothing is wrong.
 
     With fp16, gradients overflow at times: those steps are skipped and the scale is lowered. So an
     fp16 gradient is no fault, but a scale that has fallen to nearly nothing is.
@@ -134,9 +134,21 @@ class FinitenessGuard:
         Raises:
             UserError: Something is not finite; it names the first step and its samples.
         """
-        if weights and step == self._sound_step:
-            return
-        suspects = []
+        if not (weights and step == self._sound_step):
+            suspicion = self.suspicion(weights=weights).item()
+            self.settle(suspicion, step=step, weights=weights)
+
+    @torch.no_grad()
+    def suspicion(self, *, weights: bool) -> Tensor:
+        """1 if any process has to look closer, or 0: the first half of a `check`, without a wait.
+
+        Args:
+            weights: As for `check`.
+
+        Returns:
+            A scalar on the device, float32, to be read and given to `settle`.
+        """
+        suspects = [torch.zeros((), device=self._device)]
         losses = [batch.loss for watched in self._steps for batch in watched.batches]
         if losses:
             suspects.append(torch.stack(losses).sum())
@@ -146,10 +158,19 @@ class FinitenessGuard:
             suspects.append(get_total_norm([buffer for _, buffer in self._buffers]))
         if weights:
             suspects.append(get_total_norm([tensor for _, tensor in self._state()]))
-        suspicious = self._scale_collapsed()
-        if suspects:
-            suspicious |= not math.isfinite(torch.stack(suspects).sum().item())
-        if any(largest([suspicious], self._device)):
+        found = ~torch.stack(suspects).sum().isfinite()
+        scaler = self._trained.scaler
+        if scaler.is_enabled():
+            found |= scaler.scale(torch.ones((), device=self._device)) < _SMALLEST_SCALE
+        return share_largest(found.float())
+
+    def settle(self, suspicion: float, *, step: int, weights: bool) -> None:
+        """The second half of a `check`, once its suspicion has been read.
+
+        Raises:
+            UserError: As for `check`.
+        """
+        if suspicion:
             found = [fault for fault in gathered(self._first_fault(step)) if fault is not None]
             if found:
                 raise UserError(*min(found)[1:])

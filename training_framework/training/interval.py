@@ -11,11 +11,11 @@ class Interval:
     Attributes:
         data_wait: Seconds spent waiting for batches.
         images: Training images, over all processes.
-        step_seconds: Seconds a step took in the previous interval; 60 until one is measured.
+        step_seconds: Seconds a step took in the previous interval; None before the first row.
     """
 
     def __init__(self) -> None:
-        self.step_seconds = 60.0
+        self.step_seconds: float | None = None
         self.restart()
 
     def restart(self) -> None:

@@ -20,6 +20,7 @@ from training_framework.data import (
     WorkerLoader,
     build_loader,
 )
+from training_framework.data.appearance import Appearance
 from training_framework.machine.distributed import Processes, gathered
 from training_framework.plan import PlannedRun, TrainPlan, UserLoaders
 
@@ -41,6 +42,8 @@ class Loaders:
     Attributes:
         bad_images: Images that could not be decoded and were skipped; None if the first one ends
             the run.
+        norms: Training batches beside those that are trained on, for the statistics of a weight
+            average; None: not needed.
     """
 
     def __init__(
@@ -51,7 +54,9 @@ class Loaders:
         train_transform: Transform,
         eval_transform: EvalTransform,
         bad_images: BadImages | None = None,
+        norms: Loader | None = None,
     ) -> None:
+        self.norms = norms
         self.train = train
         self.val = val
         self.train_transform = train_transform
@@ -66,7 +71,7 @@ class Loaders:
             UserError: A validation file is empty, which would otherwise only show after an epoch.
         """
         plan, facts, source = planned.plan, planned.facts, planned.source
-        bad_images = None
+        bad_images, norms = None, None
         if isinstance(source, Dataset):
             if plan.on_bad_image == "skip":
                 bad_images = BadImages(train=len(source.train), val=len(source.val))
@@ -81,11 +86,18 @@ class Loaders:
             )
             val = load(source.val, train=False) if len(source.val) else None
             train = load(source.train, train=True)
+            if plan.recompute_norm_batches:
+                # A worker loader has one epoch at a time, and the run's is under way.
+                norms = load(source.train, train=True)
         else:
             own = functools.partial(UserLoader, device=device, num_classes=plan.num_classes)
             train, val = own(source.train), None if source.val is None else own(source.val)
         eval_transform = EvalTransform(
-            mean=facts.mean, std=facts.std, device=device, channels_last=plan.channels_last
+            mean=facts.mean,
+            std=facts.std,
+            device=device,
+            channels_last=plan.channels_last,
+            size=plan.eval_img_size,
         )
         train_transform = TrainTransform(
             mean=facts.mean,
@@ -97,6 +109,13 @@ class Loaders:
             crop_padding=plan.crop_padding,
             cutout=plan.cutout,
             random_erasing=plan.random_erasing,
+            appearance=Appearance(
+                color_jitter=plan.color_jitter,
+                auto_augment=plan.auto_augment,
+                operations=plan.rand_augment_operations,
+                magnitude=plan.rand_augment_magnitude,
+            ),
+            resolutions=plan.resolutions,
             mixup=plan.mixup,
             cutmix=plan.cutmix,
             channels_last=plan.channels_last,
@@ -107,11 +126,12 @@ class Loaders:
             train_transform=train_transform,
             eval_transform=eval_transform,
             bad_images=bad_images,
+            norms=norms,
         )
 
     def report_to(self, report: Callable[[str], None], bad_images_file: Path) -> None:
         """Say what happens while loading through `report`, and list bad images in a file."""
-        for loader in (self.train, self.val):
+        for loader in (self.train, self.val, self.norms):
             if isinstance(loader, WorkerLoader):
                 loader.report = report
         if self.bad_images is not None:
@@ -134,9 +154,9 @@ class Loaders:
 
     def close(self) -> None:
         """End the loaders' processes."""
-        self.train.close()
-        if self.val is not None:
-            self.val.close()
+        for loader in (self.train, self.val, self.norms):
+            if loader is not None:
+                loader.close()
 
 
 def split_loader(
@@ -148,13 +168,18 @@ def split_loader(
     device: torch.device,
     bad_images: BadImages | None = None,
 ) -> Loader:
-    """The loader of one split as planned: for training, or for evaluation."""
+    """The loader of one split as planned: for training, or for evaluation.
+
+    Files are decoded at the size that the network gets; arrays are resized on the device.
+    """
+    decodes_to = plan.image_size if train else plan.eval_img_size
     return build_loader(
         split,
         device=device,
         global_batch_size=plan.global_batch_size if train else plan.evaluation_batch_size,
         train=train,
-        image_size=plan.image_size,
+        image_size=decodes_to if isinstance(split, EncodedSplit) else plan.image_size,
+        resolutions=plan.resolutions if train else None,
         seed=plan.seed,
         rank=processes.rank,
         world_size=processes.world_size,

@@ -1,6 +1,7 @@
 """Loss and accuracy, gathered on the device and read rarely."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,7 +35,7 @@ class ClassificationMetrics:
 class ClassificationSums:
     """Running sums of loss, top-1 and top-5 hits and samples, on the device.
 
-    `update` never waits for the device; `read` does, once, with one copy of four numbers. Batches
+    `update` never waits for the device; `read` does, once, with one copy of a few numbers. Batches
     are kept and counted several at a time, since launching a dozen operations on a few numbers
     costs more than their work. `update` runs no operation until `BATCHES_AT_ONCE` are collected.
 
@@ -138,15 +139,21 @@ class ClassificationSums:
     def read(self) -> ClassificationMetrics:
         """The means so far. Waits for the device."""
         self._count_waiting()
-        loss_sum, correct1, correct5, count = self._sums.tolist()
-        if count == 0:
-            return ClassificationMetrics(loss=math.nan, acc1=math.nan, acc5=math.nan, count=0)
-        return ClassificationMetrics(
-            loss=loss_sum / count,
-            acc1=100 * correct1 / count,
-            acc5=100 * correct5 / count,
-            count=int(count),
-        )
+        return _means(self._sums.tolist())
+
+    def read_over_processes(self, *numbers: Tensor) -> tuple[ClassificationMetrics, list[float]]:
+        """The means over all processes, and further numbers, by one copy. Waits for the device.
+
+        As after `all_reduce`, call `reset` before the next `update`.
+
+        Args:
+            *numbers: Scalars on the device.
+        """
+        self.all_reduce()
+        self._count_waiting()
+        further = [number.detach().to(self._sums.dtype).view(1) for number in numbers]
+        values = torch.cat([self._sums, *further]).tolist()
+        return _means(values[:4]), values[4:]
 
     def reset(self) -> None:
         """Start again at zero."""
@@ -172,3 +179,15 @@ class ClassificationSums:
         """Continue from sums that `state_dict` returned, on any device."""
         self._waiting.clear()
         self._sums.copy_(state["sums"])
+
+
+def _means(sums: Sequence[float]) -> ClassificationMetrics:
+    loss_sum, hits1, hits5, count = sums
+    if count == 0:
+        return ClassificationMetrics(loss=math.nan, acc1=math.nan, acc5=math.nan, count=0)
+    return ClassificationMetrics(
+        loss=loss_sum / count,
+        acc1=100 * hits1 / count,
+        acc5=100 * hits5 / count,
+        count=int(count),
+    )

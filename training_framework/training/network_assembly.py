@@ -26,6 +26,8 @@ def assemble_network(
         stem=plan.stem,
         share_early_weights=plan.share_early_weights,
         zero_init_last_norm=plan.zero_init_last_norm,
+        dirac_init=plan.dirac_init,
+        variation=plan.variation,
     )
     lines = load_weights(model, plan.weights) if plan.weights and with_weights else []
     return prepare_network(plan, model, device), lines

@@ -1,28 +1,42 @@
 """What a run is made of, built in one place: for training, timing and profiling alike."""
 
 import functools
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from training_framework.data import Dataset
 from training_framework.machine.distributed import share_buffers
 from training_framework.machine.randomness import seed_everything
-from training_framework.models.flops import training_flops_per_image
-from training_framework.optimizers import Schedule, WeightAverage, build_optimizer, build_schedule
+from training_framework.models.flops import forward_flops_per_image, training_flops_per_image
+from training_framework.models.whitening import first_convolution
+from training_framework.optimizers import (
+    EvenAverage,
+    Lookahead,
+    MuonOptions,
+    Schedule,
+    TrainedFor,
+    WeightAverage,
+    build_optimizer,
+    build_schedule,
+)
 from training_framework.plan import PlannedRun, TrainPlan
 from training_framework.runs.record import Costs
+from training_framework.schedules import schedule_options
 from training_framework.switches import set_up_process
 from training_framework.training.cuda_graph import CudaGraphStep
+from training_framework.training.data_parallel import in_data_parallel
 from training_framework.training.evaluation import Evaluate, Evaluation, evaluate
 from training_framework.training.loaders import Loaders, sample_name
 from training_framework.training.metrics import ClassificationSums
 from training_framework.training.network_assembly import assemble_network, prepare_network
+from training_framework.training.norm_statistics import recompute_norms
+from training_framework.training.selection import HardestImages, Select, all_images
 from training_framework.training.step import TrainStep
+from training_framework.training.whitening import whiten
 
 __all__ = ["Parts", "build_parts", "build_plan_schedule", "build_step"]
 
@@ -40,6 +54,7 @@ class Parts:
         schedule: Multiplier of the plan's learning rate by step.
         sample_name: From a sample's position in the training split to its name in messages.
         lines: What there is to say about the building.
+        select: Chooses the images of a batch to train on.
     """
 
     planned: PlannedRun
@@ -50,6 +65,8 @@ class Parts:
     schedule: Schedule
     sample_name: Callable[[int], str]
     lines: tuple[str, ...]
+    select: Select = all_images
+    _flops_by_size: dict[int, float] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def plan(self) -> TrainPlan:
@@ -68,19 +85,37 @@ class Parts:
 
     @functools.cached_property
     def flops_per_image(self) -> float:
-        """Training FLOPs of an image."""
-        return training_flops_per_image(self.model, self.plan.image_size)
+        """Training FLOPs of an image, on average over the run."""
+        resolutions, epochs = self.plan.resolutions, self.plan.epochs
+        if resolutions is None:
+            return self.flops_in(0)
+        lengths = resolutions.by_epoch(epochs)
+        total = sum(length * self.flops_in(epoch) for epoch, (length, _) in enumerate(lengths))
+        return total / sum(length for length, _ in lengths)
+
+    def flops_in(self, epoch: int) -> float:
+        """Training FLOPs of an image in an epoch, counted from 0; 0 if they cannot be counted."""
+        plan = self.plan
+        size = plan.image_size if plan.resolutions is None else plan.resolutions.at(epoch)
+        if size not in self._flops_by_size:
+            flops: float = training_flops_per_image(self.model, size)
+            if flops and plan.train_on_hardest:  # every image passes forward, few go on
+                flops = forward_flops_per_image(self.model, size) + plan.train_on_hardest * flops
+            self._flops_by_size[size] = flops
+        return self._flops_by_size[size]
 
     @property
     def evaluate(self) -> Evaluate | None:
         """One evaluation, which may ask whether to stop; None where there is no validation set."""
-        loaders, model = self.loaders, self.evaluated
+        loaders, model, recompute = self.loaders, self.evaluated, self._recompute_norms()
         plan, device, val = self.plan, self.device, loaders.val
         if val is None:
             return None
 
         # Without `self`: after an error the closure would keep the step, and with it DDP.
         def run_evaluation(should_stop: Callable[[], bool] | None) -> Evaluation:
+            if recompute is not None:
+                recompute()
             # Every rank has norm statistics of its own; saved, and so evaluated, are rank 0's.
             share_buffers(model)
             evaluation = evaluate(
@@ -90,12 +125,29 @@ class Parts:
                 device=device,
                 num_classes=plan.num_classes,
                 precision=plan.precision,
+                tta=plan.tta,
                 should_stop=should_stop,
             )
             loaders.share_bad_images()
             return evaluation
 
         return run_evaluation
+
+    def _recompute_norms(self) -> Callable[[], None] | None:
+        """What gives the norms of the weight average new statistics, where the plan asks for it."""
+        loaders, plan, average = self.loaders, self.plan, self.step.average
+        if loaders.norms is None or average is None:
+            return None
+        return functools.partial(
+            recompute_norms,
+            average.model,
+            loaders.norms,
+            loaders.train_transform,
+            batches=plan.recompute_norm_batches,
+            epoch=math.ceil(plan.epochs) - 1,  # the images have the size of the last one
+            device_type=self.device.type,
+            precision=plan.precision,
+        )
 
     def close(self) -> None:
         """End the loaders' processes."""
@@ -125,6 +177,8 @@ def build_parts(
         model, lines = assemble_network(plan, device, with_weights=with_weights)
     else:
         model, lines = prepare_network(plan, network, device), []
+    if plan.whitening and with_weights and plan.weights is None:
+        whiten(model, planned, device)
     step = build_step(plan, model, device)
     return Parts(
         planned=planned,
@@ -134,6 +188,7 @@ def build_parts(
         loaders=Loaders.build(planned, device),
         schedule=build_plan_schedule(plan),
         sample_name=functools.partial(sample_name, source),
+        select=HardestImages(step, plan, device.type) if plan.train_on_hardest else all_images,
         lines=(*(source.notes if isinstance(source, Dataset) else ()), *lines),
     )
 
@@ -148,15 +203,11 @@ def _set_up_process(plan: TrainPlan, device: torch.device) -> None:
 
 def build_step(plan: TrainPlan, model: nn.Module, device: torch.device) -> TrainStep:
     """What makes the optimizer steps, around a network on its device."""
-    wrapped = model
-    if plan.world_size > 1:
-        wrapped = DistributedDataParallel(
-            model,
-            device_ids=[device] if device.type == "cuda" else None,
-            gradient_as_bucket_view=True,
-        )
+    wrapped = in_data_parallel(model, device) if plan.world_size > 1 else model
     # DDP has now given every rank the weights of rank 0, so all ranks average the same weights.
     average = WeightAverage(model, decay=plan.ema_decay) if plan.ema_decay else None
+    if plan.average_from:
+        average = EvenAverage(model, first_step=round(plan.average_from * plan.total_steps))
     optimizer = build_optimizer(
         model,
         name=plan.optimizer,
@@ -169,9 +220,18 @@ def build_step(plan: TrainPlan, model: nn.Module, device: torch.device) -> Train
         beta2=plan.beta2,
         eps=plan.eps,
         fused=plan.fused_optimizer,
+        bias_lr_factor=plan.bias_lr_factor,
+        trained_for=_trained_for(plan, model),
+        muon=MuonOptions(
+            rest=plan.muon_rest,
+            rest_lr=plan.muon_rest_lr,
+            momentum=plan.muon_momentum,
+            iterations=plan.muon_iterations,
+            normalize=plan.muon_normalize,
+        ),
     )
     make_step = CudaGraphStep if plan.cuda_graph else TrainStep
-    return make_step(
+    step = make_step(
         wrapped,
         optimizer,
         device_type=device.type,
@@ -183,15 +243,33 @@ def build_step(plan: TrainPlan, model: nn.Module, device: torch.device) -> Train
         compile_mode=plan.compile_mode if plan.compile else None,
         needs_compile="compile" in plan.asked_for,
     )
+    if plan.lookahead_steps:
+        step.lookahead = Lookahead(
+            optimizer, every=plan.lookahead_steps, share=plan.lookahead_share
+        )
+    return step
+
+
+def _trained_for(plan: TrainPlan, model: nn.Module) -> dict[nn.Parameter, TrainedFor]:
+    """The parameters that are not trained to the end: the bias of a whitening convolution."""
+    convolution = first_convolution(model) if plan.whitening else None
+    if convolution is None or not isinstance(convolution.bias, nn.Parameter):
+        return {}
+    then_freezes = plan.world_size == 1 and not plan.compile
+    return {convolution.bias: TrainedFor(plan.whitening_bias_steps, then_freezes)}
 
 
 def build_plan_schedule(plan: TrainPlan) -> Schedule:
     """The learning-rate schedule of a plan, in steps."""
-    options: dict[str, Any] = {}
-    if plan.scheduler == "step":
-        options = {"step_size": plan.step_size_steps, "gamma": plan.gamma}
-    elif plan.scheduler == "multi_step":
-        options = {"milestones": plan.milestones_steps, "gamma": plan.gamma}
+    settings = {
+        "step_size": plan.step_size_steps,
+        "milestones": plan.milestones_steps,
+        "gamma": plan.gamma,
+        "decay_fraction": plan.decay_fraction,
+        "final_fraction": plan.final_lr_fraction,
+    }
+    known = schedule_options(plan.scheduler)
+    options = {key: value for key, value in settings.items() if key in known}
     return build_schedule(
         plan.scheduler,
         total_steps=plan.total_steps,

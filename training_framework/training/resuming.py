@@ -18,7 +18,7 @@ from training_framework.plan import PlannedRun, TrainPlan, resumed_plan
 from training_framework.plan.resumption import FREE_FIELDS
 from training_framework.runs.directory import next_version
 from training_framework.runs.identity import identity_of
-from training_framework.runs.progress import EpochRecord, Progress
+from training_framework.runs.progress import TTA_COLUMN, EpochRecord, Progress
 from training_framework.runs.start import Start, changed_settings
 from training_framework.training.parts import Parts
 
@@ -214,7 +214,7 @@ def _converted(progress: Progress, start: Start, plan: TrainPlan) -> Progress:
             batch -= batch % now.accumulate
         steps = progress.epoch * now.steps + math.ceil(batch / now.accumulate)
         progress = dataclasses.replace(progress, step=steps, batch=batch, unlogged=None)
-    if progress.step > plan.total_steps or progress.epoch > plan.epochs:
+    if progress.step > plan.total_steps or progress.epoch > math.ceil(plan.epochs):
         raise UserError(
             f"{start.checkpoint}: its run is at step {progress.step:,}, in epoch "
             f"{progress.epoch + 1:,}, and a run with these settings has {plan.total_steps:,} steps "
@@ -263,7 +263,11 @@ def _progress(values: dict[str, Any]) -> Progress:
     _check_fields(progress)
     for record in progress.epochs:
         _check_fields(EpochRecord(**record))
-    if progress.last and progress.last.keys() != {"val/loss", "val/acc1", "val/acc5"}:
+    if progress.last and progress.last.keys() - {TTA_COLUMN} != {
+        "val/loss",
+        "val/acc1",
+        "val/acc5",
+    }:
         raise ValueError(f"progress: last has {shown(list(progress.last))}")
     if (progress.best_acc1 is None) != (progress.best_acc5 is None):
         raise ValueError("progress: best_acc1 without best_acc5, or the other way round")

@@ -3,6 +3,7 @@
 from training_framework.machine.hardware import memory_in_use
 from training_framework.runs.progress import Progress
 from training_framework.runs.record import Costs
+from training_framework.training.finiteness import FinitenessGuard
 from training_framework.training.interval import Interval
 from training_framework.training.parts import Parts
 
@@ -10,16 +11,19 @@ __all__ = ["training_row"]
 
 
 def training_row(
-    parts: Parts, costs: Costs, progress: Progress, interval: Interval
+    parts: Parts, costs: Costs, progress: Progress, interval: Interval, guard: FinitenessGuard
 ) -> dict[str, float]:
-    """Values of an interval's steps by their logged names. Waits for the device, and for all ranks.
+    """Values of an interval's steps by their logged names. Waits for the device and all ranks once.
 
-    This resets the sums of loss and hits, and adds time and images to `progress`.
+    This checks that all is finite, resets the sums, and adds time and images to `progress`.
     """
     plan, step = parts.plan, parts.step
+    weights = plan.evaluates_after(progress.step)  # looked at before an evaluation
     assert step.sums is not None
-    step.sums.all_reduce()
-    metrics = step.sums.read()
+    norm = {} if step.grad_norm is None else {"grad_norm": step.grad_norm}
+    read = step.sums.read_over_processes(guard.suspicion(weights=weights), *norm.values())
+    metrics, (suspicion, *norm_read) = read
+    guard.settle(suspicion, step=progress.step, weights=weights)
     step.sums.reset()
     seconds = interval.seconds()
     progress.train_seconds += seconds
@@ -35,8 +39,7 @@ def training_row(
         "data_wait": interval.data_wait / seconds,
         "memory": float(memory_in_use(parts.device)),
     }
-    if step.grad_norm is not None:
-        row["grad_norm"] = step.grad_norm.item()
+    row |= zip(norm, norm_read, strict=True)
     if costs.peak_flops:
-        row["mfu"] = row["images_per_second"] * costs.flops_per_image / costs.peak_flops
+        row["mfu"] = row["images_per_second"] * parts.flops_in(progress.epoch) / costs.peak_flops
     return row

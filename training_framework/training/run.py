@@ -29,6 +29,7 @@ from training_framework.training.resuming import (
     restore,
     restore_draws,
 )
+from training_framework.training.shape_warmup import warm_up_shapes
 from training_framework.training.trainer import Trainer
 from training_framework.training.user_network import class_of
 
@@ -96,6 +97,7 @@ class TrainingRun:
             # Last, so that a run that cannot start leaves no empty folder behind.
             outputs = self._outputs(start, parts, progress, stack)
             trainer = Trainer(plan=self.plan, parts=parts, outputs=outputs, progress=progress)
+            warm_up_shapes(parts.step, self.plan, parts.device)
             restore_draws(start, loader=parts.loaders.train, device=parts.device)
             start = dataclasses.replace(start, state=None)  # frees a second copy of everything
             clocks = (time.time(), time.perf_counter())

@@ -1,18 +1,21 @@
 """What training changes, saved and restored together."""
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from training_framework.optimizers import WeightAverage
+from training_framework.optimizers import Lookahead, WeightAverage
+from training_framework.training.data_parallel import InnerForward
 from training_framework.training.metrics import ClassificationSums
 
 __all__ = ["TrainState"]
 
 _NO_CONTEXT = nullcontext()
+_Result = TypeVar("_Result")
 
 
 class TrainState:
@@ -24,7 +27,10 @@ class TrainState:
         scaler: Scales the loss with fp16; disabled otherwise.
         sums: Sums of the training batches' loss and hits; None: none are kept.
         average: The weight average; None: there is none.
+        lookahead: The slow weights behind the optimizer's; None: there are none.
     """
+
+    lookahead: Lookahead | None = None
 
     def __init__(
         self,
@@ -52,6 +58,7 @@ class TrainState:
             "scaler": self.scaler.state_dict(),
             "sums": None if self.sums is None else self.sums.state_dict(),
             "average": None if self.average is None else self.average.state_dict(),
+            "lookahead": None if self.lookahead is None else self.lookahead.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any], *, with_sums: bool = True) -> None:
@@ -76,14 +83,20 @@ class TrainState:
         if self.average is not None:
             averaged = state["average"]
             self.average.load_state_dict(state["model"] if averaged is None else averaged)
+        if self.lookahead is not None:
+            self.lookahead.load_state_dict(state.get("lookahead"))
         if self.sums is not None and state["sums"] is not None and with_sums:
             self.sums.load_state_dict(state["sums"])
 
+    @torch.no_grad()
     def _load_optimizer(self, state: dict[str, Any]) -> None:
-        """Take over moments and counts of steps, but not the options of then."""
-        is_sgd = isinstance(self.optimizer, torch.optim.SGD)
-        if any((kept.keys() <= {"momentum_buffer"}) != is_sgd for kept in state["state"].values()):
-            raise ValueError("it is the state of another optimizer")
+        """Take over moments and counts of steps, in the layout of the weights; no options."""
+        groups = self.optimizer.param_groups
+        kinds = ["betas" in group for group in groups for _ in group["params"]]
+        has_moments = dict(enumerate(kinds))
+        for place, kept in state["state"].items():
+            if (kept.keys() <= {"momentum_buffer"}) == has_moments[place]:
+                raise ValueError("it is the state of another optimizer")
         options = [
             {key: value for key, value in group.items() if key != "params"}
             for group in self.optimizer.param_groups
@@ -92,15 +105,21 @@ class TrainState:
         for group, own in zip(self.optimizer.param_groups, options, strict=True):
             group.update(own)
         for parameter in self._parameters:
-            for key, value in self.optimizer.state.get(parameter, {}).items():
+            kept = self.optimizer.state.get(parameter, {})
+            for key, value in kept.items():
+                if key == "step" or value is None:
+                    continue
                 # Fused kernels read as much of it as the weight is long.
-                if key != "step" and value is not None and value.shape != parameter.shape:
+                if value.shape != parameter.shape:
                     raise ValueError(f"{key} of shape {tuple(value.shape)}")
+                if value.stride() != parameter.stride():
+                    # And they read it in the order of the weight, or refuse another one.
+                    kept[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
     def checkpoint_bytes(self) -> int:
         """Approximate size of a checkpoint: weights, their average, the optimizer's state."""
         weights = sum(parameter.nbytes for parameter in self._parameters)
-        copies = 1 + (self.average is not None)
+        copies = 1 + (self.average is not None) + (self.lookahead is not None)
         if isinstance(self.optimizer, torch.optim.SGD):
             copies += any(group["momentum"] for group in self.optimizer.param_groups)
         else:
@@ -111,8 +130,19 @@ class TrainState:
     def network(self) -> nn.Module:
         """The model itself, without DDP around it."""
         if isinstance(self.model, DistributedDataParallel):
-            inner: nn.Module = self.model.module
-            return inner
+            inner: InnerForward = self.model.module
+            return inner.network
+        return self.model
+
+    def synchronized(self, forward: Callable[..., _Result]) -> Callable[..., _Result]:
+        """The same forward pass of the network, called through DDP where that is around it.
+
+        From then on DDP calls this one.
+        """
+        if not isinstance(self.model, DistributedDataParallel):
+            return forward
+        inner: InnerForward = self.model.module
+        inner.compute = forward
         return self.model
 
     def synchronization(self, on: bool) -> AbstractContextManager[object]:

@@ -1,12 +1,10 @@
 """One optimizer step: forward, loss, backward over a group of batches, then one update."""
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 
 from training_framework.machine.precision import Precision, autocast
-from training_framework.optimizers import WeightAverage
+from training_framework.optimizers import WeightAverage, set_rates
 from training_framework.training.compiled_forward import CompiledForward
 from training_framework.training.loss import MixedWith, classification_loss
 from training_framework.training.metrics import ClassificationSums
@@ -65,18 +63,17 @@ class TrainStep(TrainState):
         self._precision: Precision = precision
         self._smoothing = label_smoothing
         self._grad_clip_val = grad_clip_val
-        self._forward: Callable[..., tuple[Tensor, Tensor]] = self._logits_and_loss
         self.compiled: CompiledForward | None = None
         if compile_mode is not None:
-            compiled = CompiledForward(self._logits_and_loss, compile_mode, needs_compile)
-            self._forward = self.compiled = compiled
+            self.compiled = CompiledForward(self._logits_and_loss, compile_mode, needs_compile)
+        self._forward = self.synchronized(self.compiled or self._logits_and_loss)
         self._group_starts = True
 
     def _logits_and_loss(
         self, images: Tensor, labels: Tensor, mixed: MixedWith | None
     ) -> tuple[Tensor, Tensor]:
         with autocast(self._device_type, self._precision):
-            logits = self.model(images)
+            logits = self.network(images)
         loss = classification_loss(logits, labels, label_smoothing=self._smoothing, mixed=mixed)
         return logits, loss
 
@@ -155,8 +152,7 @@ class TrainStep(TrainState):
             That norm, if it was measured or needed for clipping.
         """
         norm = None
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        set_rates(self.optimizer, lr, step)
         if self._grad_clip_val is not None or measure_grad_norm:
             self.scaler.unscale_(self.optimizer)
             gradients = [p.grad for p in self._parameters if p.grad is not None]

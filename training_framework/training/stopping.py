@@ -2,6 +2,7 @@
 
 import signal
 import threading
+import time
 from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any, NamedTuple, Self, TypeVar
@@ -107,6 +108,7 @@ class StopAgreement:
         self._alone = world_size == 1
         self._device = device
         self._steps_between = 1
+        self._agreed = (0, time.monotonic())
         self._save_is_due = False
 
     def decide(
@@ -114,7 +116,7 @@ class StopAgreement:
         signals: StopSignals,
         *,
         step: int,
-        step_seconds: float,
+        step_seconds: float | None,
         save_is_due: bool,
         at_logged_step: bool,
     ) -> Decision:
@@ -123,7 +125,7 @@ class StopAgreement:
         Args:
             signals: Of this process.
             step: Steps made.
-            step_seconds: Approximate seconds of a step.
+            step_seconds: Approximate seconds of a step; None: as since the last agreement.
             save_is_due: Whether this process would save.
             at_logged_step: Whether a row was logged, so that the device was waited for anyway.
         """
@@ -133,9 +135,14 @@ class StopAgreement:
         self._save_is_due |= save_is_due  # remembered until a step that may save
         if not at_logged_step and step % self._steps_between:
             return Decision("", saves=False)
+        now, (step_then, then) = time.monotonic(), self._agreed
+        if step_seconds is None:
+            # An agreement waits for the device, so what lies between two took as long there.
+            step_seconds = (now - then) / max(1, step - step_then)
         number, due, seconds = largest(
             [received or 0, self._save_is_due, step_seconds], self._device
         )
+        self._agreed = (step, time.monotonic())
         self._steps_between = max(1, int(_SECONDS_BETWEEN_AGREEMENTS / seconds))
         saves = bool(due) and at_logged_step
         if saves:

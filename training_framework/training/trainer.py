@@ -43,7 +43,8 @@ class Trainer:
     ) -> None:
         self.progress = progress
         self._plan, self._parts, self._outputs = plan, parts, outputs
-        self._costs = parts.costs  # measured now, and not while steps are timed
+        # The costs are measured now, and not while steps are timed.
+        self._row = partial(training_row, parts, parts.costs)
         self._last_step = min(plan.total_steps, plan.stop_after_steps or plan.total_steps)
         self._train_loss: float | None = None
         self._stopped_by = ""
@@ -107,7 +108,7 @@ class Trainer:
     def _make_step(self, batches: Iterator[Batch], *, measure_grad_norm: bool) -> None:
         """Add up the gradients of a group of batches, and move the weights."""
         plan, progress, parts, step = self._plan, self.progress, self._parts, self._parts.step
-        group_size = min(plan.accumulate_grad_batches, plan.batches_per_epoch - progress.batch)
+        group_size = plan.group_size(progress.epoch, progress.batch)
         # No function in here: after an error its closure would keep the step, and with it DDP.
         watched = self._micro_batching.accumulate(
             self._group(batches, group_size), partial(self._add_gradient, group_size)
@@ -129,14 +130,13 @@ class Trainer:
 
     def _add_gradient(self, group_size: int, position: int, batch: Batch) -> WatchedBatch:
         plan, progress, step = self._plan, self.progress, self._parts.step
-        start = time.perf_counter()
+        transform, start = self._parts.loaders.train_transform, time.perf_counter()
         with step.phase("transform"):
             done = progress.epoch * plan.batches_per_epoch + progress.batch + position
-            images, labels, mixed = self._parts.loaders.train_transform(
-                batch, step=done, epoch=progress.epoch
-            )
+            images, labels, mixed = transform(batch, step=done, epoch=progress.epoch)
         self._interval.data_wait += time.perf_counter() - start
         pair = None if mixed is None else (mixed.other_labels, mixed.lam)
+        images, labels, pair = self._parts.select(images, labels, pair)
         is_last = position == group_size - 1
         loss = step.accumulate(images, labels, pair, group_size=group_size, last_of_group=is_last)
         return WatchedBatch.of(batch, loss)
@@ -190,9 +190,8 @@ class Trainer:
         progress, plan, parts, step = self.progress, self._plan, self._parts, self._parts.step
         evaluate = parts.evaluate if plan.evaluates_after(progress.step) else None
         if progress.unlogged is None:
-            self._guard.check(progress.step, weights=evaluate is not None)
             with step.phase("logging"):
-                progress.unlogged = training_row(parts, self._costs, progress, self._interval)
+                progress.unlogged = self._row(progress, self._interval, self._guard)
         row, evaluation = progress.unlogged, None
         try:
             if evaluate is not None:

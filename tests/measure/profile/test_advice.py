@@ -1,12 +1,16 @@
 import dataclasses
+import functools
 
 import pytest
 
 from training_framework.config import load_config
-from training_framework.measure.profile.advice import give_verdict
+from training_framework.config.loading import config_to_dict
+from training_framework.machine.hardware import Accelerator, Hardware
+from training_framework.measure.profile.advice import Run, Suggestion, give_verdict
 from training_framework.measure.profile.ceilings import Ceilings, find_limit
 from training_framework.measure.profile.step_clock import PHASES
-from training_framework.train import plan_for
+from training_framework.plan import make_plan
+from training_framework.plan.planned_run import open_configured_dataset
 
 SETTINGS = {
     "data": "synthetic", "synthetic_train_images": 36, "accelerator": "cpu", "precision": "32",
@@ -40,20 +44,44 @@ def test_ceilings_that_cannot_be_of_one_machine_disagree(model, model_share, agr
     assert Ceilings(loader=5000, model=model, both=400).agree(model_share) == agree
 
 
-def verdict_for(ceilings, *, data=0.01, machine=None, facts=None, **plan):
-    planned, hardware, found = plan_for(load_config(overrides=SETTINGS))
-    shares = dict.fromkeys(PHASES, 0.0) | {"data": data, "backward": 1 - data}
+GPU = Accelerator(
+    kind="cuda", name="NVIDIA A100-SXM4-80GB", memory_bytes=80 * 2**30, bf16=True, capability=(8, 0)
+)
+OLD_GPU = dataclasses.replace(GPU, name="NVIDIA GeForce GTX 1080", bf16=False, capability=(6, 1))
+FACTS = {"storage": "files"}
+
+
+def run_of(*, gpu=None, machine=None, facts=FACTS, **settings):
+    """A run on a machine that is described and not there."""
+    config = load_config(
+        overrides={
+            **SETTINGS, "accelerator": "gpu" if gpu else "cpu", "threads": 4, "num_workers": 0,
+            "resident_data": False, **settings,
+        }
+    )  # fmt: skip
+    hardware = dataclasses.replace(HARDWARE, accelerators=(gpu,) if gpu else (), **(machine or {}))
+    found = dataclasses.replace(synthetic_facts(), **facts)
+    return Run(
+        settings=config_to_dict(config), plan=make_plan(config, hardware, found),
+        facts=found, hardware=hardware,
+    )  # fmt: skip
+
+
+@functools.cache
+def synthetic_facts():
+    return open_configured_dataset(load_config(overrides=SETTINGS)).facts
+
+
+HARDWARE = Hardware(
+    cpu_name="a processor", cores=4, instruction_sets=(), memory_bytes=64 * 2**30, accelerators=(),
+    cpp_compiler="g++", cpp_compiler_fault="",
+)  # fmt: skip
+
+
+def verdict_for(ceilings, *, data=0.01, shares=None, **run):
+    measured = dict.fromkeys(PHASES, 0.0) | {"data": data, "backward": 1 - data} | (shares or {})
     return give_verdict(
-        ceilings,
-        shares | plan.pop("shares", {}),
-        plan=dataclasses.replace(
-            planned, **{"threads": 4, "resident_data": False, "num_workers": 0, **plan}
-        ),
-        facts=dataclasses.replace(found, **(facts or {"storage": "files"})),
-        hardware=dataclasses.replace(
-            hardware, **{"cores": 4, "instruction_sets": (), "bf16_speed": None, **(machine or {})}
-        ),
-        bottleneck="aten::convolution_backward takes 62%",
+        ceilings, measured, run=run_of(**run), bottleneck="aten::convolution_backward takes 62%"
     )
 
 
@@ -84,13 +112,42 @@ def test_a_starving_run_is_told_what_its_plan_leaves_open(changes, next_step):
 @pytest.mark.parametrize(
     ("changes", "next_step"),
     [
-        ({"compile": False}, "set compile: true"),
-        ({"compile": True, "compile_mode": "default"}, "set compile_mode: reduce-overhead"),
-        ({"compile": True, "compile_mode": "reduce-overhead"}, "raise batch_size from 64"),
+        ({"cuda_graph": False, "compile": False}, "set cuda_graph: true"),
+        ({"cuda_graph": False, "compile": True, "compile_mode": "default"}, "set cuda_graph: true"),
+        (
+            {"cuda_graph": False, "compile": True, "compile_mode": "reduce-overhead"},
+            "with compile_mode: default",
+        ),
+        (
+            {"cuda_graph": True, "compile": False},
+            "set compile: true with compile_mode: default",
+        ),
+        ({"cuda_graph": True, "compile": True}, "raise batch_size from 64"),
+        # It cannot be recorded:
+        (
+            {"accumulate_grad_batches": 2, "compile": False},
+            "set compile: true with compile_mode: reduce-overhead",
+        ),
+        (
+            {"accumulate_grad_batches": 2, "compile": True, "compile_mode": "default"},
+            "set compile_mode: reduce-overhead",
+        ),
+        # Nor compiled:
+        (
+            {
+                "accumulate_grad_batches": 2, "compile": False,
+                "machine": {"triton_fault": "Triton is not installed"},
+            },
+            "raise batch_size from 64",
+        ),
+        (
+            {"gpu": OLD_GPU, "cuda_graph": True, "compile": False},
+            "raise batch_size from 64",
+        ),
     ],
-)
+)  # fmt: skip
 def test_a_run_that_waits_for_launches_is_told_to_make_fewer(changes, next_step):
-    verdict = verdict_for(LAUNCHING, device="cuda", **changes)
+    verdict = verdict_for(LAUNCHING, **{"gpu": GPU, **changes})
     assert "computing for 60% of the time" in verdict.figures
     assert next_step in verdict.next_step
 
@@ -106,10 +163,61 @@ def test_a_run_that_waits_for_launches_is_told_to_make_fewer(changes, next_step)
         ({"shares": {"transform": 0.2}}, "less augmentation: it takes 20%"),
         ({"shares": {"logging": 0.2}}, "raise log_every_n_steps"),
         ({"shares": {"optimizer": 0.2}}, "raise batch_size or accumulate_grad_batches"),
-        ({"device": "cuda", "precision": "bf16-mixed"}, "set compile: true"),
+        ({"gpu": GPU, "precision": "bf16-mixed", "compile": False}, "set compile: true"),
+        ({"gpu": GPU, "precision": "32"}, "set precision: mixed"),
+        # Half precision and channels_last are slow on it, and it cannot compile.
+        ({"gpu": OLD_GPU, "precision": "32", "channels_last": False}, "only the arithmetic"),
     ],
 )
 def test_a_computing_run_is_told_what_its_plan_leaves_open(changes, next_step):
     verdict = verdict_for(COMPUTING, **changes)
     assert verdict.limit == "compute-bound"
     assert next_step in verdict.next_step
+
+
+PLANS = [
+    {"gpu": gpu, "precision": precision, "channels_last": channels_last, "facts": facts, **compile_}
+    for gpu in (None, GPU, OLD_GPU)
+    for precision in ("auto", "32", *(["16-mixed"] if gpu else []))
+    for channels_last in ("auto", False)
+    for facts in (FACTS, {"storage": "arrays", "array_bytes": 2**20}, {"storage": "loader"})
+    for compile_ in (
+        {}, {"compile": False}, {"compile": True, "compile_mode": "reduce-overhead"},
+        {"compile": True, "compile_mode": "max-autotune"}, {"cuda_graph": True},
+        {"cuda_graph": True, "compile": True, "compile_mode": "default"},
+        {"cuda_graph": False, "compile": False}, {"accumulate_grad_batches": 2},
+        {"fused_optimizer": False}, {"activation_checkpointing": True, "num_workers": 4},
+    )
+    if facts is FACTS or not compile_
+]  # fmt: skip
+
+
+def test_every_suggestion_for_every_plan_is_accepted_and_changes_the_plan():
+    phases = ({}, {"transform": 0.2}, {"logging": 0.2}, {"optimizer": 0.2})
+    seen = set()
+    for changes in PLANS:
+        run = run_of(**changes)
+        cases = [(STARVED, {"data": 0.4}), *((COMPUTING, shares) for shares in phases)]
+        if changes["gpu"]:
+            cases.append((LAUNCHING, {}))
+        for ceilings, shares in cases:
+            measured = dict.fromkeys(PHASES, 0.0) | {"data": 0.01} | shares
+            verdict = give_verdict(ceilings, measured, run=run)
+            seen.add(tuple(verdict.settings.items()))
+            for key in verdict.settings:
+                assert f"{key}" in verdict.next_step, (changes, verdict)
+            new = run.plan_with(**verdict.settings)
+            assert new is not None, (changes, verdict)
+            if verdict.settings:
+                assert new != run.plan, (changes, verdict)
+                for key, value in verdict.settings.items():
+                    if isinstance(value, bool):
+                        assert new.switch_values()[key] == value, (changes, verdict)
+    assert len(seen) > 12, seen
+
+
+def test_a_suggestion_that_the_schema_refuses_cannot_be_followed():
+    run = run_of(gpu=GPU, cuda_graph=True)
+    refused = Suggestion(text="", settings={"compile": True, "compile_mode": "reduce-overhead"})
+    assert not run.can_follow(refused)
+    assert not run_of().can_follow(Suggestion(text="", settings={"cuda_graph": True}))

@@ -71,7 +71,7 @@ def test_layers_are_found_by_their_shapes():
 
 
 def test_this_machine_has_limits():
-    limits = measure_limits(torch.device("cpu"), "any", torch.float32, seconds=0.02)
+    limits = measure_limits(torch.device("cpu"), "any", torch.float32, "fp32", seconds=0.02)
     assert limits.flops_source == "measured"
     # Slower than any machine that runs PyTorch, and faster than any CPU.
     assert 1e8 < limits.flops_per_second < 1e15

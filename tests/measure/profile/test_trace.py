@@ -1,10 +1,12 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
 from torch.autograd import DeviceType
 
 from training_framework.measure.profile.trace import (
     Kernel,
+    KernelWindow,
     OperatorCall,
     busy_seconds,
     group_calls,
@@ -123,3 +125,17 @@ def test_groups_have_means_per_step_and_shares_and_the_rate_while_they_run():
 )
 def test_names_tell_the_type_of_the_layer(name, layer_type):
     assert layer_type_of(name) == layer_type
+
+
+def test_the_memory_history_of_a_gpu_has_stacks_of_python_alone(tmp_path, monkeypatch):
+    """Those of C++ too would take most of the time of each allocation."""
+    asked = {}
+    trace = "training_framework.measure.profile.trace"
+    monkeypatch.setattr(
+        torch.cuda.memory, "_record_memory_history", lambda **how: asked.update(how)
+    )
+    monkeypatch.setattr(f"{trace}.synchronize", lambda device: None)
+    monkeypatch.setattr(f"{trace}.profile", lambda **how: SimpleNamespace(start=lambda: None))
+    files = {"trace": tmp_path / "trace.json", "memory_snapshot": tmp_path / "memory.pickle"}
+    KernelWindow(device=torch.device("cuda"), **files).begin()
+    assert asked["stacks"] == "python"

@@ -204,7 +204,8 @@ def _median(values: Sequence[float]) -> float | None:
 def _peak_kind(facts: VariantFacts) -> str:
     """What a peak applies to: the device, its threads and the precision."""
     threads = facts.plan["threads"] if facts.device == "cpu" else ""
-    return f"{facts.device_name} {threads} {facts.plan['precision']}"
+    products = facts.plan.get("fp32_precision", "")  # older result files have none
+    return f"{facts.device_name} {threads} {facts.plan['precision']} {products}"
 
 
 def _peak_flops(records: Records) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from training_framework.measure.compare.accuracy import accuracy_differences
 from training_framework.measure.compare.result import Ratio, Result, VariantResult
@@ -176,6 +177,12 @@ def mark_reasons(result: Result) -> list[tuple[str, list[tuple[str, str]]]]:
     return marks
 
 
+def _precision(plan: Mapping[str, Any]) -> str:
+    """The precision of a plan, with what fp32 is multiplied as where that is not fp32."""
+    in_tf32 = plan["precision"] == "32" and plan.get("fp32_precision") == "tf32"
+    return f"{plan['precision']}{' in TF32' if in_tf32 else ''}"
+
+
 def findings(result: Result) -> list[str]:
     """What else a reader must know: other baselines, the peak behind MFU, the sweet spot."""
     against = {ratio.against for ratio in result.ratios}
@@ -185,7 +192,7 @@ def findings(result: Result) -> list[str]:
         pairs = [f"{r.variant} against {r.against}" for r in result.ratios if r.against != baseline]
         findings.append(f"Not compared with {baseline}: {'; '.join(pairs)}.")
     peaks = dict.fromkeys(
-        f"{v.peak_flops / 1e9:,.0f} GFLOP/s ({v.facts.plan['precision']}, "
+        f"{v.peak_flops / 1e9:,.0f} GFLOP/s ({_precision(v.facts.plan)}, "
         f"{v.facts.peak_flops_source})"
         for v in result.variants
         if v.facts and v.peak_flops

@@ -1,10 +1,8 @@
 """Times one variant's optimizer steps, with the loader, transform and step of a real run."""
 
-import itertools
 import sys
 import time
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 
@@ -13,8 +11,8 @@ from training_framework.data import Batch
 from training_framework.machine.load import MachineWatch
 from training_framework.machine.memory import peak_memory
 from training_framework.machine.peak_flops import measure_peak_flops
-from training_framework.machine.precision import compute_dtype
 from training_framework.measure.compare.result import Measurement, VariantFacts
+from training_framework.measure.compare.step_times import time_steps
 from training_framework.plan import plan_run
 from training_framework.training.parts import build_parts
 
@@ -72,7 +70,7 @@ class StepSampler:
         warmup, _ = self._timed(warmup_steps)
         self._steps = steps or max(FEWEST_STEPS, round(seconds / min(warmup)))
         peak_flops, peak_source = peak or measure_peak_flops(
-            plan.device, plan.device_name, compute_dtype(plan.precision)
+            plan.device, plan.device_name, plan.product_format
         )
         self.facts = VariantFacts(
             device=plan.device,
@@ -118,6 +116,10 @@ class StepSampler:
             new_graphs=_compiled_graphs() - graphs,
         )
 
+    def start_at(self, epoch: int) -> None:
+        """Make the next step the first one of an epoch, counted from 0."""
+        self._epoch, self._batch = epoch, 0
+
     def close(self) -> None:
         """End the loader processes."""
         self.parts.close()
@@ -132,19 +134,23 @@ class StepSampler:
         group = min(plan.accumulate_grad_batches, plan.batches_per_epoch - self._batch)
         image_count = 0
         for position in range(group):
-            images, labels, mixed = self.parts.loaders.train_transform(
-                next(self._batches),
+            batch = next(self._batches)
+            inputs = self.parts.loaders.train_transform(
+                batch,
                 step=self._epoch * plan.batches_per_epoch + self._batch,
                 epoch=self._epoch,
             )
+            images, labels, mixed = inputs
+            pair = None if mixed is None else (mixed.other_labels, mixed.lam)
+            images, labels, pair = self.parts.select(images, labels, pair)
             self.parts.step.accumulate(
                 images,
                 labels,
-                None if mixed is None else (mixed.other_labels, mixed.lam),
+                pair,
                 group_size=group,
                 last_of_group=position == group - 1,
             )
-            image_count += len(labels)
+            image_count += len(batch.labels)
             self._batch += 1
         # Sampling continues past the planned end, where a schedule may be at zero.
         planned_step = self._steps_made % plan.total_steps
@@ -153,33 +159,7 @@ class StepSampler:
         return image_count
 
     def _timed(self, steps: int) -> tuple[list[float], int]:
-        """Make steps. Return the seconds of each and the total number of images."""
-        images = 0
-        _synchronize(self.device)
-        readings = [self._reading()]
-        for _ in range(steps):
-            images += self.optimizer_step()
-            readings.append(self._reading())
-        _synchronize(self.device)
-        if self.device.type == "cuda":
-            ends = [readings[0].elapsed_time(reading) / 1000 for reading in readings]
-        else:
-            readings[-1] = self._reading()
-            ends = [reading - readings[0] for reading in readings]
-        return [after - before for before, after in itertools.pairwise(ends)], images
-
-    def _reading(self) -> Any:
-        """A clock reading; on CUDA an event that the device records, so that no step waits."""
-        if self.device.type != "cuda":
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
+        return time_steps(self.optimizer_step, steps, self.device)
 
 
 def _compiled_graphs() -> int:

@@ -87,7 +87,7 @@ class RunSampler:
             round=round_number,
             seconds=sum(result.epoch_seconds),
             steps=result.steps,
-            images=run.plan.batches_per_epoch * run.plan.global_batch_size * run.plan.epochs,
+            images=run.plan.total_batches * run.plan.global_batch_size,
             cpu_seconds=load.cpu_seconds,
             other_cpu_share=load.other_cpu_share,
             peak_memory_bytes=peak_memory(self.device),

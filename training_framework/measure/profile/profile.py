@@ -12,7 +12,7 @@ from training_framework.config import TrainConfig
 from training_framework.errors import UserError
 from training_framework.machine.hardware import library_versions
 from training_framework.machine.precision import compute_dtype
-from training_framework.measure.profile.advice import Verdict, give_verdict
+from training_framework.measure.profile.advice import Run, Verdict, give_verdict
 from training_framework.measure.profile.ceilings import (
     Ceilings,
     measure_loader_alone,
@@ -174,7 +174,8 @@ def _profile(
     busy = _device_busy(window, profiled_steps, phases.undivided_seconds)
     ceilings = _ceilings(parts, steps, phases.undivided_seconds, busy)
     say("measuring the machine's limits")
-    limits = measure_limits(parts.device, plan.device_name, compute_dtype(plan.precision))
+    dtype = compute_dtype(plan.precision)
+    limits = measure_limits(parts.device, plan.device_name, dtype, plan.product_format)
     plot = directory / "roofline.png"
     points = _roofline(parts, window, profiled_steps, limits, plot)
     tables = _tables(window, profiled_steps)
@@ -185,9 +186,12 @@ def _profile(
         verdict=give_verdict(
             ceilings,
             phases.shares,
-            plan=plan,
-            facts=parts.planned.facts,
-            hardware=parts.planned.hardware,
+            run=Run(
+                settings=parts.planned.settings,
+                plan=plan,
+                facts=parts.planned.facts,
+                hardware=parts.planned.hardware,
+            ),
             bottleneck=_named([*tables["operators"], *tables["kernels"]], limits),
         ),
         **tables,

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from training_framework.machine.peak_flops import measure_peak_flops
+from training_framework.machine.precision import ProductFormat
 from training_framework.measure.profile.operator_flops import (
     WINOGRAD,
     WINOGRAD_BACKWARD,
@@ -84,7 +85,12 @@ class LayerPoint:
 
 
 def measure_limits(
-    device: torch.device, device_name: str, dtype: torch.dtype, *, seconds: float = 0.25
+    device: torch.device,
+    device_name: str,
+    dtype: torch.dtype,
+    factors: ProductFormat,
+    *,
+    seconds: float = 0.25,
 ) -> MachineLimits:
     """Measure a device's peak, or look it up, and measure the speed of its memory.
 
@@ -92,9 +98,10 @@ def measure_limits(
         device: The device to measure.
         device_name: Its name, to look up.
         dtype: Type of the products.
+        factors: What the products multiply: fp32 numbers may be rounded to TF32.
         seconds: Seconds for each measurement.
     """
-    flops, source = measure_peak_flops(device.type, device_name, dtype)
+    flops, source = measure_peak_flops(device.type, device_name, factors)
     if not flops:
         flops, source = _measured_product(device, dtype, seconds), "measured"
     megabytes = 128 if device.type == "cpu" else 1024

@@ -11,7 +11,7 @@ from training_framework.training.parts import Parts, build_parts
 __all__ = ["build_profiled_parts", "step_on", "synchronize"]
 
 
-def build_profiled_parts(config: TrainConfig) -> Parts:
+def build_profiled_parts(config: TrainConfig, *, command: str = "profile") -> Parts:
     """Plan and build what `config` trains, in this process alone.
 
     Raises:
@@ -20,8 +20,8 @@ def build_profiled_parts(config: TrainConfig) -> Parts:
     planned = plan_run(config)
     if planned.plan.world_size > 1:
         raise UserError(
-            f"profile: torchrun started {planned.plan.world_size} processes",
-            "start it without torchrun: profile measures one device",
+            f"{command}: torchrun started {planned.plan.world_size} processes",
+            f"start it without torchrun: {command} measures one device",
         )
     return build_parts(planned)
 
@@ -30,11 +30,14 @@ def step_on(parts: Parts, batch: Batch) -> None:
     """An optimizer step on one loaded batch, used as often as the run accumulates batches."""
     group = parts.plan.accumulate_grad_batches
     for position in range(group):
-        images, labels, mixed = parts.loaders.train_transform(batch, step=0, epoch=0)
+        inputs = parts.loaders.train_transform(batch, step=0, epoch=0)
+        images, labels, mixed = inputs
+        pair = None if mixed is None else (mixed.other_labels, mixed.lam)
+        images, labels, pair = parts.select(images, labels, pair)
         parts.step.accumulate(
             images,
             labels,
-            None if mixed is None else (mixed.other_labels, mixed.lam),
+            pair,
             group_size=group,
             last_of_group=position == group - 1,
         )

@@ -129,7 +129,7 @@ class KernelWindow:
         activities = [ProfilerActivity.CPU]
         if self.device.type == "cuda":
             activities.append(ProfilerActivity.CUDA)
-            torch.cuda.memory._record_memory_history(max_entries=MEMORY_EVENTS)
+            torch.cuda.memory._record_memory_history(max_entries=MEMORY_EVENTS, stacks="python")
         elif self.device.type == "xpu":
             activities.append(ProfilerActivity.XPU)
         synchronize(self.device)

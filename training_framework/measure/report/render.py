@@ -8,10 +8,17 @@ from training_framework.measure.compare.table import result_lines
 from training_framework.measure.report.sections import Section, section_of
 from training_framework.measure.report.sources import Source
 
-__all__ = ["html_report", "markdown_report"]
+__all__ = ["html_page", "html_report", "markdown_report"]
 
 
 def html_report(sources: Sequence[Source]) -> str:
+    """Results as one page."""
+    sections = [section_of(source) for source in sources]
+    title = sections[0].heading if len(sections) == 1 else f"{len(sections)} results"
+    return html_page(title, sections)
+
+
+def html_page(title: str, sections: Sequence[Section]) -> str:
     """One self-contained page, which loads nothing, runs nothing and fits on a phone."""
     from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
@@ -22,9 +29,8 @@ def html_report(sources: Sequence[Source]) -> str:
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     template = environment.from_string(files.joinpath("report.html.j2").read_text("utf-8"))
-    sections = [section_of(source) for source in sources]
     return template.render(
-        title=sections[0].heading if len(sections) == 1 else f"{len(sections)} results",
+        title=title,
         style=Markup(files.joinpath("report.css").read_text("utf-8")),
         sections=sections,
     )
