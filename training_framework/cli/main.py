@@ -229,11 +229,8 @@ def _add_plan(commands: Any) -> None:
 
 
 def _add_evaluate(commands: Any) -> None:
-    parser = _command(commands, "evaluate", _evaluate, "evaluate a checkpoint on a data set")
-    parser.description = (
-        "evaluate a checkpoint on the data set of its run, or on another one; "
-        "weights.safetensors does not know the data of its run: give --data"
-    )
+    summary = "evaluate a checkpoint on the data of its run, or on other data (--data)"
+    parser = _command(commands, "evaluate", _evaluate, summary)
     parser.add_argument("checkpoint", type=Path, help=".ckpt or weights.safetensors of a run")
     add_config_flags(
         parser,
