@@ -1,4 +1,4 @@
-"""Runs with bad pictures that are passed over: whole runs, as users start them."""
+"""Runs that skip bad images: whole runs, as users start them."""
 
 import json
 import os
@@ -62,7 +62,7 @@ def assert_same_weights(first: Path, second: Path) -> None:
         assert torch.equal(tensor, theirs[name]), name
 
 
-def test_bad_pictures_are_listed_counted_and_the_same_with_workers_and_after_a_resumption(
+def test_bad_images_are_listed_counted_and_the_same_with_workers_and_after_a_resumption(
     pictures: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     alone = train("alone", "--num-workers 0")
@@ -85,7 +85,7 @@ def test_bad_pictures_are_listed_counted_and_the_same_with_workers_and_after_a_r
     assert_same_weights(alone, resumed)
 
 
-def test_bad_pictures_do_not_count_in_evaluate_and_predict(
+def test_bad_images_do_not_count_in_evaluate_and_predict(
     pictures: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     checkpoint = train("runs", "--num-workers 0") / "checkpoints/last.ckpt"

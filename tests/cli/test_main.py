@@ -32,7 +32,7 @@ def run(command: str) -> int:
 
 
 def make_pictures(root: Path, counts: dict[str, int]) -> Path:
-    """An image folder whose classes are the colours of its pictures."""
+    """An image folder whose classes are the colours of its images."""
     generator = np.random.default_rng(0)
     for split, count in counts.items():
         for name, color in COLORS.items():
@@ -147,7 +147,7 @@ def test_plan_gives_each_choice_its_reason_in_80_columns(in_tmp_path, capsys):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A working directory with pictures and a run that was trained on them by flags alone."""
+    """A working directory with images and a run that was trained on them by flags alone."""
     place = tmp_path_factory.mktemp("colors")
     make_pictures(place / "colors", {"train": 8, "val": 3})
     command = (

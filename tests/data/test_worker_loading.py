@@ -161,7 +161,7 @@ def test_the_next_whole_picture_stands_in_for_a_bad_one_with_other_crops(
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_bad_pictures_are_not_valid_in_evaluation(split: FileSplit, num_workers: int) -> None:
+def test_bad_images_are_not_valid_in_evaluation(split: FileSplit, num_workers: int) -> None:
     whole = list(_loader(split, train=False).epoch(0))
     names = _break(split, 4, 5)
     loader, bad = _skipping(split, num_workers, train=False)

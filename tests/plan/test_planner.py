@@ -466,6 +466,13 @@ def test_what_needs_a_compiler_is_refused_without_one(key):
         plan(bare, precision="32", **{key: True})
 
 
+def test_a_set_smaller_than_a_batch_counts_as_it_is():
+    small = dataclasses.replace(FACTS, train_images=20)
+    plan = make_plan(TrainConfig(batch_size=64), CPU, small)
+    assert (plan.global_batch_size, plan.images_per_step) == (20, 20)
+    assert plan.lr == pytest.approx(0.1 * 20 / 64)
+
+
 @pytest.mark.parametrize(
     ("epochs", "total", "last_group"),
     # 5 batches an epoch in groups of 2: whole epochs have 3 steps.

@@ -258,7 +258,7 @@ def test_an_epoch_of_fewer_batches_goes_on_where_as_much_of_it_is_behind(workpla
         train(loader=loader, resume=str(LAST))
     result = train(loader=loader, allow_config_change=True)
     assert result.steps == 2
-    assert "an epoch had 3 steps and has 1" in capsys.readouterr().err
+    assert "an epoch had 3 steps and now has 1" in capsys.readouterr().err
     assert result.run_directory == LAST.parents[2] / "version_1", "rows count other steps"
 
 
