@@ -4,6 +4,8 @@ import os
 
 # Workers of pytest-xdist share the cores: more threads would spin, and slow each other down.
 os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
+# A thread that waits for the others sleeps: spinning, it would take the core that they wait for.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -10,6 +10,7 @@ milliseconds, and the peak of the machine, of which only the mfu column is made,
 """
 
 import contextlib
+import importlib
 import os
 import signal
 import subprocess
@@ -49,7 +50,10 @@ def warm_up() -> None:
     """Make this process ready to be forked into lives."""
     torch.set_num_threads(1)
     _make_training_small()
-    import training_framework.cli.summary  # noqa: F401  # a life may no longer see its file
+    # A life may no longer see its own files, nor those by which Python starts a process.
+    for module in ("queues", "synchronize", "popen_fork", "resource_sharer", "connection"):
+        importlib.import_module(f"multiprocessing.{module}")
+    importlib.import_module("training_framework.cli.summary")
 
     # A network without storage: nothing is computed, but torch imports what it needs for that.
     use_small_map_convolutions(build_model("resnet10", num_classes=2, stem="cifar"), 8)
