@@ -12,8 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from forks import Forks
 
 from training_framework.config.config import Config
+from training_framework.models import resnet
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -47,6 +49,22 @@ def in_tmp_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty working directory, so that runs write nowhere else."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture(scope="session")
+def forks() -> Iterator[Forks]:
+    """Starts Python programs as forks of one process that has imported torch."""
+    started = Forks()
+    yield started
+    started.close()
+
+
+@pytest.fixture(scope="module")
+def narrow_networks() -> Iterator[None]:
+    """ResNets of a sixteenth of their width, for tests that are not about the network."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(resnet, "STAGE_CHANNELS", (4, 8, 16, 32))
+        yield
 
 
 @pytest.fixture(autouse=True)

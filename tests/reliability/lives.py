@@ -6,7 +6,7 @@ imports and waits (`experiment.py` starts it). For what a fork might hide, a lif
 fresh process: this file, run with the arguments of the command.
 
 Two things differ from the command in either: the networks are narrow, so that a save takes
-milliseconds, and the peak of the machine, of which only the mfu column is made, is not measured.
+milliseconds, and nothing is measured for the mfu column or for the choice of a precision.
 """
 
 import contextlib
@@ -29,8 +29,9 @@ import torch.utils.tensorboard
 import training_framework.train  # noqa: F401  # the command imports it only when it trains
 from training_framework import faults
 from training_framework.cli.main import main as run_command
-from training_framework.machine import peak_flops
+from training_framework.machine import hardware, peak_flops
 from training_framework.models import build_model, resnet, use_small_map_convolutions
+from training_framework.training import parts
 
 __all__ = [
     "Life",
@@ -64,6 +65,8 @@ def warm_up() -> None:
 def _make_training_small() -> None:
     resnet.STAGE_CHANNELS = (4, 8, 16, 32)  # type: ignore[misc]
     peak_flops._measured_cpu_peak = lambda dtype: 1e9
+    parts.training_flops_per_image = lambda model, image_size: 10**6
+    hardware.measure_bf16_speed = lambda: 1.0
 
 
 @dataclass

@@ -23,6 +23,8 @@ TRAIN = [
     "train", "--data=synthetic", "--model=resnet10", "--img-size=8", "--num-classes=3",
     "--epochs=1", "--synthetic-train-images=24", "--synthetic-val-images=6", "--batch-size=8",
     "--precision=32",
+    # Who has no cache would compile them anew in each case.
+    "--fused-norms=false", "--winograd-convolutions=false",
 ]  # fmt: skip
 # Images of synthetic data are computed where they are used: no worker would start for them.
 WORKERS = (
