@@ -30,7 +30,19 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["LONG_TESTS"] = "1"  # test modules read it when they are imported
 
 
+# Fixtures that take many seconds; tests that share one stay in one worker (--dist loadgroup).
+COSTLY_FIXTURES = ("_server", "ends", "trained", "ranks")
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        shared = set(COSTLY_FIXTURES).intersection(getattr(item, "fixturenames", ()))
+        if shared:
+            item.add_marker(pytest.mark.xdist_group(f"{item.path.parent.name} {shared.pop()}"))
+    # The longest first, so that no worker is left with one when the others are done.
+    items.sort(key=lambda item: not any(item.iter_markers("xdist_group")))
+    items.sort(key=lambda item: not any(item.iter_markers("long")))
     if not config.getoption("--long"):
         return
     for item in items:

@@ -245,15 +245,6 @@ def test_a_subset_is_copied_and_described(in_tmp_path, capsys):
     assert run("plan --data-root small/set --accelerator cpu") == 0
 
 
-def start(command: str, **options: Any) -> "subprocess.Popen[str]":
-    return subprocess.Popen(
-        [sys.executable, "-m", "training_framework", *shlex.split(command)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        text=True,
-        **options,
-    )
-
-
 @pytest.mark.parametrize(
     ("number", "status"),
     [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)],
@@ -363,13 +354,19 @@ def test_debug_shows_the_traceback_of_an_error_anywhere_on_the_line(in_tmp_path,
     assert "Traceback" not in capsys.readouterr().err
 
 
-def test_a_reader_that_has_left_is_no_error(in_tmp_path):
-    reading, writing = os.pipe()
-    os.close(reading)
-    process = start(f"plan {TINY}", stdout=writing, stderr=subprocess.PIPE)
-    os.close(writing)
-    _, err = process.communicate(timeout=120)
-    assert (process.returncode, err) == (1, "")
+READER_HAS_LEFT = """
+import os, sys
+reading, writing = os.pipe()
+os.close(reading)
+os.dup2(writing, 1)
+from training_framework.cli.main import main
+sys.exit(main())
+"""
+
+
+def test_a_reader_that_has_left_is_no_error(in_tmp_path, forks):
+    done = forks.run("-c", READER_HAS_LEFT, "plan", *shlex.split(TINY))
+    assert (done.returncode, done.stderr) == (1, "")
 
 
 def test_the_compiler_is_not_imported_until_it_is_wanted():

@@ -164,31 +164,37 @@ def test_a_checkpoint_of_one_process_goes_on_with_two(forks, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "fault", ["a batch that cannot be shared", "a place that rank 0 alone is refused"]
+    ("fault", "by_torchrun"),
+    [("a batch that cannot be shared", False), ("a place that rank 0 alone is refused", True)],
 )
-def test_an_error_is_said_once_and_ends_all_processes(tmp_path, fault):
+def test_an_error_is_said_once_and_ends_all_processes(tmp_path, forks, fault, by_torchrun):
     (tmp_path / "file").write_text("not a folder")
     if fault == "a batch that cannot be shared":
         settings, said = "--batch-size=33", "batch_size 33 cannot be shared equally by 2 processes"
     else:
         settings, said = "--output-dir=file", "file/resnet10-digits: cannot be written to"
     start = time.monotonic()
-    done = run_two(tmp_path, "train", *DIGITS, settings)
+    if by_torchrun:
+        done = run_two(tmp_path, "train", *DIGITS, settings)
+    else:
+        program = ("-m", "training_framework", "train", *DIGITS, settings)
+        done = forks.run_ranks(2, *program, cwd=tmp_path)
     assert time.monotonic() - start < 60
     assert done.returncode != 0
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
     assert said in errors[0]
-    assert done.stderr.count("Traceback") == 1, "torchrun's own alone"
+    assert done.stderr.count("Traceback") == by_torchrun, "torchrun's own alone"
     assert not list(tmp_path.rglob("*.ckpt"))
 
 
-def test_two_processes_stopped_in_an_evaluation_make_it_when_they_go_on(trained):
-    arguments = torchrun("train", *DIGITS, *FOUR_EPOCHS, "--name=stopped")
-    options = {"cwd": trained, "capture_output": True, "text": True, "timeout": 120}
+def test_two_processes_stopped_in_an_evaluation_make_it_when_they_go_on(
+    trained, forks, monkeypatch
+):
+    program = ("-m", "training_framework", "train", *DIGITS, *FOUR_EPOCHS, "--name=stopped")
     for fault, steps in (("evaluation.batch:2:term", 10), ("", 44)):
-        environment = ENVIRONMENT | {"TRAINING_FRAMEWORK_FAULT": fault}
-        done = subprocess.run(arguments, env=environment, check=False, **options)
+        monkeypatch.setenv("TRAINING_FRAMEWORK_FAULT", fault)
+        done = forks.run_ranks(2, *program, cwd=trained)
         assert (done.returncode == 0) == (not fault), done.stderr
         assert len(rows_of(trained, "stopped")) == steps
     without_times = [
