@@ -31,7 +31,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 # Fixtures that take many seconds; tests that share one stay in one worker (--dist loadgroup).
-COSTLY_FIXTURES = ("_server", "ends", "trained", "ranks")
+COSTLY_FIXTURES = ("_server", "ends", "trained_runs", "ranks")
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups

@@ -76,9 +76,9 @@ def found_by_evaluate(output: str) -> tuple[str, ...]:
 
 
 @pytest.fixture(scope="module")
-def trained(forks, tmp_path_factory):
+def trained_runs(forks, tmp_path_factory):
     """A folder with the runs `one` and `two`, by as many processes, on the same global batches."""
-    folder = tmp_path_factory.mktemp("trained")
+    folder = tmp_path_factory.mktemp("trained_runs")
     for processes, name in ((1, "one"), (2, "two")):
         run(forks, folder, processes, "train", *DIGITS, *FOUR_EPOCHS, f"--name={name}")
     return folder
@@ -95,32 +95,34 @@ def test_two_processes_make_the_losses_of_one(forks, tmp_path):
     assert two == pytest.approx(one, rel=0, abs=1e-4)
 
 
-def test_two_processes_reach_the_accuracy_of_one_with_average_and_accumulation(trained):
-    one, two = (float(rows_of(trained, name)[-1]["val/acc1"]) for name in ("one", "two"))
+def test_two_processes_reach_the_accuracy_of_one_with_average_and_accumulation(trained_runs):
+    one, two = (float(rows_of(trained_runs, name)[-1]["val/acc1"]) for name in ("one", "two"))
     assert one > 90
     assert two == pytest.approx(one, abs=1.5)
 
 
-def test_one_process_alone_writes(trained):
-    assert [path.name for path in (trained / "logs/two").iterdir()] == ["version_0"]
-    steps = [int(row["step"]) for row in rows_of(trained, "two")]
+def test_one_process_alone_writes(trained_runs):
+    assert [path.name for path in (trained_runs / "logs/two").iterdir()] == ["version_0"]
+    steps = [int(row["step"]) for row in rows_of(trained_runs, "two")]
     assert steps == list(range(1, 4 * 11 + 1))
-    directory = trained / "logs/two/version_0"
+    directory = trained_runs / "logs/two/version_0"
     names = {path.name for path in directory.iterdir()}
     assert names == {
         ".lock", "checkpoints", "config.yaml", "metrics.csv", "run.json", "weights.safetensors"
     }  # fmt: skip
 
 
-def test_two_processes_evaluate_the_same_images_and_hits_as_one(forks, trained):
+def test_two_processes_evaluate_the_same_images_and_hits_as_one(forks, trained_runs):
     checkpoint = "logs/two/version_0/checkpoints/last.ckpt"
     alone, together = (
-        found_by_evaluate(run(forks, trained, processes, "evaluate", checkpoint, "--threads=1"))
+        found_by_evaluate(
+            run(forks, trained_runs, processes, "evaluate", checkpoint, "--threads=1")
+        )
         for processes in (1, 2)
     )
     assert alone == together
     assert alone[0] == "359"
-    assert f"{float(rows_of(trained, 'two')[-1]['val/acc1']):.2f}" == alone[1]
+    assert f"{float(rows_of(trained_runs, 'two')[-1]['val/acc1']):.2f}" == alone[1]
 
 
 def test_all_processes_take_the_value_of_rank_0(forks, tmp_path):
@@ -189,17 +191,17 @@ def test_an_error_is_said_once_and_ends_all_processes(tmp_path, forks, fault, by
 
 
 def test_two_processes_stopped_in_an_evaluation_make_it_when_they_go_on(
-    trained, forks, monkeypatch
+    trained_runs, forks, monkeypatch
 ):
     program = ("-m", "training_framework", "train", *DIGITS, *FOUR_EPOCHS, "--name=stopped")
     for fault, steps in (("evaluation.batch:2:term", 10), ("", 44)):
         monkeypatch.setenv("TRAINING_FRAMEWORK_FAULT", fault)
-        done = forks.run_ranks(2, *program, cwd=trained)
+        done = forks.run_ranks(2, *program, cwd=trained_runs)
         assert (done.returncode == 0) == (not fault), done.stderr
-        assert len(rows_of(trained, "stopped")) == steps
+        assert len(rows_of(trained_runs, "stopped")) == steps
     without_times = [
         [{key: row[key] for key in ("step", "train/loss", "val/loss", "val/acc1", "grad_norm")}
-         for row in rows_of(trained, name)]
+         for row in rows_of(trained_runs, name)]
         for name in ("stopped", "two")
     ]  # fmt: skip
     assert without_times[0] == without_times[1]

@@ -8,8 +8,6 @@ import pickle
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +17,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from forks import Forks
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -1102,17 +1101,12 @@ def test_processes_that_cannot_share_the_work_are_told(
     ALONE,
     ids=lambda bad: bad.name,
 )
-def test_a_process_of_its_own_says_the_same(bad: Bad, workplace: Path) -> None:
+def test_a_process_of_its_own_says_the_same(bad: Bad, workplace: Path, forks: Forks) -> None:
     bad.prepare()
     before = contents(workplace)
-    done = subprocess.run(
-        [sys.executable, "-m", "training_framework", *shlex.split(bad.command)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HTTPS_PROXY": "http://127.0.0.1:9"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HTTPS_PROXY": "http://127.0.0.1:9"}
+    program = ("-m", "training_framework", *shlex.split(bad.command))
+    done = forks.run(*program, env=environment)
     assert done.returncode == 2
     line = the_error(done.stderr)
     assert re.fullmatch(bad.says, line), line
