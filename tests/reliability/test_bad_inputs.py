@@ -621,7 +621,7 @@ CHECKPOINTS = [
     Bad(
         "weights that lack a tensor",
         f"train {TINY} --weights part.pth",
-        r"part\.pth: bn1\.weight \(64 in the model\) is missing; .*",
+        r"part\.pth: bn1\.weight \(\d+ in the model\) is missing; .*",
         torch_file("part.pth", lambda: without(resnet_state("resnet10"), "bn1.weight")),
     ),
     Bad(

@@ -66,7 +66,8 @@ def _open_files() -> int:
 def _check_semaphores(num_workers: int) -> None:
     """Make what a DataLoader makes of queues and events, and drop it."""
     try:
-        _probe = [multiprocessing.Queue() for _ in range(num_workers + 1)], multiprocessing.Event()
+        made: list[object] = [multiprocessing.Event()]  # kept until all of them are there
+        made += [multiprocessing.Queue() for _ in range(num_workers + 1)]
     except OSError as error:
         if error.errno in (errno.EMFILE, errno.ENFILE):
             raise
