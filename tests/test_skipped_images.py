@@ -1,19 +1,19 @@
 """Runs that skip bad images: whole runs, as users start them."""
 
 import json
-import os
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from forks import Forks
 from PIL import Image
 from safetensors.torch import load_file
 
 from training_framework.cli.main import main
+
+pytestmark = pytest.mark.usefixtures("narrow_networks")
 
 RUN = (
     "train --data-root pictures --model resnet10 --batch-size 6 --epochs 2 --threads 1 "
@@ -107,17 +107,9 @@ def test_bad_images_do_not_count_in_evaluate_and_predict(
     assert "note: skipped pictures/val/bee/2.jpg: cannot be decoded" in printed.err
 
 
-def test_two_processes_list_what_either_of_them_met(pictures: Path) -> None:
+def test_two_processes_list_what_either_of_them_met(pictures: Path, forks: Forks) -> None:
     arguments = ["-m", "training_framework", *shlex.split(RUN), "--accelerator", "cpu"]
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-         *arguments, "--num-workers", "0", "--output-dir", "two"],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )  # fmt: skip
+    done = forks.run_ranks(2, *arguments, "--num-workers", "0", "--output-dir", "two")
     assert done.returncode == 0, done.stderr
     assert "data   4 bad images skipped" in done.stdout
     assert listed(Path("two/resnet10-pictures/version_0")) == ALL

@@ -6,6 +6,8 @@ from training_framework.cli.main import main
 from training_framework.measure.compare import timing
 from training_framework.training import parts
 
+pytestmark = pytest.mark.usefixtures("narrow_networks")
+
 EXPERIMENT = """
 isolation: shared
 rounds: 1

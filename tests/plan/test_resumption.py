@@ -24,6 +24,8 @@ from training_framework.runs.start import Start
 from training_framework.train import main
 from training_framework.training import resuming
 
+pytestmark = pytest.mark.usefixtures("narrow_networks")
+
 FACTS = DatasetFacts(
     name="cifar10",
     train_images=50_000,

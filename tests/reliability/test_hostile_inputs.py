@@ -31,6 +31,8 @@ from safetensors.torch import save_file
 from training_framework.cli.main import main
 from training_framework.data.sources.cifar import CIFAR10, CIFAR100, cifar_source
 
+pytestmark = pytest.mark.usefixtures("narrow_networks")
+
 SMALL = "--model resnet10 --batch-size 4 --epochs 1 --threads 1 --tensorboard false"
 TINY = f"{SMALL} --data synthetic --img-size 8 --num-classes 4 --synthetic-train-images 36"
 PICTURES = f"{SMALL} --data-root pictures --img-size 16 --num-workers 0"

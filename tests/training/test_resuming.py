@@ -22,6 +22,8 @@ from training_framework.runs.directory import DirectoryLock
 from training_framework.runs.progress import TrainResult
 from training_framework.train import EfficientResNet18Trainer, main
 
+pytestmark = pytest.mark.usefixtures("narrow_networks")
+
 SETTINGS: dict[str, Any] = {
     "epochs": 2, "lr": 0.05, "log_every_n_steps": 1, "tensorboard": False, "threads": 1,
 }  # fmt: skip

@@ -25,6 +25,8 @@ from training_framework.faults import fault_injector
 from training_framework.train import EfficientResNet18Trainer, main
 from training_framework.training.trainer import Trainer
 
+pytestmark = pytest.mark.usefixtures("narrow_networks")
+
 TINY = {
     "data": "synthetic", "model": "resnet10", "img_size": 8, "num_classes": 4,
     "synthetic_train_images": 32, "synthetic_val_images": 12, "batch_size": 8, "epochs": 2,
