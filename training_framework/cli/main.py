@@ -20,6 +20,7 @@ from training_framework import __version__
 from training_framework.cli.compare import add_compare
 from training_framework.cli.data import add_inspect, add_pack
 from training_framework.cli.estimate import add_estimate
+from training_framework.cli.inference import add_evaluate, add_predict
 from training_framework.cli.lr_range import add_lr_range
 from training_framework.cli.profile import add_profile
 from training_framework.cli.recipes import add_recipes
@@ -199,8 +200,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_train(commands)
     _add_plan(commands)
-    _add_evaluate(commands)
-    _add_predict(commands)
+    add_evaluate(commands)
+    add_predict(commands)
     _add_data(commands)
     for add in (
         add_recipes, add_estimate, add_lr_range, add_compare, add_tune, add_report, add_profile,
@@ -226,26 +227,6 @@ def _add_train(commands: Any) -> None:
 def _add_plan(commands: Any) -> None:
     parser = _command(commands, "plan", _plan, "show what would run here and why, without training")
     add_config_flags(parser)
-
-
-def _add_evaluate(commands: Any) -> None:
-    summary = "evaluate a checkpoint on the data of its run, or on other data (--data)"
-    parser = _command(commands, "evaluate", _evaluate, summary)
-    parser.add_argument("checkpoint", type=Path, help=".ckpt or weights.safetensors of a run")
-    add_config_flags(
-        parser,
-        ("data", "data_root", "batch_size", "accelerator", "precision", "threads", "num_workers",
-         "on_bad_image", "tta"),
-    )  # fmt: skip
-    parser.usage = f"{parser.prog} CHECKPOINT [--SETTING VALUE ...]"
-
-
-def _add_predict(commands: Any) -> None:
-    parser = _command(commands, "predict", _predict, "classify images")
-    parser.add_argument("checkpoint", type=Path, help=".ckpt or weights.safetensors of a run")
-    parser.add_argument("images", type=Path, nargs="+", help="image files, or folders of them")
-    parser.add_argument("--top", type=int, default=3, help="number of classes to show for each (3)")
-    add_config_flags(parser, ("accelerator", "precision", "threads", "on_bad_image"))
 
 
 def _add_data(commands: Any) -> None:
@@ -296,42 +277,6 @@ def _plan(options: argparse.Namespace) -> None:
     lines = plan_lines(*plan_for(_configuration(options)))
     if Processes.from_environment().is_first:
         print("\n".join(lines))
-
-
-def _evaluate(options: argparse.Namespace) -> None:
-    from training_framework.inference import evaluate_file
-    from training_framework.machine.distributed import Processes
-
-    evaluation, facts = evaluate_file(options.checkpoint, given_settings(options))
-    metrics = evaluation.metrics
-    if not Processes.from_environment().is_first:
-        return
-    skipped = facts.val_images - metrics.count
-    if skipped:
-        print(
-            f"note: {skipped:,} of {facts.val_images:,} images are bad and were skipped",
-            file=sys.stderr,
-        )
-    print(
-        f"{facts.name}: {metrics.count:,} images  top-1 {metrics.acc1:.2f}%  "
-        f"top-5 {metrics.acc5:.2f}%  loss {metrics.loss:.4f}  in {evaluation.seconds:.1f} s"
-    )
-    if evaluation.acc1_tta is not None:
-        print(f"  with test-time augmentation: top-1 {evaluation.acc1_tta:.2f}%")
-
-
-def _predict(options: argparse.Namespace) -> None:
-    from training_framework.inference import predict_files
-
-    if options.top < 1:
-        raise UserError(f"--top is {options.top}", "give 1 or more")
-    for path, ranking in predict_files(
-        options.checkpoint, options.images, top=options.top, overrides=given_settings(options)
-    ):
-        classes = "  ".join(f"{name} {100 * share:.1f}%" for name, share in ranking)
-        # A name that is not UTF-8 cannot be printed as it is.
-        shown = os.fsencode(path).decode(errors="replace")
-        print(f"{shown}: {classes}")
 
 
 def _subset(options: argparse.Namespace) -> None:
