@@ -75,7 +75,7 @@ def record(experiment: str, flags: list[str], dataset: str | None, folder: Path)
         "dataset": dataset or run["data"]["name"],
         "environment": {"versions": run["versions"], "hardware": run["hardware"]},
         "config": {**run["config"], "data_root": None, "output_dir": "logs"},
-        "plan": run["plan"],
+        "plan": {**run["plan"], "output_dir": "logs"},
         "epochs": run["epochs"],
         "results": {**run["results"], "run_directory": None},
         "metrics": rows,
