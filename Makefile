@@ -34,7 +34,7 @@ check: lint
 	$(BIN)/python -m pytest -n auto -q $(FAST_TESTS)
 
 test: lint
-	$(BIN)/python -m pytest -n auto --durations=10
+	$(BIN)/python -m pytest -n auto --dist loadgroup --durations=10
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache build ./*.egg-info

@@ -85,7 +85,11 @@ def parts(options: Options) -> tuple[Part, ...]:
             title="what each switch gains",
             tasks=(
                 _comparison(
-                    options, "gpu-ablation", "what each switch gains alone and among the others"
+                    options,
+                    "gpu-ablation",
+                    "what each switch gains alone and among the others",
+                    "--accelerator",
+                    options.accelerator,
                 ),
             ),
         ),

@@ -281,4 +281,6 @@ def _unused(path: Path) -> Path:
 
 
 if __name__ == "__main__":
+    # As Ctrl-C does: the task that runs is stopped, and can be resumed.
+    signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))
     sys.exit(main())

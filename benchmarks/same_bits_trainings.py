@@ -34,9 +34,9 @@ LIBRARY_VARIABLES = ("OMP_", "GOMP_", "KMP_", "MKL_", "ONEDNN_", "DNNL_", "ATEN_
 
 BASE: dict[str, Any] = {
     "data": "digits", "limit_train_images": 320, "model": "resnet10", "batch_size": 32, "epochs": 3,
-    "lr": 0.02, "seed": 7, "precision": "32", "accelerator": "cpu", "compile": False,
-    "num_workers": 0, "log_every_n_steps": 1, "val_check_interval": 15, "tensorboard": False,
-    "name": "same-bits", "output_dir": "logs",
+    "lr": 0.02, "seed": 7, "precision": "32", "bf16_products": False, "accelerator": "cpu",
+    "compile": False, "num_workers": 0, "log_every_n_steps": 1, "val_check_interval": 15,
+    "tensorboard": False, "name": "same-bits", "output_dir": "logs",
 }  # fmt: skip
 PLAIN = {
     "channels_last": False, "winograd_convolutions": False, "fused_norms": False,

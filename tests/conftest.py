@@ -4,14 +4,18 @@ import os
 
 # Workers of pytest-xdist share the cores: more threads would spin, and slow each other down.
 os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
+# A thread that waits for the others sleeps: spinning, it would take the core that they wait for.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from forks import Forks
 
 from training_framework.config.config import Config
+from training_framework.models import resnet
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -27,7 +31,19 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["LONG_TESTS"] = "1"  # test modules read it when they are imported
 
 
+# Fixtures that take many seconds; tests that share one stay in one worker (--dist loadgroup).
+COSTLY_FIXTURES = ("_server", "ends", "trained_runs", "ranks")
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        shared = set(COSTLY_FIXTURES).intersection(getattr(item, "fixturenames", ()))
+        if shared:
+            item.add_marker(pytest.mark.xdist_group(f"{item.path.parent.name} {shared.pop()}"))
+    # The longest first, so that no worker is left with one when the others are done.
+    items.sort(key=lambda item: not any(item.iter_markers("xdist_group")))
+    items.sort(key=lambda item: not any(item.iter_markers("long")))
     if not config.getoption("--long"):
         return
     for item in items:
@@ -46,6 +62,22 @@ def in_tmp_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty working directory, so that runs write nowhere else."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture(scope="session")
+def forks() -> Iterator[Forks]:
+    """Starts Python programs as forks of one process that has imported torch."""
+    started = Forks()
+    yield started
+    started.close()
+
+
+@pytest.fixture(scope="module")
+def narrow_networks() -> Iterator[None]:
+    """ResNets of a sixteenth of their width, for tests that are not about the network."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(resnet, "STAGE_CHANNELS", (4, 8, 16, 32))
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -1,19 +1,19 @@
-"""Runs with bad pictures that are passed over: whole runs, as users start them."""
+"""Runs that skip bad images: whole runs, as users start them."""
 
 import json
-import os
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from forks import Forks
 from PIL import Image
 from safetensors.torch import load_file
 
 from training_framework.cli.main import main
+
+pytestmark = pytest.mark.usefixtures("narrow_networks")
 
 RUN = (
     "train --data-root pictures --model resnet10 --batch-size 6 --epochs 2 --threads 1 "
@@ -62,7 +62,7 @@ def assert_same_weights(first: Path, second: Path) -> None:
         assert torch.equal(tensor, theirs[name]), name
 
 
-def test_bad_pictures_are_listed_counted_and_the_same_with_workers_and_after_a_resumption(
+def test_bad_images_are_listed_counted_and_the_same_with_workers_and_after_a_resumption(
     pictures: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     alone = train("alone", "--num-workers 0")
@@ -85,7 +85,7 @@ def test_bad_pictures_are_listed_counted_and_the_same_with_workers_and_after_a_r
     assert_same_weights(alone, resumed)
 
 
-def test_bad_pictures_do_not_count_in_evaluate_and_predict(
+def test_bad_images_do_not_count_in_evaluate_and_predict(
     pictures: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     checkpoint = train("runs", "--num-workers 0") / "checkpoints/last.ckpt"
@@ -107,17 +107,9 @@ def test_bad_pictures_do_not_count_in_evaluate_and_predict(
     assert "note: skipped pictures/val/bee/2.jpg: cannot be decoded" in printed.err
 
 
-def test_two_processes_list_what_either_of_them_met(pictures: Path) -> None:
+def test_two_processes_list_what_either_of_them_met(pictures: Path, forks: Forks) -> None:
     arguments = ["-m", "training_framework", *shlex.split(RUN), "--accelerator", "cpu"]
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
-         *arguments, "--num-workers", "0", "--output-dir", "two"],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )  # fmt: skip
+    done = forks.run_ranks(2, *arguments, "--num-workers", "0", "--output-dir", "two")
     assert done.returncode == 0, done.stderr
     assert "data   4 bad images skipped" in done.stdout
     assert listed(Path("two/resnet10-pictures/version_0")) == ALL

@@ -22,6 +22,8 @@ from training_framework.machine.randomness import seed_everything
 from training_framework.runs import record
 from training_framework.train import EfficientResNet18Trainer
 
+pytestmark = pytest.mark.usefixtures("narrow_networks")
+
 CLASSES, SIZE, SEED = 3, 8, 4
 PLAIN = {
     "num_classes": CLASSES, "epochs": 1, "lr": 0.05, "momentum": 0.0, "weight_decay": 0.0,

@@ -1,28 +1,27 @@
 """The benchmark of decoding, on a few made-up photographs: that it runs and says what it should."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
+from forks import Forks
 from PIL import Image
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks/decode_speed.py"
 
 
-def test_decoding_is_measured_against_pillow_and_stays_close_to_it(tmp_path: Path) -> None:
+def test_decoding_is_measured_against_pillow_and_stays_close_to_it(
+    tmp_path: Path, forks: Forks
+) -> None:
     rng = np.random.default_rng(0)
     (tmp_path / "photos").mkdir()
     for number in range(3):
         coarse = Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8))
         photo = coarse.resize((500, 400), Image.Resampling.BICUBIC)
         photo.save(tmp_path / "photos" / f"{number}.jpg", quality=95)
-    done = subprocess.run(
-        [sys.executable, SCRIPT, "--photos=photos", "--rounds=2", "--repeats=22",
-         "--output=results"],
-        cwd=tmp_path, capture_output=True, text=True, timeout=200, check=False,
-    )  # fmt: skip
+    done = forks.run(
+        SCRIPT, "--photos=photos", "--rounds=2", "--repeats=22", "--output=results", cwd=tmp_path
+    )
     assert done.returncode == 0, done.stderr
     (path,) = (tmp_path / "results").glob("decode-speed_*.json")
     result = json.loads(path.read_text())

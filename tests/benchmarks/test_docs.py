@@ -2,7 +2,6 @@
 
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,11 +12,9 @@ from training_framework.config.schema import TrainConfig
 ROOT = Path(__file__).parents[2]
 
 
-def test_generated_blocks_equal_their_result_files():
+def test_generated_blocks_equal_their_result_files(forks):
     script = ROOT / "benchmarks" / "render_docs.py"
-    done = subprocess.run(
-        [sys.executable, str(script), "--check"], capture_output=True, text=True, check=False
-    )
+    done = forks.run(script, "--check")
     assert done.returncode == 0, done.stdout + done.stderr
 
 

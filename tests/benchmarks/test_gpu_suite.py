@@ -56,14 +56,15 @@ def test_every_command_of_every_part_is_one_that_exists(options):
             if script.stem == "step_speed":
                 assert rest[0] in step_speed.ROWS
             if script.stem == "record_run":
-                options, settings = parsed(rest[rest.index("--") + 1 :])
-                load_config(options.config, settings)
+                flags, settings = parsed(rest[rest.index("--") + 1 :])
+                load_config(flags.config, settings)
         elif rest[0] == "training_framework" and rest[1] == "compare":
-            options, settings = parsed(rest[3:])
-            assert options.output == task.result
-            load_experiment(
-                rest[2], settings, **({"rounds": options.rounds} if options.rounds else {})
-            )
+            flags, settings = parsed(rest[3:])
+            assert flags.output == task.result
+            changes = {"rounds": flags.rounds} if flags.rounds else {}
+            experiment = load_experiment(rest[2], settings, **changes)
+            if options.accelerator == "cpu":
+                assert experiment.base["accelerator"] == "cpu"
         else:
             assert rest[:2] in (
                 ["training_framework", "plan"], ["training_framework", "profile"]

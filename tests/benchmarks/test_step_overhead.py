@@ -1,18 +1,15 @@
 """The benchmark of acceptance, short, with a bound that only a mistake in the loop exceeds."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks/step_overhead.py"
 
 
-def test_a_step_costs_little_more_than_in_a_bare_loop(tmp_path):
-    done = subprocess.run(
-        [sys.executable, SCRIPT, "--rounds=6", "--steps=100", "--batch-size=8", "--output=results"],
-        cwd=tmp_path, capture_output=True, text=True, timeout=100, check=False,
-    )  # fmt: skip
+def test_a_step_costs_little_more_than_in_a_bare_loop(tmp_path, forks):
+    done = forks.run(
+        SCRIPT, "--rounds=6", "--steps=100", "--batch-size=8", "--output=results", cwd=tmp_path
+    )
     assert done.returncode == 0, done.stderr
     (path,) = (tmp_path / "results").glob("step-overhead_cpu-1-threads_*.json")
     result = json.loads(path.read_text())

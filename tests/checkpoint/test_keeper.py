@@ -17,6 +17,8 @@ from training_framework.checkpoint import keeper as keeper_module
 from training_framework.errors import UserError
 from training_framework.faults import fault_injector
 
+pytestmark = pytest.mark.usefixtures("narrow_networks")
+
 PARTS = ("model", "average", "optimizer", "scaler", "sums", "progress", "config", "network")
 
 

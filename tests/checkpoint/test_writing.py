@@ -1,8 +1,6 @@
 import errno
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -80,12 +78,11 @@ except UserError as error:
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGXFSZ"), reason="needs a limit on the size of files")
-def test_a_disk_that_fills_up_in_the_middle_of_a_write_keeps_the_old_file(tmp_path):
+def test_a_disk_that_fills_up_in_the_middle_of_a_write_keeps_the_old_file(tmp_path, forks):
     path = tmp_path / "last.ckpt"
     save_checkpoint(path, state_of(1))
-    done = subprocess.run(
-        [sys.executable, "-c", FULL_DISK, str(path)], capture_output=True, text=True, check=True
-    )
+    done = forks.run("-c", FULL_DISK, path)
+    assert done.returncode == 0, done.stderr
     assert f"{path}: the checkpoint cannot be written (File too large); free" in done.stdout
     assert mark_of(path) == 1
     assert list(tmp_path.iterdir()) == [path]

@@ -6,6 +6,8 @@ from training_framework.cli.main import main
 from training_framework.measure.compare import timing
 from training_framework.training import parts
 
+pytestmark = pytest.mark.usefixtures("narrow_networks")
+
 EXPERIMENT = """
 isolation: shared
 rounds: 1
@@ -64,6 +66,8 @@ def test_without_output_the_file_is_named_for_what_it_holds(experiment, capsys):
 
 def test_the_shipped_experiments_are_listed(capsys):
     assert main(["compare", "--list"]) == 0
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 80
+    assert main(["compare", "--list"]) == 0
     assert "hardware-ladder" in capsys.readouterr().out
 
 
@@ -71,7 +75,7 @@ def test_the_shipped_experiments_are_listed(capsys):
     ("arguments", "message"),
     [
         ([], "nothing to compare"),
-        (["mine.yaml", "--ablate"], "too much to compare"),
+        (["mine.yaml", "--ablate"], "more than one thing to compare"),
         (["mine.yaml", "--base", "b.yaml"], "--base cannot be used with an experiment"),
         (["--vary", "lr"], "not KEY=A,B"),
         (["--vary", "lr=[1,2"], "a value is not YAML"),

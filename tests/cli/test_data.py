@@ -6,6 +6,8 @@ from PIL import Image
 
 from training_framework.cli.main import main
 
+pytestmark = pytest.mark.usefixtures("narrow_networks")
+
 
 @pytest.fixture
 def source(tmp_path: Path) -> Path:

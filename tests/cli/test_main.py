@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from forks import NARROW_COMMAND
 from PIL import Image
 
 from training_framework import __version__
@@ -21,6 +22,8 @@ from training_framework.checkpoint import load_checkpoint
 from training_framework.cli.main import main
 from training_framework.config import TrainConfig
 from training_framework.config.names import ALIASES
+
+pytestmark = pytest.mark.usefixtures("narrow_networks")
 
 SMALL = "--model resnet10 --batch-size 8 --threads 1 --tensorboard false --momentum 0"
 TINY = f"{SMALL} --data synthetic --img-size 8 --num-classes 4 --synthetic-train-images 36"
@@ -32,7 +35,7 @@ def run(command: str) -> int:
 
 
 def make_pictures(root: Path, counts: dict[str, int]) -> Path:
-    """An image folder whose classes are the colours of its pictures."""
+    """An image folder whose classes are the colours of its images."""
     generator = np.random.default_rng(0)
     for split, count in counts.items():
         for name, color in COLORS.items():
@@ -147,7 +150,7 @@ def test_plan_gives_each_choice_its_reason_in_80_columns(in_tmp_path, capsys):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A working directory with pictures and a run that was trained on them by flags alone."""
+    """A working directory with images and a run that was trained on them by flags alone."""
     place = tmp_path_factory.mktemp("colors")
     make_pictures(place / "colors", {"train": 8, "val": 3})
     command = (
@@ -242,32 +245,24 @@ def test_a_subset_is_copied_and_described(in_tmp_path, capsys):
     assert run("plan --data-root small/set --accelerator cpu") == 0
 
 
-def start(command: str, **options: Any) -> "subprocess.Popen[str]":
-    return subprocess.Popen(
-        [sys.executable, "-m", "training_framework", *shlex.split(command)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        text=True,
-        **options,
-    )
-
-
 @pytest.mark.parametrize(
     ("number", "status"),
     [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)],
     ids=["SIGINT", "SIGTERM", "SIGHUP"],
 )
-def test_a_signal_ends_a_run_in_order_and_it_can_go_on(in_tmp_path, capsys, number, status):
+def test_a_signal_ends_a_run_in_order_and_it_can_go_on(in_tmp_path, forks, capsys, number, status):
     flags = f"{TINY} --epochs 1000 --log-every-n-steps 1 --val-check-interval 1000 --name a"
-    process = start(f"train {flags}", stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = forks.start(*NARROW_COMMAND, "train", *shlex.split(flags))
     metrics = Path("logs/a/version_0/metrics.csv")
     deadline = time.monotonic() + 120
     while not metrics.exists() or metrics.read_text().count("\n") < 3:
-        assert process.poll() is None, process.communicate()[1]
+        assert process.poll() is None, process.said()
         assert time.monotonic() < deadline
         time.sleep(0.05)
     process.send_signal(number)
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == status
+    done = process.wait()
+    out, err = done.stdout, done.stderr
+    assert done.returncode == status, err
     assert "Traceback" not in err
     stopped = re.search(rf"stopped by {number.name} after ([\d,]+) steps; resume with", out)
     assert stopped is not None
@@ -359,13 +354,19 @@ def test_debug_shows_the_traceback_of_an_error_anywhere_on_the_line(in_tmp_path,
     assert "Traceback" not in capsys.readouterr().err
 
 
-def test_a_reader_that_has_left_is_no_error(in_tmp_path):
-    reading, writing = os.pipe()
-    os.close(reading)
-    process = start(f"plan {TINY}", stdout=writing, stderr=subprocess.PIPE)
-    os.close(writing)
-    _, err = process.communicate(timeout=120)
-    assert (process.returncode, err) == (1, "")
+READER_HAS_LEFT = """
+import os, sys
+reading, writing = os.pipe()
+os.close(reading)
+os.dup2(writing, 1)
+from training_framework.cli.main import main
+sys.exit(main())
+"""
+
+
+def test_a_reader_that_has_left_is_no_error(in_tmp_path, forks):
+    done = forks.run("-c", READER_HAS_LEFT, "plan", *shlex.split(TINY))
+    assert (done.returncode, done.stderr) == (1, "")
 
 
 def test_the_compiler_is_not_imported_until_it_is_wanted():

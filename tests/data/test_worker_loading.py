@@ -1,7 +1,5 @@
 import os
 import signal
-import subprocess
-import sys
 import time
 from itertools import islice
 from pathlib import Path
@@ -11,6 +9,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from forks import Forks
 from PIL import Image
 
 from training_framework.data import FileSplit
@@ -161,7 +160,7 @@ def test_the_next_whole_picture_stands_in_for_a_bad_one_with_other_crops(
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_bad_pictures_are_not_valid_in_evaluation(split: FileSplit, num_workers: int) -> None:
+def test_bad_images_are_not_valid_in_evaluation(split: FileSplit, num_workers: int) -> None:
     whole = list(_loader(split, train=False).epoch(0))
     names = _break(split, 4, 5)
     loader, bad = _skipping(split, num_workers, train=False)
@@ -286,7 +285,9 @@ def test_a_full_shared_memory_is_an_error_and_no_endless_wait(
     monkeypatch.setattr(torch.Tensor, "share_memory_", full)
     loader = _loader(split, num_workers=1)
     try:
-        with pytest.raises(UserError, match=r"No space left.*enlarge /dev/shm"):
+        with pytest.raises(
+            UserError, match=r"No space left.*enlarge the shared memory.*--num-workers 0"
+        ):
             list(loader.epoch(0))
     finally:
         loader.close()
@@ -311,15 +312,9 @@ os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
-def test_workers_end_with_a_parent_that_is_killed(split: FileSplit) -> None:
+def test_workers_end_with_a_parent_that_is_killed(split: FileSplit, forks: Forks) -> None:
     shared = {path.name for path in Path("/dev/shm").iterdir()}
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED_PARENT, str(split.root)],
-        stdout=subprocess.PIPE,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    done = forks.run("-c", KILLED_PARENT, split.root)
     assert done.returncode == -signal.SIGKILL
     pids = [int(pid) for pid in done.stdout.split()]
     assert len(pids) == 2

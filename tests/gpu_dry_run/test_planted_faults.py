@@ -124,6 +124,7 @@ FAULTS = [
 
 # Much like others, and so found only with --long.
 LIKE_OTHERS = {
+    "the gradients are not added up",
     "the indices leave pinned memory",
     "the share of a mixed image is copied from the host",
     "what follows the warm-up does not wait for it",

@@ -3,8 +3,6 @@ import hashlib
 import os
 import shutil
 import stat
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -332,13 +330,11 @@ assert library.load_library(Path(sys.argv[1])).answer() == 42
 
 
 @needs_compiler
-def test_processes_that_start_together_build_once(source, tmp_path):
+def test_processes_that_start_together_build_once(source, tmp_path, forks):
     log = tmp_path / "log"
-    started = [
-        subprocess.Popen([sys.executable, "-W", "error", "-c", LOAD, str(source), str(log)])
-        for _ in range(4)
-    ]
-    assert [process.wait(timeout=200) for process in started] == [0] * 4
+    started = [forks.start("-W", "error", "-c", LOAD, source, log) for _ in range(4)]
+    done = [program.wait() for program in started]
+    assert [one.returncode for one in done] == [0] * 4, done
     assert log.read_text() == "built "
     assert len(list(cache_folder().iterdir())) == 1
 

@@ -108,25 +108,34 @@ if __name__ == "__main__":
 """
 
 
-def run_script(tmp_path, text, *arguments):
-    """Run it with this file as a module, in a process that may use two threads."""
-    script = tmp_path / "script.py"
-    script.write_text(text)
+def environment():
+    """Of programs that import this file and may use two threads."""
     path = os.pathsep.join([str(Path(__file__).parent), str(Path.cwd())])
-    environment = {**os.environ, "OMP_NUM_THREADS": "2", "PYTHONPATH": path}
-    command = [sys.executable, "-W", "error", str(script), *arguments]
-    subprocess.run(command, env=environment, timeout=150, check=True)
+    return {**os.environ, "OMP_NUM_THREADS": "2", "PYTHONPATH": path}
 
 
 @needs_compiler
-def test_a_fork_after_kernels_with_two_threads_goes_on_with_one_and_does_not_hang(tmp_path):
-    run_script(tmp_path, FORK_WITH_THREADS)
+def test_a_fork_after_kernels_with_two_threads_goes_on_with_one_and_does_not_hang(forks):
+    done = forks.run("-W", "error", "-c", FORK_WITH_THREADS, env=environment())
+    assert done.returncode == 0, done.stderr
 
 
 @needs_compiler
-@pytest.mark.parametrize("method", ["fork", "forkserver", "spawn"])
-def test_a_pool_of_processes_computes_the_right_numbers(method, tmp_path):
-    run_script(tmp_path, POOL, method)
+def test_a_pool_of_forks_computes_the_right_numbers(forks):
+    done = forks.run("-W", "error", "-c", POOL, "fork", env=environment())
+    assert done.returncode == 0, done.stderr
+
+
+@needs_compiler
+@pytest.mark.long
+@pytest.mark.parametrize("method", ["forkserver", "spawn"])
+def test_a_pool_of_new_processes_computes_the_right_numbers(method, long, tmp_path):
+    if method == "forkserver" and not long:
+        pytest.skip("by --long; a process that is started anew is tested by the other method")
+    script = tmp_path / "script.py"
+    script.write_text(POOL)
+    command = [sys.executable, "-W", "error", str(script), method]
+    subprocess.run(command, env=environment(), timeout=150, check=True)
 
 
 class Features(Dataset):

@@ -56,7 +56,7 @@ def test_importing_the_loggers_does_not_import_tensorboard():
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
-def test_a_killed_run_has_left_every_row_that_was_logged(tmp_path):
+def test_a_killed_run_has_left_every_row_that_was_logged(tmp_path, forks):
     code = (
         "import os, signal, sys\n"
         "from training_framework.loggers import TensorBoardLogger\n"
@@ -65,7 +65,7 @@ def test_a_killed_run_has_left_every_row_that_was_logged(tmp_path):
         "    logger.log(step, {'lr': 1.0})\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], timeout=60, check=False)
+    done = forks.run("-c", code, tmp_path)
     assert done.returncode == -9
     assert scalars(tmp_path, "lr") == [(10, 1.0), (20, 1.0)]
 

@@ -1,4 +1,8 @@
-"""Real torchrun processes over gloo, beside one process on the same global batch."""
+"""Processes over gloo, beside one process on the same global batch.
+
+Most are forks with torchrun's environment; where torchrun itself matters (signals, an error in one
+process) it is the real one.
+"""
 
 import contextlib
 import csv
@@ -13,6 +17,7 @@ import time
 from pathlib import Path
 
 import pytest
+from forks import Forks
 
 from training_framework.checkpoint import load_checkpoint
 from training_framework.cli.main import main
@@ -47,13 +52,13 @@ def run_two(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
-def run(folder: Path, processes: int, *arguments: str) -> str:
+def run(forks: Forks, folder: Path, processes: int, *arguments: str) -> str:
     """Run a command that succeeds, and return what it printed; one process is this one."""
     if processes == 1:
         with contextlib.chdir(folder), contextlib.redirect_stdout(io.StringIO()) as printed:
             assert main(arguments) == 0
         return printed.getvalue()
-    done = run_two(folder, *arguments)
+    done = forks.run_ranks(2, "-m", "training_framework", *arguments, cwd=folder)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -71,18 +76,18 @@ def found_by_evaluate(output: str) -> tuple[str, ...]:
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+def trained_runs(forks, tmp_path_factory):
     """A folder with the runs `one` and `two`, by as many processes, on the same global batches."""
-    folder = tmp_path_factory.mktemp("trained")
+    folder = tmp_path_factory.mktemp("trained_runs")
     for processes, name in ((1, "one"), (2, "two")):
-        run(folder, processes, "train", *DIGITS, *FOUR_EPOCHS, f"--name={name}")
+        run(forks, folder, processes, "train", *DIGITS, *FOUR_EPOCHS, f"--name={name}")
     return folder
 
 
-def test_two_processes_make_the_losses_of_one(tmp_path):
+def test_two_processes_make_the_losses_of_one(forks, tmp_path):
     settings = (*DIGITS, *CALM, "--epochs=1", "--sync-batchnorm", "--stop-after-steps=20")
     for processes, name in ((1, "one"), (2, "two")):
-        run(tmp_path, processes, "train", *settings, "--batch-size=64", f"--name={name}")
+        run(forks, tmp_path, processes, "train", *settings, "--batch-size=64", f"--name={name}")
     one, two = (
         [float(row["train/loss"]) for row in rows_of(tmp_path, name)] for name in ("one", "two")
     )
@@ -90,35 +95,37 @@ def test_two_processes_make_the_losses_of_one(tmp_path):
     assert two == pytest.approx(one, rel=0, abs=1e-4)
 
 
-def test_two_processes_reach_the_accuracy_of_one_with_average_and_accumulation(trained):
-    one, two = (float(rows_of(trained, name)[-1]["val/acc1"]) for name in ("one", "two"))
+def test_two_processes_reach_the_accuracy_of_one_with_average_and_accumulation(trained_runs):
+    one, two = (float(rows_of(trained_runs, name)[-1]["val/acc1"]) for name in ("one", "two"))
     assert one > 90
     assert two == pytest.approx(one, abs=1.5)
 
 
-def test_one_process_alone_writes(trained):
-    assert [path.name for path in (trained / "logs/two").iterdir()] == ["version_0"]
-    steps = [int(row["step"]) for row in rows_of(trained, "two")]
+def test_one_process_alone_writes(trained_runs):
+    assert [path.name for path in (trained_runs / "logs/two").iterdir()] == ["version_0"]
+    steps = [int(row["step"]) for row in rows_of(trained_runs, "two")]
     assert steps == list(range(1, 4 * 11 + 1))
-    directory = trained / "logs/two/version_0"
+    directory = trained_runs / "logs/two/version_0"
     names = {path.name for path in directory.iterdir()}
     assert names == {
         ".lock", "checkpoints", "config.yaml", "metrics.csv", "run.json", "weights.safetensors"
     }  # fmt: skip
 
 
-def test_two_processes_evaluate_the_same_images_and_hits_as_one(trained):
+def test_two_processes_evaluate_the_same_images_and_hits_as_one(forks, trained_runs):
     checkpoint = "logs/two/version_0/checkpoints/last.ckpt"
     alone, together = (
-        found_by_evaluate(run(trained, processes, "evaluate", checkpoint, "--threads=1"))
+        found_by_evaluate(
+            run(forks, trained_runs, processes, "evaluate", checkpoint, "--threads=1")
+        )
         for processes in (1, 2)
     )
     assert alone == together
     assert alone[0] == "359"
-    assert f"{float(rows_of(trained, 'two')[-1]['val/acc1']):.2f}" == alone[1]
+    assert f"{float(rows_of(trained_runs, 'two')[-1]['val/acc1']):.2f}" == alone[1]
 
 
-def test_all_processes_take_the_value_of_rank_0(tmp_path):
+def test_all_processes_take_the_value_of_rank_0(forks, tmp_path):
     script = tmp_path / "say.py"
     script.write_text(
         "import os\n"
@@ -126,33 +133,31 @@ def test_all_processes_take_the_value_of_rank_0(tmp_path):
         "processes = Processes.from_environment()\n"
         "print(value_of_first_process('speed', os.environ['RANK'], processes))\n"
     )
-    done = subprocess.run(
-        [sys.executable, *TORCHRUN, str(script)],
-        env=ENVIRONMENT, capture_output=True, text=True, check=True,
-    )  # fmt: skip
+    done = forks.run_ranks(2, script)
+    assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["0", "0"]
 
 
-def test_a_checkpoint_of_one_process_goes_on_with_two(tmp_path):
+def test_a_checkpoint_of_one_process_goes_on_with_two(forks, tmp_path):
     """Without synchronized norms: their statistics differ by rank, and rank 0's are the run's.
 
     The learning rate and the order of the images go on where they were; what is evaluated during
     the run is what its checkpoint holds.
     """
     settings = (*DIGITS, *CALM, "--epochs=1", "--batch-size=128", "--ema-decay=0.5")
-    run(tmp_path, 1, "train", *settings, "--name=run", "--stop-after-steps=5")
+    run(forks, tmp_path, 1, "train", *settings, "--name=run", "--stop-after-steps=5")
     checkpoint = "logs/run/version_0/checkpoints/last.ckpt"
     resume = ("train", f"--resume={checkpoint}", "--stop-after-steps=null")
-    refused = run_two(tmp_path, *resume)
+    refused = forks.run_ranks(2, "-m", "training_framework", *resume, cwd=tmp_path)
     assert refused.returncode != 0
     assert (
         "it trained in 1 process(es), and there are 2 now; start 1 process(es), or resume with"
         in refused.stderr
     )
-    run(tmp_path, 2, *resume, "--allow-config-change")
+    run(forks, tmp_path, 2, *resume, "--allow-config-change")
     rows = rows_of(tmp_path, "run")
     assert [int(row["step"]) for row in rows] == list(range(1, 12))
-    found = found_by_evaluate(run(tmp_path, 1, "evaluate", checkpoint, "--threads=1"))
+    found = found_by_evaluate(run(forks, tmp_path, 1, "evaluate", checkpoint, "--threads=1"))
     # Two processes evaluate in other batches than one, which may round one image over a tie.
     one_image = 100 / int(found[0]) + 0.01
     for name, percent in zip(("acc1", "acc5"), found[1:3], strict=True):
@@ -161,43 +166,50 @@ def test_a_checkpoint_of_one_process_goes_on_with_two(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "fault", ["a batch that cannot be shared", "a place that rank 0 alone is refused"]
+    ("fault", "by_torchrun"),
+    [("a batch that cannot be shared", False), ("a place that rank 0 alone is refused", True)],
 )
-def test_an_error_is_said_once_and_ends_all_processes(tmp_path, fault):
+def test_an_error_is_said_once_and_ends_all_processes(tmp_path, forks, fault, by_torchrun):
     (tmp_path / "file").write_text("not a folder")
     if fault == "a batch that cannot be shared":
         settings, said = "--batch-size=33", "batch_size 33 cannot be shared equally by 2 processes"
     else:
         settings, said = "--output-dir=file", "file/resnet10-digits: cannot be written to"
     start = time.monotonic()
-    done = run_two(tmp_path, "train", *DIGITS, settings)
+    if by_torchrun:
+        done = run_two(tmp_path, "train", *DIGITS, settings)
+    else:
+        program = ("-m", "training_framework", "train", *DIGITS, settings)
+        done = forks.run_ranks(2, *program, cwd=tmp_path)
     assert time.monotonic() - start < 60
     assert done.returncode != 0
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
     assert said in errors[0]
-    assert done.stderr.count("Traceback") == 1, "torchrun's own alone"
+    assert done.stderr.count("Traceback") == by_torchrun, "torchrun's own alone"
     assert not list(tmp_path.rglob("*.ckpt"))
 
 
-def test_two_processes_stopped_in_an_evaluation_make_it_when_they_go_on(trained):
-    arguments = torchrun("train", *DIGITS, *FOUR_EPOCHS, "--name=stopped")
-    options = {"cwd": trained, "capture_output": True, "text": True, "timeout": 120}
+def test_two_processes_stopped_in_an_evaluation_make_it_when_they_go_on(
+    trained_runs, forks, monkeypatch
+):
+    program = ("-m", "training_framework", "train", *DIGITS, *FOUR_EPOCHS, "--name=stopped")
     for fault, steps in (("evaluation.batch:2:term", 10), ("", 44)):
-        environment = ENVIRONMENT | {"TRAINING_FRAMEWORK_FAULT": fault}
-        done = subprocess.run(arguments, env=environment, check=False, **options)
+        monkeypatch.setenv("TRAINING_FRAMEWORK_FAULT", fault)
+        done = forks.run_ranks(2, *program, cwd=trained_runs)
         assert (done.returncode == 0) == (not fault), done.stderr
-        assert len(rows_of(trained, "stopped")) == steps
+        assert len(rows_of(trained_runs, "stopped")) == steps
     without_times = [
         [{key: row[key] for key in ("step", "train/loss", "val/loss", "val/acc1", "grad_norm")}
-         for row in rows_of(trained, name)]
+         for row in rows_of(trained_runs, name)]
         for name in ("stopped", "two")
     ]  # fmt: skip
     assert without_times[0] == without_times[1]
 
 
-def test_a_loss_that_is_not_finite_ends_two_processes_with_one_line(tmp_path):
-    done = run_two(tmp_path, "train", *DIGITS, "--batch-size=64", "--epochs=1", "--lr=1e30")
+def test_a_loss_that_is_not_finite_ends_two_processes_with_one_line(forks, tmp_path):
+    settings = ("--batch-size=64", "--epochs=1", "--lr=1e30")
+    done = forks.run_ranks(2, "-m", "training_framework", "train", *DIGITS, *settings, cwd=tmp_path)
     assert done.returncode != 0
     (error,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert re.search(

@@ -11,6 +11,8 @@ from training_framework.config import TrainConfig
 from training_framework.plan import TrainPlan
 from training_framework.plan.planner import _AS_ASKED
 
+pytestmark = pytest.mark.usefixtures("narrow_networks")
+
 ROOT = Path(__file__).parents[2] / "training_framework"
 # Where configurations are made and planned: they are read here, and nowhere else.
 PLANNING = {"config", "plan", "switches", "cli", "train"}

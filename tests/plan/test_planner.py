@@ -117,6 +117,7 @@ def test_bf16_goes_into_winograds_products_where_a_network_consists_of_them():
     )
     made = plan(fast)
     assert (made.precision, made.winograd_convolutions, made.bf16_products) == ("32", True, True)
+    assert not plan(fast, precision="32").bf16_products
     slow = plan(dataclasses.replace(fast, bf16_speed=0.5))
     assert slow.winograd_convolutions and not slow.bf16_products
     everywhere = (
@@ -463,6 +464,13 @@ def test_what_needs_a_compiler_is_refused_without_one(key):
     assert plan(NATIVE_CPU, precision="32", **{key: True}).switch_values()[key] is True
     with pytest.raises(UserError, match=rf"^{key}: no C\+\+ compiler .*, or set {key} to false$"):
         plan(bare, precision="32", **{key: True})
+
+
+def test_a_set_smaller_than_a_batch_counts_as_it_is():
+    small = dataclasses.replace(FACTS, train_images=20)
+    plan = make_plan(TrainConfig(batch_size=64), CPU, small)
+    assert (plan.global_batch_size, plan.images_per_step) == (20, 20)
+    assert plan.lr == pytest.approx(0.1 * 20 / 64)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,11 +15,16 @@ from training_framework.config import TrainConfig
 from training_framework.config.schema import TRAJECTORY_FREE_KEYS
 from training_framework.data.facts import DatasetFacts
 from training_framework.errors import UserError
+from training_framework.machine.distributed import Processes
 from training_framework.machine.hardware import Hardware, detect_hardware
-from training_framework.plan import TrainPlan, make_plan, planned_run, resumed_plan
+from training_framework.plan import PlannedRun, TrainPlan, make_plan, planned_run, resumed_plan
+from training_framework.plan.planned_run import UserLoaders
 from training_framework.plan.resumption import FREE_FIELDS
+from training_framework.runs.start import Start
 from training_framework.train import main
 from training_framework.training import resuming
+
+pytestmark = pytest.mark.usefixtures("narrow_networks")
 
 FACTS = DatasetFacts(
     name="cifar10",
@@ -42,6 +48,7 @@ CPU = Hardware(
     cpp_compiler="g++",
 )
 FP32 = {"precision": "32", "optimizer": "adam"}
+ADAM = {"optimizer": "adam"}  # of which this PyTorch has a fused one
 
 
 def plan_on(hardware: Hardware = CPU, **settings: Any) -> TrainPlan:
@@ -73,7 +80,56 @@ def test_another_measured_speed_changes_no_precision():
     assert "precision bf16-mixed (a new run here: 32)" in lines
     reasons = {choice.name: choice for choice in plan.choices}
     assert reasons["precision"].value == "bf16-mixed"
-    assert reasons["precision"].reason == "as its run had decided"
+    why = {choice.name: choice.reason for choice in then.choices}["precision"]
+    assert reasons["precision"].reason == f"as its run had decided: {why}"
+    again, _ = resumed(plan, fresh, slower)
+    assert again.choices == plan.choices, "no reason grows with every resumption"
+
+
+def test_a_kept_switch_keeps_its_reason_where_a_new_run_would_not_name_it():
+    then, fresh = plan_on(**FP32), plan_on(dataclasses.replace(CPU, instruction_sets=()), **FP32)
+    assert then.fused_norms > fresh.fused_norms
+    silent = dataclasses.replace(
+        fresh, choices=tuple(c for c in fresh.choices if c.name != "fused_norms")
+    )
+    plan, _ = resumed(then, silent)
+    reasons = {choice.name: choice.reason for choice in plan.choices}
+    assert reasons["fused_norms"].startswith("as its run had decided: ")
+
+
+@pytest.mark.parametrize("first_can", [True, False])
+def test_the_first_process_decides_whether_the_machines_can_continue(monkeypatch, first_can):
+    bare = dataclasses.replace(CPU, cpp_compiler=None)
+    machines = [CPU, bare] if first_can else [bare, CPU]
+    state = {"plan": plan_on(world_size=2, **FP32).as_dict(), "config": {}, "identity": {}}
+    start = Start(state=state, checkpoint=Path("last.ckpt"))
+    sent: list[Any] = []
+    monkeypatch.setattr(resuming, "gathered", lambda own: sent.append(own) or sent)
+    monkeypatch.setattr(resuming, "changed_settings", lambda start, planned: ())
+    for rank, machine in enumerate(machines):
+        planned = PlannedRun(
+            plan=plan_on(machines[0], world_size=2, **FP32),
+            settings={},
+            hardware=machine,
+            facts=FACTS,
+            source=UserLoaders(None, None),
+            processes=Processes(rank=rank, world_size=2),
+        )
+        if first_can:
+            assert resuming.plan_resumption(planned, start)[0].plan.winograd_convolutions
+        else:
+            with pytest.raises(UserError, match="this machine cannot continue the run as planned"):
+                resuming.plan_resumption(planned, start)
+
+
+def test_the_length_of_an_epoch_is_that_of_the_plan():
+    state = {
+        "plan": {"accumulate_grad_batches": 4},
+        "config": {"accumulate_grad_batches": 1},
+        "identity": {"batches an epoch": 8},
+    }
+    assert resuming._shape_in(state).steps == 2
+    assert resuming._shape_in({**state, "plan": None}).steps == 8
 
 
 def test_another_measured_speed_changes_no_products():
@@ -85,7 +141,7 @@ def test_another_measured_speed_changes_no_products():
 
 def test_without_a_compiler_kernels_are_refused_with_the_cure_or_given_up_with_leave():
     bare = dataclasses.replace(CPU, cpp_compiler=None)
-    then = plan_on(**FP32)
+    then = plan_on(**ADAM)
     assert then.winograd_convolutions and then.bf16_products
     assert then.fused_norms
     with pytest.raises(
@@ -94,11 +150,10 @@ def test_without_a_compiler_kernels_are_refused_with_the_cure_or_given_up_with_l
         r"winograd_convolutions and fused_norms: no C\+\+ compiler .*; install a C\+\+ compiler "
         r"\(g\+\+\), or resume with --allow-config-change",
     ):
-        resumed(then, plan_on(bare, **FP32), bare)
-    plan, lines = resumed(then, plan_on(bare, **FP32, allow_config_change=True), bare)
+        resumed(then, plan_on(bare, **ADAM), bare)
+    plan, lines = resumed(then, plan_on(bare, **ADAM, allow_config_change=True), bare)
     assert not plan.winograd_convolutions and not plan.bf16_products
     assert not plan.fused_norms
-    assert plan.precision == "32"
     assert "bf16_products on -> off" in lines
     assert "fused_norms on -> off" in lines and "winograd_convolutions on -> off" in lines
 

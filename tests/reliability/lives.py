@@ -6,10 +6,11 @@ imports and waits (`experiment.py` starts it). For what a fork might hide, a lif
 fresh process: this file, run with the arguments of the command.
 
 Two things differ from the command in either: the networks are narrow, so that a save takes
-milliseconds, and the peak of the machine, of which only the mfu column is made, is not measured.
+milliseconds, and nothing is measured for the mfu column or for the choice of a precision.
 """
 
 import contextlib
+import importlib
 import os
 import signal
 import subprocess
@@ -28,8 +29,9 @@ import torch.utils.tensorboard
 import training_framework.train  # noqa: F401  # the command imports it only when it trains
 from training_framework import faults
 from training_framework.cli.main import main as run_command
-from training_framework.machine import peak_flops
+from training_framework.machine import hardware, peak_flops
 from training_framework.models import build_model, resnet, use_small_map_convolutions
+from training_framework.training import parts
 
 __all__ = [
     "Life",
@@ -49,7 +51,10 @@ def warm_up() -> None:
     """Make this process ready to be forked into lives."""
     torch.set_num_threads(1)
     _make_training_small()
-    import training_framework.cli.summary  # noqa: F401  # a life may no longer see its file
+    # A life may no longer see its own files, nor those by which Python starts a process.
+    for module in ("queues", "synchronize", "popen_fork", "resource_sharer", "connection"):
+        importlib.import_module(f"multiprocessing.{module}")
+    importlib.import_module("training_framework.cli.summary")
 
     # A network without storage: nothing is computed, but torch imports what it needs for that.
     use_small_map_convolutions(build_model("resnet10", num_classes=2, stem="cifar"), 8)
@@ -60,6 +65,8 @@ def warm_up() -> None:
 def _make_training_small() -> None:
     resnet.STAGE_CHANNELS = (4, 8, 16, 32)  # type: ignore[misc]
     peak_flops._measured_cpu_peak = lambda dtype: 1e9
+    parts.training_flops_per_image = lambda model, image_size: 10**6
+    hardware.measure_bf16_speed = lambda: 1.0
 
 
 @dataclass

@@ -8,8 +8,6 @@ import pickle
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +17,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from forks import Forks
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -27,6 +26,8 @@ from training_framework.cli.main import main
 from training_framework.data.sources.cifar import CIFAR10
 from training_framework.machine.hardware import Accelerator, detect_hardware
 from training_framework.models import build_model
+
+pytestmark = pytest.mark.usefixtures("narrow_networks")
 
 SMALL = "--model resnet10 --batch-size 4 --epochs 1 --threads 1 --tensorboard false"
 TINY = f"{SMALL} --data synthetic --img-size 8 --num-classes 4 --synthetic-train-images 36"
@@ -368,7 +369,7 @@ DATA = [
         file("other/readme.txt"),
     ),
     Bad(
-        "pictures from nowhere",
+        "images from nowhere",
         "train --data folder",
         r"data is folder, but data_root is not set; .*",
     ),
@@ -397,40 +398,40 @@ DATA = [
         pictures(file("pictures/val/cow/1.jpg")),
     ),
     Bad(
-        "a picture outside the classes",
+        "an image outside the classes",
         f"plan {PICTURES}",
         r"pictures/train/1\.jpg: not in a class folder; move it .*",
         pictures(file("pictures/train/1.jpg")),
     ),
     Bad(
-        "notes among the pictures",
+        "notes among the images",
         f"train {PICTURES}",
         r"pictures/train/ant/notes\.txt: does not have the suffix of an image; move it away.*",
         pictures(file("pictures/train/ant/notes.txt")),
     ),
     Bad(
-        "a truncated picture to train on",
+        "a truncated image to train on",
         f"train {PICTURES} --batch-size 8",
         r"pictures/train/bee/2\.jpg: cannot be decoded .*; replace or delete the file",
         pictures(truncate("pictures/train/bee/2.jpg")),
         begins=True,
     ),
     Bad(
-        "a truncated picture to validate on",
+        "a truncated image to validate on",
         f"train {PICTURES}",
         r"pictures/val/ant/0\.jpg: cannot be decoded .*; replace or delete the file",
         pictures(truncate("pictures/val/ant/0.jpg")),
         begins=True,
     ),
     Bad(
-        "text in a picture's clothes",
+        "text with the name of an image",
         f"train {PICTURES} --batch-size 8",
         r"pictures/train/ant/1\.jpg: not an image of a known format .*; replace or delete the file",
         pictures(file("pictures/train/ant/1.jpg")),
         begins=True,
     ),
     Bad(
-        "an empty picture, met by a loader process",
+        "an empty image, met by a loader process",
         f"train {PICTURES} --batch-size 8 --num-workers 1",
         r"pictures/train/ant/1\.jpg: not an image of a known format .*; replace or delete the file",
         pictures(file("pictures/train/ant/1.jpg", b"")),
@@ -473,13 +474,13 @@ DATA = [
         cifar(file("cifar-10-batches-py/data_batch_1", pickle.dumps({b"data": Command()}))),
     ),
     Bad(
-        "an empty picture to validate on",
+        "an empty image to validate on",
         f"train {PICTURES}",
         r"pictures/val/ant/1\.jpg: is empty; replace or delete the file",
         pictures(file("pictures/val/ant/1.jpg", b"")),
     ),
     Bad(
-        "more bad pictures than may be passed over",
+        "more bad images than may be skipped",
         f"train {PICTURES} --batch-size 8 --on-bad-image skip",
         r"4 images of the train split cannot be decoded, but at most 3 of 8 may be skipped: .*",
         pictures(*(file(f"pictures/train/ant/{number}.jpg") for number in range(4))),
@@ -620,7 +621,7 @@ CHECKPOINTS = [
     Bad(
         "weights that lack a tensor",
         f"train {TINY} --weights part.pth",
-        r"part\.pth: bn1\.weight \(64 in the model\) is missing; .*",
+        r"part\.pth: bn1\.weight \(\d+ in the model\) is missing; .*",
         torch_file("part.pth", lambda: without(resnet_state("resnet10"), "bn1.weight")),
     ),
     Bad(
@@ -738,7 +739,7 @@ CHECKPOINTS = [
         lambda: (pictures()(), unknown_model("unknown.ckpt")),
     ),
     Bad(
-        "predicting a missing picture",
+        "predicting a missing image",
         f"predict {CHECKPOINT} gone.jpg",
         r"gone\.jpg: no such file or folder; check the path",
     ),
@@ -817,7 +818,7 @@ COMMANDS = [
         pictures(),
     ),
     Bad(
-        "a subset of more pictures than there are",
+        "a subset of more images than there are",
         "data subset pictures dest --classes 2 --train-per-class 2 --val-per-class 7",
         r"pictures/val/\w+: has 2 images, not 7; ask for at most 2",
         pictures(),
@@ -1100,17 +1101,12 @@ def test_processes_that_cannot_share_the_work_are_told(
     ALONE,
     ids=lambda bad: bad.name,
 )
-def test_a_process_of_its_own_says_the_same(bad: Bad, workplace: Path) -> None:
+def test_a_process_of_its_own_says_the_same(bad: Bad, workplace: Path, forks: Forks) -> None:
     bad.prepare()
     before = contents(workplace)
-    done = subprocess.run(
-        [sys.executable, "-m", "training_framework", *shlex.split(bad.command)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HTTPS_PROXY": "http://127.0.0.1:9"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HTTPS_PROXY": "http://127.0.0.1:9"}
+    program = ("-m", "training_framework", *shlex.split(bad.command))
+    done = forks.run(*program, env=environment)
     assert done.returncode == 2
     line = the_error(done.stderr)
     assert re.fullmatch(bad.says, line), line

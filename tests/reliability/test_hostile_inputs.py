@@ -31,6 +31,8 @@ from safetensors.torch import save_file
 from training_framework.cli.main import main
 from training_framework.data.sources.cifar import CIFAR10, CIFAR100, cifar_source
 
+pytestmark = pytest.mark.usefixtures("narrow_networks")
+
 SMALL = "--model resnet10 --batch-size 4 --epochs 1 --threads 1 --tensorboard false"
 TINY = f"{SMALL} --data synthetic --img-size 8 --num-classes 4 --synthetic-train-images 36"
 PICTURES = f"{SMALL} --data-root pictures --img-size 16 --num-workers 0"
@@ -552,20 +554,20 @@ CODE_IN_NAMES = [
 ]
 FOLDERS = [
     Attack(
-        "a picture that links to the password file",
+        "an image that links to the password file",
         f"train {PICTURES} --batch-size 6",
         r"pictures/train/ant/0\.png: not an image of a known format (?!.*root).*",
         pictures(link(HOSTILE_PICTURE, "/etc/passwd")),
     ),
     Attack(
-        "a picture that never ends",
+        "an image that never ends",
         f"plan {PICTURES}",
         r"pictures/train/ant/0\.png: not a file; .*",
         pictures(link(HOSTILE_PICTURE, "/dev/zero")),
         memory=True,
     ),
     Attack(
-        "a pipe for a picture",
+        "a pipe for an image",
         f"plan {PICTURES}",
         r"pictures/train/ant/pipe\.png: not a file; .*",
         pictures(lambda: os.mkfifo("pictures/train/ant/pipe.png")),
@@ -585,7 +587,7 @@ FOLDERS = [
         pictures(text("pictures/train/ant/\x1b]0;evil\x07\n\x1b[2J.txt", "")),
     ),
     Attack(
-        "a picture of a terabyte",
+        "an image of a terabyte",
         f"train {PICTURES} --batch-size 6",
         r"pictures/train/ant/0\.png: 1,099,511,627,776 bytes are more than .*",
         pictures(sparse(HOSTILE_PICTURE)),
@@ -593,7 +595,7 @@ FOLDERS = [
     ),
     *(
         Attack(
-            f"a picture that is {name}",
+            f"an image that is {name}",
             f"train {PICTURES} --batch-size 6",
             rf"pictures/train/ant/0\.png: {says}.*",
             hostile_picture(content),

@@ -1,18 +1,19 @@
 """The benchmark of what guarantees cost, on a tiny network: it runs and says what it should."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
+
+from forks import Forks
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks/reliability_price.py"
 
 
-def test_epochs_with_all_guarantees_are_compared_with_bare_steps(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, SCRIPT, "--rounds=2", "--model=resnet10", "--image-size=8",
-         "--images=70", "--batch-size=16", "--threads=1", "--output=result.json"],
-        cwd=tmp_path, capture_output=True, text=True, timeout=200, check=False,
+def test_epochs_with_all_guarantees_are_compared_with_bare_steps(
+    tmp_path: Path, forks: Forks
+) -> None:
+    done = forks.run(
+        SCRIPT, "--rounds=2", "--model=resnet10", "--image-size=8", "--images=70",
+        "--batch-size=16", "--threads=1", "--output=result.json", cwd=tmp_path,
     )  # fmt: skip
     # So short an epoch pays far more than 1% for its checkpoint, and the script says so.
     assert done.returncode == 1, done.stderr

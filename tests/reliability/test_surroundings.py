@@ -23,8 +23,14 @@ TRAIN = [
     "train", "--data=synthetic", "--model=resnet10", "--img-size=8", "--num-classes=3",
     "--epochs=1", "--synthetic-train-images=24", "--synthetic-val-images=6", "--batch-size=8",
     "--precision=32",
+    # Who has no cache would compile them anew in each case.
+    "--fused-norms=false", "--winograd-convolutions=false",
 ]  # fmt: skip
-WORKERS = ("--num-workers=2", "--resident-data=false")
+# Images of synthetic data are computed where they are used: no worker would start for them.
+WORKERS = (
+    "--num-workers=2", "--resident-data=false", "--data=digits", "--num-classes=10",
+    "--limit-train-images=24",
+)  # fmt: skip
 ODD_FOLDER = os.fsdecode(b"--output-dir=out-\xff")
 STRANGER = 12345  # a user id without a passwd entry
 
@@ -203,7 +209,12 @@ CASES = {
     "no home": Case(environment(HOME=None)),
     "no environment": Case(os.environ.clear),
     "few open files": Case(limit("RLIMIT_NOFILE", 40)),
-    "few open files, workers": Case(limit("RLIMIT_NOFILE", 40), WORKERS),
+    "few open files, workers": Case(
+        limit("RLIMIT_NOFILE", 40), WORKERS, says="open files, and only 40 are allowed; allow more"
+    ),
+    "few open files, workers, but more are allowed": Case(
+        lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (40, 4096)), WORKERS
+    ),
     "hardly any open files": Case(limit("RLIMIT_NOFILE", 6), says="open files"),
     "little memory": Case(little_memory, says="memory is full"),
     "small files": Case(limit("RLIMIT_FSIZE", 2**16 + 1000), says="File too large"),
@@ -218,8 +229,13 @@ CASES = {
     ),
     "rights for everybody": Case(lambda: os.umask(0) and None),
     "temporary folder that is full": Case(environment(TMPDIR="/dev/full")),
-    "a tiny shared memory": Case(mount("/dev/shm", "size=8k"), WORKERS),
-    "no shared memory": Case(mount("/dev/shm", "ro"), WORKERS),
+    "a tiny shared memory": Case(
+        mount("/dev/shm", "size=8k"), WORKERS, says="--num-workers 0"
+    ),
+    "a shared memory for no batch": Case(
+        mount("/dev/shm", "size=128k"), WORKERS, says="--num-workers 0"
+    ),
+    "no shared memory": Case(mount("/dev/shm", "ro"), WORKERS, says="--num-workers 0"),
     "a home that is read-only": Case(mount(str(Path.home()), "ro")),
     "a temporary folder that is read-only": Case(mount("/tmp", "ro"), ("--output-dir=/var/tmp/x",)),
     "no /proc": Case(mount("/proc", "size=8k"), says="/proc is not mounted"),

@@ -44,6 +44,9 @@ SETTINGS: dict[str, Any] = {
     "grad_clip_val": 5.0,
     "flip": "random",
     "precision": "32",
+    # They hold no state, and each process would ask the compiler for this processor's settings.
+    "fused_norms": False,
+    "winograd_convolutions": False,
     "threads": 1,
     "log_every_n_steps": 2,
     "val_check_interval": 3,

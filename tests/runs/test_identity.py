@@ -19,6 +19,8 @@ from training_framework.runs.identity import network_digest
 from training_framework.runs.progress import TrainResult
 from training_framework.train import EfficientResNet18Trainer, main
 
+pytestmark = pytest.mark.usefixtures("narrow_networks")
+
 SETTINGS: dict[str, Any] = {
     "model": "resnet10", "img_size": 8, "batch_size": 4, "epochs": 2, "lr": 0.01, "threads": 1,
     "precision": "32", "tensorboard": False, "num_workers": 0, "accelerator": "cpu",

@@ -27,7 +27,7 @@ class Watch:
         )
         self.step = TrainStep(network, built, device_type="cpu", precision=precision)
         self.guard = FinitenessGuard(
-            self.step, sample_name=lambda index: f"picture-{index}", device=DEVICE
+            self.step, sample_name=lambda index: f"image-{index}", device=DEVICE
         )
         self.made = 0
 
@@ -66,13 +66,13 @@ def test_the_first_step_whose_loss_is_not_finite_is_named_with_its_samples(bad):
     watch.losses(math.nan)
     fault = watch.fault(weights=False)
     assert f"the training loss became {bad} at step 2, batch 1 of epoch 0" in fault
-    assert "samples picture-20, picture-21, picture-22, picture-23;" in fault
+    assert "samples image-20, image-21, image-22, image-23;" in fault
 
 
 def test_of_a_group_of_batches_the_one_with_the_bad_loss_is_named():
     watch = Watch()
     watch.losses(1.0, math.nan)
-    assert "step 1, batch 1 of epoch 0: samples picture-14, picture-15" in watch.fault()
+    assert "step 1, batch 1 of epoch 0: samples image-14, image-15" in watch.fault()
 
 
 def test_many_samples_are_cut_short():
@@ -81,8 +81,8 @@ def test_many_samples_are_cut_short():
     watch.guard.watch(
         [WatchedBatch(indices, torch.tensor(math.nan), None)], None, step=1, epoch=2, first_batch=5
     )
-    assert "batch 5 of epoch 2: samples picture-0, " in (fault := watch.fault())
-    assert "picture-15 and 84 more" in fault and "picture-16" not in fault
+    assert "batch 5 of epoch 2: samples image-0, " in (fault := watch.fault())
+    assert "image-15 and 84 more" in fault and "image-16" not in fault
 
 
 def test_the_images_that_are_not_finite_are_named_alone():
@@ -92,7 +92,7 @@ def test_the_images_that_are_not_finite_are_named_alone():
     watch.losses(math.nan, images=images)
     fault = watch.fault()
     assert "images of the training loader hold NaN or inf, at step 1" in fault
-    assert "samples picture-12;" in fault
+    assert "samples image-12;" in fault
 
 
 def test_large_but_finite_numbers_are_no_fault():
@@ -110,7 +110,7 @@ def test_the_gradient_is_named_before_the_loss_that_it_spoils():
     watch.losses(1.0, norm=math.inf)
     watch.losses(math.nan, norm=math.nan)
     fault = watch.fault()
-    assert "the gradient became inf at step 2, batch 1 of epoch 0: samples picture-20" in fault
+    assert "the gradient became inf at step 2, batch 1 of epoch 0: samples image-20" in fault
 
 
 def test_a_loss_is_named_before_the_gradient_of_the_same_step():
@@ -126,7 +126,7 @@ def test_weights_are_looked_at_when_asked(name):
     with torch.no_grad():
         watch.step.model.get_parameter(name).view(-1)[1] = math.nan
     watch.guard.check(1, weights=False)
-    assert f"{name} became nan at step 1, batch 0 of epoch 0: samples picture-10" in watch.fault()
+    assert f"{name} became nan at step 1, batch 0 of epoch 0: samples image-10" in watch.fault()
 
 
 @pytest.mark.parametrize("buffer", ["running_mean", "running_var"])

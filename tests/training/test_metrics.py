@@ -1,6 +1,4 @@
 import math
-import subprocess
-import sys
 from fractions import Fraction
 
 import pytest
@@ -218,18 +216,11 @@ assert metrics.loss == (3 * 1 + 5 * 2) / 8, metrics
 """
 
 
-def test_all_reduce_counts_the_samples_of_every_rank_once(tmp_path):
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", RANK, str(rank), str(tmp_path / "store")],
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    for process in ranks:
-        _, errors = process.communicate(timeout=120)
-        assert process.returncode == 0, errors
+def test_all_reduce_counts_the_samples_of_every_rank_once(tmp_path, forks):
+    ranks = [forks.start("-c", RANK, rank, tmp_path / "store") for rank in range(2)]
+    for rank in ranks:
+        done = rank.wait()
+        assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.cuda

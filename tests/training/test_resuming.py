@@ -22,6 +22,8 @@ from training_framework.runs.directory import DirectoryLock
 from training_framework.runs.progress import TrainResult
 from training_framework.train import EfficientResNet18Trainer, main
 
+pytestmark = pytest.mark.usefixtures("narrow_networks")
+
 SETTINGS: dict[str, Any] = {
     "epochs": 2, "lr": 0.05, "log_every_n_steps": 1, "tensorboard": False, "threads": 1,
 }  # fmt: skip
@@ -215,7 +217,7 @@ def test_saves_between_evaluations_change_no_number(in_tmp_path):
     same_weights(straight, often)
     folder = Path("logs/often/version_0/checkpoints")
     steps = [load_checkpoint(folder / f"{name}.ckpt")["progress"]["step"] for name in STEMS]
-    assert steps == [5, 6]
+    assert steps[0] < steps[1] == 6  # a save that still waits for the disk gives way to the next
 
 
 STEMS = ("last-1", "last")
@@ -258,7 +260,7 @@ def test_an_epoch_of_fewer_batches_goes_on_where_as_much_of_it_is_behind(workpla
         train(loader=loader, resume=str(LAST))
     result = train(loader=loader, allow_config_change=True)
     assert result.steps == 2
-    assert "an epoch had 3 steps and has 1" in capsys.readouterr().err
+    assert "an epoch had 3 steps and now has 1" in capsys.readouterr().err
     assert result.run_directory == LAST.parents[2] / "version_1", "rows count other steps"
 
 

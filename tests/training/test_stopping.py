@@ -1,7 +1,5 @@
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 
@@ -95,7 +93,7 @@ def test_a_signal_cuts_nothing_else_short():
 
 
 @pytest.mark.parametrize("number", HANDLED)
-def test_a_second_signal_ends_a_process_at_once(number):
+def test_a_second_signal_ends_a_process_at_once(forks, number):
     program = (
         "import os, sys, time\n"
         "from training_framework.training.stopping import StopSignals\n"
@@ -105,9 +103,7 @@ def test_a_second_signal_ends_a_process_at_once(number):
         f"    os.kill(os.getpid(), {int(number)})\n"
         "    time.sleep(60)\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=30, check=False
-    )
+    done = forks.run("-c", program)
     assert done.stdout.strip() == signal.Signals(number).name
     assert done.returncode == -number, done.stderr
 

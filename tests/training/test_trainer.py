@@ -25,6 +25,8 @@ from training_framework.faults import fault_injector
 from training_framework.train import EfficientResNet18Trainer, main
 from training_framework.training.trainer import Trainer
 
+pytestmark = pytest.mark.usefixtures("narrow_networks")
+
 TINY = {
     "data": "synthetic", "model": "resnet10", "img_size": 8, "num_classes": 4,
     "synthetic_train_images": 32, "synthetic_val_images": 12, "batch_size": 8, "epochs": 2,
@@ -363,5 +365,7 @@ def test_a_last_batch_of_one_image_that_batch_norm_refuses_is_one_line(in_tmp_pa
     network = nn.Sequential(nn.Conv2d(3, 4, 8), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 2))
     loader = DataLoader(TensorDataset(torch.randn(9, 3, 8, 8), torch.arange(9) % 2), batch_size=8)
     config = TrainConfig(epochs=1, lr=0.01, tensorboard=False, threads=1)
-    with pytest.raises(UserError, match=r"one value a channel in step 2.*drop_last"):
+    with pytest.raises(
+        UserError, match=r"step 2 has a batch of 1 image.*one value per channel.*drop_last"
+    ):
         EfficientResNet18Trainer(config, network=network).train(loader)

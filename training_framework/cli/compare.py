@@ -3,6 +3,7 @@
 import argparse
 import shlex
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ __all__ = ["add_compare"]
 # Settings that the experiment chooses itself.
 SETTINGS_OF_A_RUN = ("run",)
 EXIT_MARKED = 1
+LINE_WIDTH = 80
 SIGNAL_EXIT_CODES = {"SIGINT": 130, "SIGTERM": 143}
 
 
@@ -42,7 +44,9 @@ def add_compare(commands: Any) -> None:
         help="compare these values of a setting; given several times: all combinations",
     )
     parser.add_argument(
-        "--ablate", action="store_true", help="turn each switch off in turn, then each one on alone"
+        "--ablate",
+        action="store_true",
+        help="measure each switch alone, and each one switched off among the others",
     )
     parser.add_argument("--list", action="store_true", help="list the shipped experiments")
     parser.add_argument("--output", type=Path, metavar="FILE", help="result file (JSON)")
@@ -53,13 +57,13 @@ def add_compare(commands: Any) -> None:
         help="result file of a comparison to resume",
     )
     parser.add_argument(
-        "--strict", action="store_true", help="exit with 1 if a validity check marks anything"
+        "--strict", action="store_true", help="exit with 1 if a check marks a result as doubtful"
     )
     parser.add_argument("--rounds", type=int, help="number of samples per variant")
     parser.add_argument("--steps", type=int, help="timed steps per sample")
     parser.add_argument("--seconds", type=float, help="length of a sample, instead of --steps")
     parser.add_argument("--dropped-steps", type=int, metavar="STEPS",
-                        help="steps before the first sample")  # fmt: skip
+                        help="untimed steps before the first sample")  # fmt: skip
     parser.add_argument("--patience", type=float, metavar="X",
                         help="how long to wait for a quiet machine, as a multiple of the time "
                         "that the samples take (2; 0: never wait)")  # fmt: skip
@@ -102,7 +106,9 @@ def _print_shipped() -> None:
     from training_framework.measure.compare.experiment import load_experiment, shipped_experiments
 
     for name in shipped_experiments():
-        print(f"{name:<24} {load_experiment(name).description}")
+        head = f"{name:<24} "
+        text = head + load_experiment(name).description
+        print(textwrap.fill(text, LINE_WIDTH, subsequent_indent=" " * len(head)))
 
 
 def _experiment(options: argparse.Namespace, settings: dict[str, Any]) -> Any:
@@ -115,7 +121,7 @@ def _experiment(options: argparse.Namespace, settings: dict[str, Any]) -> Any:
     wishes = [bool(options.experiment), bool(options.vary), options.ablate]
     if sum(wishes) != 1:
         raise UserError(
-            "compare: " + ("nothing to compare" if not any(wishes) else "too much to compare"),
+            f"compare: {'more than one thing' if any(wishes) else 'nothing'} to compare is given",
             "give an experiment, --vary KEY=A,B or --ablate; --list shows the shipped experiments",
         )
     changes = _changes(options)

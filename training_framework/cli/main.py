@@ -189,7 +189,9 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument(
-        DEBUG_FLAG, action="store_true", help="show the traceback of an error (with any command)"
+        DEBUG_FLAG,
+        action="store_true",
+        help="show the traceback of an error; works with every command",
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(
@@ -227,7 +229,8 @@ def _add_plan(commands: Any) -> None:
 
 
 def _add_evaluate(commands: Any) -> None:
-    parser = _command(commands, "evaluate", _evaluate, "evaluate a checkpoint on a data set")
+    summary = "evaluate a checkpoint on the data of its run, or on other data (--data)"
+    parser = _command(commands, "evaluate", _evaluate, summary)
     parser.add_argument("checkpoint", type=Path, help=".ckpt or weights.safetensors of a run")
     add_config_flags(
         parser,

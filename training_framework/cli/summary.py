@@ -31,7 +31,7 @@ def plan_lines(plan: TrainPlan, hardware: Hardware, facts: DatasetFacts) -> list
             f"validation images, {plan.num_classes} classes, {plan.image_size} px"
         ),
         *_wrapped(
-            f"steps     {plan.total_steps:,} = {plan.epochs:,} epochs x {plan.steps_per_epoch:,}, "
+            f"steps     {plan.total_steps:,} = {_epochs(plan.epochs)} x {plan.steps_per_epoch:,}, "
             f"of {plan.images_per_step} images: {plan.accumulate_grad_batches} x "
             f"{plan.world_size} device(s) x {plan.device_batch_size}"
         ),
@@ -43,6 +43,10 @@ def plan_lines(plan: TrainPlan, hardware: Hardware, facts: DatasetFacts) -> list
         head = f"{choice.name:<22} {choice.value:<16} "
         lines += _wrapped(head + choice.reason, indent=len(head) if len(head) < 42 else 24)
     return lines
+
+
+def _epochs(count: float) -> str:
+    return f"{count:,} epoch" if count == 1 else f"{count:,} epochs"
 
 
 def _wrapped(text: str, indent: int = 10) -> list[str]:
@@ -71,7 +75,7 @@ def result_lines(result: TrainResult) -> list[str]:
     if result.epoch_seconds:
         total = sum(result.epoch_seconds)
         lines.append(
-            f"time   {total:.1f} s for {len(result.epoch_seconds)} epochs, "
+            f"time   {total:.1f} s for {_epochs(len(result.epoch_seconds))}, "
             f"{total / len(result.epoch_seconds):.1f} s each with evaluation"
         )
     if result.bad_images:

@@ -103,7 +103,7 @@ class TrainConfig(BaseModel):
     rand_augment_magnitude: Annotated[int, Field(ge=0, le=30)] = _setting("data", 9, "for auto_augment rand: strength of its operations, 0 to 30")
     mixup: NonNegativeFloat = _setting("data", 0.0, "alpha of mixup; 0: off")
     cutmix: NonNegativeFloat = _setting("data", 0.0, "alpha of cutmix; 0: off; with mixup too, each step draws one of them")
-    on_bad_image: Literal["stop", "skip"] = _setting("data", "stop", "what to do with an image that cannot be decoded: stop (name it and end the run) or skip (list it in bad_images.txt; at most 1% of a split)")
+    on_bad_image: Literal["stop", "skip"] = _setting("data", "stop", "what to do with an image that cannot be decoded: stop (name it and end) or skip (pass over it, up to 1% of a split; training lists them in bad_images.txt)")
 
     model: ModelName = _setting("model", "resnet18", _one_of(MODELS))
     stem: Literal["auto", "cifar", "imagenet"] = _setting("model", "auto", "first layers: cifar (3x3, stride 1, no pooling), imagenet (7x7, stride 2, pooling), or auto, from the image size")
@@ -172,7 +172,7 @@ class TrainConfig(BaseModel):
     fused_optimizer: bool | Auto = _setting("machine", "auto", "use torch's fused optimizer; auto: where the device has one")
     small_map_convolutions: bool | Auto = _setting("machine", "auto", "compute convolutions on small feature maps as matrix products; auto: on a CPU in fp32")
     winograd_convolutions: bool | Auto = _setting("machine", "auto", "compute 3x3 convolutions by Winograd's algorithm, with kernels compiled on this machine; auto: on a CPU with AVX-512 in fp32")
-    bf16_products: bool | Auto = _setting("machine", "auto", "compute the products of Winograd's convolutions in bf16; all else stays in fp32; auto: on a CPU with fast avx512_bf16")
+    bf16_products: bool | Auto = _setting("machine", "auto", "compute the products of Winograd's convolutions in bf16; all else stays in fp32; auto: on a CPU with fast avx512_bf16 if precision is auto")
     fused_norms: bool | Auto = _setting("machine", "auto", "compute batch norm, shortcut and activation in one pass over memory, with kernels compiled on this machine; auto: on a CPU with AVX-512 in fp32")
     keep_memory: bool | Auto = _setting("machine", "auto", "keep freed host memory for the next step instead of returning it to the system; auto: on a CPU under Linux")
     activation_checkpointing: bool = _setting("machine", False, "recompute each block's activations in the backward pass: less memory, more time")

@@ -134,7 +134,7 @@ def _read(path: Path) -> dict[SplitName, dict[str, str]]:
         raise UserError(f"{path}: cannot be read ({error.strerror})", "check the file") from None
     except ValueError:  # not UTF-8, not JSON
         raise UserError(
-            f"{path}: not a list of bad images", "move it away, and a new one is started"
+            f"{path}: not a list of bad images", "move it away; the run then starts a new list"
         ) from None
     return listed
 

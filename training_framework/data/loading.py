@@ -102,12 +102,7 @@ def build_loader(
                 "set resident_data to false",
             )
     else:
-        height, width = stored.images.shape[2:]
-        if (height, width) != (image_size, image_size):
-            raise UserError(
-                f"the images are {width}x{height} px, not {image_size}x{image_size}",
-                f"open the data set with img_size {image_size}",
-            )
+        _check_size(stored, image_size)
         if resident or stored is not split:  # already made on the device
             return ResidentLoader(stored, plan=plan, device=device)
     return WorkerLoader(
@@ -121,3 +116,12 @@ def build_loader(
         pin_memory=pin_memory,
         bad_images=bad_images,
     )
+
+
+def _check_size(split: ArraySplit, image_size: int) -> None:
+    height, width = split.images.shape[2:]
+    if (height, width) != (image_size, image_size):
+        raise UserError(
+            f"the images are {width}x{height} px, not {image_size}x{image_size}",
+            f"open the data set with img_size {image_size}",
+        )

@@ -67,10 +67,8 @@ def training_batches(
     if 0 < end - whole < world_size:
         end = whole
     starts = range(start_batch * global_batch_size, end, global_batch_size)
-    return [
-        _share(order[start : min(start + global_batch_size, end)], rank, world_size)
-        for start in starts
-    ]
+    batches = [order[start : min(start + global_batch_size, end)] for start in starts]
+    return batches if world_size == 1 else [_share(batch, rank, world_size) for batch in batches]
 
 
 def evaluation_share(count: int, rank: int = 0, world_size: int = 1) -> Indices:

@@ -35,8 +35,9 @@ def user_loader_digest(loader: Iterable[Any]) -> str:
     It covers types, lengths, batch size, samplers (and so whether it shuffles), and the tensors,
     arrays, labels, file names and plain numbers that loader, data set and transforms keep as
     attributes: whole up to 16 MiB, otherwise 1,024 evenly spread rows. Of a function it covers the
-    name. It does not cover dicts among the attributes, which are usually caches, nor what a data
-    set computes in its `__getitem__`.
+    name, which all lambdas of one function share. It does not cover text under names other than the
+    usual ones, dicts among the attributes, which are usually caches, nor what a data set computes
+    in its `__getitem__`.
     """
     digest = hashlib.sha256()
     _add(digest, loader, MAX_DEPTH, set())

@@ -115,7 +115,7 @@ class UserLoader:
             raise UserError(
                 f"the {self._name} yields no batch in epoch {epoch}, but its length is "
                 f"{self.batch_count}",
-                "let every iter() of it start from the beginning, as for a list or a DataLoader",
+                "make every iter() of it start from the beginning, as a list or a DataLoader does",
             )
 
     def _items(self, epoch: int, start_batch: int) -> Iterator[Any]:

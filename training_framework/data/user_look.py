@@ -31,7 +31,7 @@ __all__ = [
 ]
 
 _CPU = torch.device("cpu")
-_START_ANEW = "let every iter() of it start from the beginning, as for a list or a DataLoader"
+_START_ANEW = "make every iter() of it start from the beginning, as a list or a DataLoader does"
 
 
 class Begun(NamedTuple):

@@ -19,6 +19,7 @@ from training_framework.data.host_batches import ArrayBatches, FileBatches, Host
 from training_framework.data.resolution import Resolutions
 from training_framework.data.sampling import BatchPlan, Indices
 from training_framework.data.splits import ArraySplit, EncodedSplit
+from training_framework.data.worker_limits import check_worker_limits
 from training_framework.errors import UserError
 
 __all__ = ["WorkerLoader"]
@@ -143,8 +144,8 @@ class WorkerLoader:
             if deaths > _RESTARTS_PER_EPOCH:
                 raise UserError(
                     f"data loading processes died {deaths} times in one epoch: {death}",
-                    "if memory or /dev/shm was full, lower num_workers, prefetch_factor or the "
-                    "batch size",
+                    "if memory or /dev/shm was full, lower num_workers (0 needs none of /dev/shm), "
+                    "prefetch_factor or the batch size",
                 )
             self.report(f"note: {death}; new loader processes continue from there")
 
@@ -172,6 +173,7 @@ class WorkerLoader:
     def _start(self) -> DataLoader[HostBatch | _Fault]:
         parallel = self._num_workers > 0
         if parallel:
+            check_worker_limits(self._num_workers, self._prefetch_factor)
             # The process that creates this folder removes it: this one, rather than a worker.
             multiprocessing.util.get_temp_dir()
         return DataLoader(
@@ -225,7 +227,8 @@ class _FaultsAsItems(Dataset[HostBatch | _Fault]):
         except RuntimeError as error:
             return _Fault(
                 f"a loader process cannot hand over a batch ({error})",
-                "enlarge /dev/shm, or lower num_workers, prefetch_factor or the batch size",
+                "enlarge the shared memory /dev/shm, load without processes (--num-workers 0), or "
+                "lower prefetch_factor or the batch size",
             )
         return item
 

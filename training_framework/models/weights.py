@@ -131,7 +131,7 @@ def _damaged(path: Path, error: Exception) -> UserError:
     reason = re.split(r"\.\s|\n", str(error) or type(error).__name__)[0]
     return UserError(
         f"{path}: not a readable weight file ({reason})",
-        "it may be truncated or of another kind: fetch or save it again",
+        "it may be truncated or of another kind: download or save it again",
     )
 
 

@@ -146,6 +146,7 @@ def _durations(
         choices.note(
             "batch", facts.train_images, f"the whole training set, fewer than {batch} images"
         )
+        batch = facts.train_images
     else:
         batches = facts.train_images // batch
     accumulate = config.accumulate_grad_batches

@@ -15,6 +15,7 @@ from training_framework.switches import Choice
 __all__ = ["FREE_FIELDS", "resumed_plan"]
 
 MAX_THREADS = 4096
+_AS_BEFORE = "as its run had decided"
 # Fields of the plan that do not affect the training's numbers: decided anew at each start.
 FREE_FIELDS = frozenset(
     {
@@ -156,13 +157,30 @@ def _merged(
         if then.more_switches.keys() == fresh.more_switches.keys():
             kept.add("more_switches")
     values = {key: getattr(then, key) for key in kept if key not in anew}
-    choices = tuple(
-        Choice(choice.name, _readable(values[choice.name]), "as its run had decided")
-        if choice.name in values and values[choice.name] != getattr(fresh, choice.name)
-        else choice
-        for choice in fresh.choices
-    )
-    return dataclasses.replace(fresh, **values, choices=choices)
+    return dataclasses.replace(fresh, **values, choices=_reasons(fresh, then, values))
+
+
+def _reasons(fresh: TrainPlan, then: TrainPlan, values: Mapping[str, Any]) -> tuple[Choice, ...]:
+    """The fresh plan's choices, and those of the run where a value of it is kept."""
+    kept = {**values, **values.get("more_switches", {})}
+    now = {**dataclasses.asdict(fresh), **fresh.more_switches}
+    before = {choice.name: choice for choice in then.choices}
+    listed = before.keys() | {choice.name for choice in fresh.choices}
+    as_before = {
+        key: Choice(key, _readable(kept[key]), _as_before(before.get(key)))
+        for key in sorted(listed & kept.keys())
+        if kept[key] != now.get(key)
+    }
+    choices = [as_before.pop(choice.name, choice) for choice in fresh.choices]
+    return (*choices, *as_before.values())
+
+
+def _as_before(choice: Choice | None) -> str:
+    """The reason for keeping a choice of the run; a second resumption does not lengthen it."""
+    if choice is None:
+        return _AS_BEFORE
+    known = choice.reason.startswith(_AS_BEFORE)
+    return choice.reason if known else f"{_AS_BEFORE}: {choice.reason}"
 
 
 def _fields_left_to_the_plan() -> set[str]:

@@ -56,7 +56,7 @@ class Costs:
         work = f"training takes {self.flops_per_image / 1e9:.3g} GFLOP an image"
         if not self.peak_flops:
             return f"{work}; MFU n/a: the peak of {device_name} is unknown"
-        return f"{work}; MFU is of {self.peak_flops / 1e9:.4g} GFLOP/s ({self.peak_source})"
+        return f"{work}; 100% MFU is {self.peak_flops / 1e9:.4g} GFLOP/s ({self.peak_source})"
 
 
 def busy_machine_note(plan: TrainPlan, hardware: Hardware) -> str:

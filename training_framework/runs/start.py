@@ -113,7 +113,7 @@ def _choose(plan: TrainPlan) -> Start:
         return Start(state=load_checkpoint(plan.resume), checkpoint=plan.resume)
     lock = DirectoryLock.take(directory)
     if lock is None:
-        raise UserError(under_way(directory).fault, "wait for its end, or stop it")
+        raise UserError(under_way(directory).fault, "wait until it ends, or stop it")
     return _going_on(directory, lock)
 
 

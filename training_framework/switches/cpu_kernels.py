@@ -157,7 +157,7 @@ def _bf16_products(situation: Situation) -> Decision:
     if wanted != "auto":
         slow = "" if fast or not wanted else "; this CPU is slow at it"
         return Decision(wanted, f"asked for{slow}")
-    if not fast:
+    if not fast or situation.config.precision != "auto":  # who asks for fp32 gets fp32
         return Decision(False)
     return Decision(True, "the CPU computes bf16 itself; all else stays in fp32")
 

@@ -5,6 +5,8 @@ from typing import Literal
 
 import torch
 
+from training_framework.config.architectures import Variation
+from training_framework.config.schema import as_in_model
 from training_framework.models import build_model
 from training_framework.models.memory import TrainingMemory, training_memory
 from training_framework.switches.switch import Decision, Situation
@@ -48,7 +50,11 @@ def choose_micro_batching(situation: Situation) -> Decision:
 def _estimated_bytes(situation: Situation, images: int) -> float:
     config, chosen = situation.config, situation.chosen
     network = _network_memory(
-        config.model, situation.facts.num_classes or 1, situation.stem, situation.facts.image_size
+        config.model,
+        situation.facts.num_classes or 1,
+        situation.stem,
+        Variation(*(as_in_model(config, key) for key in Variation._fields)),
+        situation.facts.image_size,
     )
     mixed = chosen["precision"] != "32"
     # Weights and gradients; what the optimizer keeps for each weight; the average; the copy that
@@ -61,8 +67,12 @@ def _estimated_bytes(situation: Situation, images: int) -> float:
 
 @functools.cache
 def _network_memory(
-    model: str, num_classes: int, stem: Literal["cifar", "imagenet"], image_size: int
+    model: str,
+    num_classes: int,
+    stem: Literal["cifar", "imagenet"],
+    variation: Variation,
+    image_size: int,
 ) -> TrainingMemory:
     with torch.device("meta"):
-        network = build_model(model, num_classes=num_classes, stem=stem)
+        network = build_model(model, num_classes=num_classes, stem=stem, variation=variation)
     return training_memory(network, image_size)

@@ -87,7 +87,9 @@ class ClassificationSums:
         if valid is not None:
             self._count_valid(logits, labels, loss, valid)
             return
-        self._waiting.append((logits.detach(), labels, loss.detach()))
+        self._waiting.append(
+            (logits.detach(), labels, loss.detach() if loss.requires_grad else loss)
+        )
         waiting_scores = len(self._waiting) * logits.numel()
         if len(self._waiting) == BATCHES_AT_ONCE or waiting_scores > MOST_WAITING_SCORES:
             self._count_waiting()
@@ -142,9 +144,11 @@ class ClassificationSums:
         """How many classes do not stand above each label, the label included: (batch, 1)."""
         labels = labels.unsqueeze(1)
         label_scores = logits.gather(1, labels)
-        return torch.where(
-            self._class_indices < labels, logits < label_scores, logits <= label_scores
-        ).sum(dim=1, keepdim=True)
+        # Not torch.where: on a CPU it is slower for booleans than these.
+        not_above = logits <= label_scores
+        not_above &= self._class_indices >= labels
+        not_above |= logits < label_scores
+        return not_above.sum(dim=1, keepdim=True)
 
     def read(self) -> ClassificationMetrics:
         """The means so far. Waits for the device."""

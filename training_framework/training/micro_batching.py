@@ -80,8 +80,8 @@ class MicroBatching:
                     if _ONE_VALUE not in str(error):
                         raise
                     raise UserError(
-                        f"batch norm has one value a channel in step {self._progress.step + 1}, of "
-                        f"{len(left[0].labels)} image(s), and cannot train on it",
+                        f"step {self._progress.step + 1} has a batch of {len(left[0].labels)} "
+                        "image(s), and batch norm cannot train on one value per channel",
                         "choose a batch_size that leaves no batch of one image, or a larger "
                         "img_size; a DataLoader drops such a last batch with drop_last=True",
                     ) from None

@@ -50,7 +50,9 @@ def _shape_of(plan: TrainPlan) -> _EpochShape:
 def _shape_in(state: Mapping[str, Any]) -> _EpochShape | None:
     """The shape of a checkpoint's run, if the checkpoint holds it."""
     batches = identity_of(state).get("batches an epoch")
-    accumulate = (state["config"] or {}).get("accumulate_grad_batches", 1)
+    # The plan's: `tune` or a switch may have chosen another value than the settings asked for.
+    settings = {**(state["config"] or {}), **(state.get("plan") or {})}
+    accumulate = settings.get("accumulate_grad_batches", 1)
     if type(batches) is not int or type(accumulate) is not int or min(batches, accumulate) < 1:
         return None
     return _EpochShape(batches, accumulate)
@@ -75,7 +77,7 @@ def refuse_different_plans(plan: TrainPlan) -> None:
 
 
 def plan_resumption(planned: PlannedRun, start: Start) -> tuple[PlannedRun, Start]:
-    """The plan with which to resume, and where.
+    """The plan with which to resume, and where. All processes must call it at the same point.
 
     The plan is the checkpoint's. If an epoch now has another number of steps, which needs
     `allow_config_change`, the run continues in a new directory: rows and checkpoints count steps,
@@ -89,13 +91,7 @@ def plan_resumption(planned: PlannedRun, start: Start) -> tuple[PlannedRun, Star
         return planned, start
     values, lines = state.get("plan"), list(start.lines)
     if isinstance(values, dict):
-        plan, more = resumed_plan(
-            planned.plan,
-            values,
-            planned.hardware,
-            changed=changed_settings(start, planned),
-            where=str(start.checkpoint),
-        )
+        plan, more = _agreed_plan(planned, start, values)
         planned, lines = dataclasses.replace(planned, plan=plan), [*lines, *more]
     else:
         lines.append(
@@ -106,12 +102,36 @@ def plan_resumption(planned: PlannedRun, start: Start) -> tuple[PlannedRun, Star
     if then not in (None, now):
         assert then is not None
         lines.append(
-            f"note: an epoch had {then.steps:,} steps and has {now.steps:,}: goes on where as much "
-            "of it is behind, in a new run directory"
+            f"note: an epoch had {then.steps:,} steps and now has {now.steps:,}: the run continues "
+            "after the same share of it, in a new run directory"
         )
         parent = planned.plan.output_dir / planned.plan.name
         start = dataclasses.replace(start, directory=None, version=next_version(parent))
     return planned, dataclasses.replace(start, lines=tuple(lines))
+
+
+def _agreed_plan(
+    planned: PlannedRun, start: Start, values: Mapping[str, Any]
+) -> tuple[TrainPlan, list[str]]:
+    """The resumed plan, or the refusal, of the first process: its machine decides for all."""
+    found: tuple[TrainPlan, list[str]] | None = None
+    refusal: tuple[str, str] | None = None
+    if planned.processes.is_first:
+        try:
+            found = resumed_plan(
+                planned.plan,
+                values,
+                planned.hardware,
+                changed=changed_settings(start, planned),
+                where=str(start.checkpoint),
+            )
+        except UserError as error:
+            refusal = error.fault, error.cure
+    found, refusal = gathered((found, refusal))[0]
+    if found is None:
+        assert refusal is not None
+        raise UserError(*refusal)
+    return found
 
 
 def checkpoint_extras(

@@ -54,7 +54,7 @@ class StopSignals:
     ) -> None:
         self._restore()
 
-    def interruptibly(self, call: Callable[[], _Result]) -> _Result:
+    def interruptibly(self, call: Callable[..., _Result], *arguments: Any) -> _Result:
         """Make a call that may take long and can be interrupted without loss.
 
         Raises:
@@ -64,7 +64,7 @@ class StopSignals:
         try:
             if self.received is not None:
                 raise StopRequested
-            return call()
+            return call(*arguments)
         finally:
             self._cuts_short = False
 

@@ -124,7 +124,7 @@ class Trainer:
             )
             for batch in watched:
                 self._samples.add(batch.indices)
-                self._interval.images += len(batch.indices) * plan.world_size
+                self._interval.images += batch.indices.shape[0] * plan.world_size
             progress.batch += group_size
         self._outputs.advance(progress.step)
 
@@ -147,7 +147,7 @@ class Trainer:
             with self._parts.step.phase("data"):
                 if position == 0 and self._plan.world_size == 1:
                     # Nothing of the step is done yet, and no other process counts on it.
-                    batch = self._signals.interruptibly(lambda: next(batches, None))
+                    batch = self._signals.interruptibly(next, batches, None)
                 else:
                     batch = next(batches, None)
             self._interval.data_wait += time.perf_counter() - start

@@ -98,7 +98,8 @@ def _check_parameters(network: nn.Module) -> None:
     trainable = [(name, p) for name, p in network.named_parameters() if p.requires_grad]
     if not trainable:
         raise UserError(
-            f"{_named(network)} has no trainable parameter", "set requires_grad of some to True"
+            f"{_named(network)} has no trainable parameter",
+            "set requires_grad of some parameters to True",
         )
     for name, parameter in trainable:
         if parameter.dtype != torch.float32:

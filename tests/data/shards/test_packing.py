@@ -1,13 +1,12 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
+from forks import Forks
 from PIL import Image
 
 from training_framework.data.decoding import decode_image
@@ -102,18 +101,14 @@ def test_many_images_become_many_shards(
 
 
 def test_a_killed_packing_leaves_no_folder_and_can_be_done_again(
-    source: Path, tmp_path: Path
+    source: Path, tmp_path: Path, forks: Forks
 ) -> None:
     packing.pack_folder(source, tmp_path / "expected")
     dest = tmp_path / "shards"
-    command = [sys.executable, "-m", "training_framework", "data", "pack", str(source), str(dest)]
+    command = ["-m", "training_framework", "data", "pack", source, dest]
     for fault in ("packing.after_shard:1", "packing.before_rename:1"):
-        killed = subprocess.run(
-            [*command, "--workers", "1"],
-            env=os.environ | {"TRAINING_FRAMEWORK_FAULT": fault, "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            check=False,
-        )
+        environment = os.environ | {"TRAINING_FRAMEWORK_FAULT": fault}
+        killed = forks.run(*command, "--workers", "1", env=environment)
         assert killed.returncode == -signal.SIGKILL
         assert not dest.exists()
     assert (tmp_path / ".shards.partial").exists()

@@ -16,6 +16,8 @@ from training_framework.measure.compare.workers import InlineWorker, ProcessWork
 from training_framework.runs import record as run_record
 from training_framework.training import parts
 
+pytestmark = pytest.mark.usefixtures("narrow_networks")
+
 TINY = {
     "data": "synthetic",
     "model": "resnet10",

@@ -8,6 +8,8 @@ from training_framework.measure.compare import timing
 from training_framework.measure.compare.timing import StepSampler
 from training_framework.measure.compare.validity import variant_marks
 
+pytestmark = pytest.mark.usefixtures("narrow_networks")
+
 TINY = {
     "data": "synthetic",
     "model": "resnet10",

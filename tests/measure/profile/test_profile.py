@@ -19,6 +19,8 @@ from training_framework.train import main as train
 from training_framework.training.metrics import ClassificationSums
 from training_framework.training.step import TrainStep
 
+pytestmark = pytest.mark.usefixtures("narrow_networks")
+
 TINY = {
     "data": "synthetic",
     "model": "resnet10",

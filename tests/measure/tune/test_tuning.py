@@ -24,6 +24,8 @@ from training_framework.measure.tune.trials import limited_worker
 from training_framework.measure.tune.tuning import tune
 from training_framework.switches import SWITCHES
 
+pytestmark = pytest.mark.usefixtures("narrow_networks")
+
 BATCH = ("batch_size", "accumulate_grad_batches")
 SETTINGS = {
     "data": "synthetic", "synthetic_train_images": 64, "synthetic_val_images": 8, "img_size": 8,

@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+from forks import NARROW_COMMAND
 
 from training_framework.cli import main as cli
 from training_framework.cli.verify import verification_lines
@@ -11,7 +12,6 @@ from training_framework.config import TrainConfig
 from training_framework.errors import UserError
 from training_framework.measure.verify import verification as resumption
 from training_framework.measure.verify.verification import stop_points, verify_resume
-from training_framework.models import resnet
 from training_framework.optimizers import WeightAverage
 
 SETTINGS = {
@@ -23,9 +23,8 @@ SETTINGS = {
 
 
 @pytest.fixture
-def in_process(monkeypatch):
+def in_process(narrow_networks, monkeypatch):
     """Runs as calls of the command in this process."""
-    monkeypatch.setattr(resnet, "STAGE_CHANNELS", (4, 8, 16, 32))
     calls = []
 
     def run(command, *, env, **options):
@@ -76,12 +75,16 @@ def test_a_training_that_fails_is_reported_in_its_own_words(in_tmp_path, monkeyp
         verify_resume(TrainConfig(**SETTINGS), steps=4, stops=1)
 
 
-def test_the_command_passes_with_fresh_processes_that_are_killed(in_tmp_path):
+def test_the_command_passes_with_processes_of_their_own_that_are_killed(
+    in_tmp_path, forks, monkeypatch, capsys
+):
+    def run(command, *, env, **options):
+        assert command[:3] == [sys.executable, "-m", "training_framework"]
+        return forks.run(*NARROW_COMMAND, *command[3:], env=env)
+
+    monkeypatch.setattr(resumption.subprocess, "run", run)
     settings = [f"--{key.replace('_', '-')}={value}" for key, value in SETTINGS.items()]
-    done = subprocess.run(
-        [sys.executable, "-m", "training_framework", "verify-resume", "--steps=4", "--stops=1",
-         "--kill", *settings],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.startswith("PASS: 4 steps straight, and killed in step ")
+    status = cli.main(["verify-resume", "--steps=4", "--stops=1", "--kill", *settings])
+    said = capsys.readouterr()
+    assert status == 0, said
+    assert said.out.startswith("PASS: 4 steps straight, and killed in step ")

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from PIL import Image
@@ -29,6 +30,7 @@ from training_framework.data.shards.shard_index import (
     write_index,
 )
 from training_framework.data.sources.folder import open_folder
+from training_framework.data.splits import Split
 from training_framework.errors import UserError, one_line
 from training_framework.faults import fault_point
 
@@ -79,7 +81,6 @@ def pack_folder(
     if workers < 1:
         raise UserError(f"workers is {workers}", "take at least 1")
     dataset = open_folder(root=source)
-    splits: tuple[SplitName, SplitName] = ("train", "val")
     bad = BadImages(train=len(dataset.train), val=len(dataset.val), report=report)
     scratch = dest.with_name(f".{dest.name}.partial")
     try:
@@ -89,30 +90,20 @@ def pack_folder(
             ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool,
             tqdm(total=len(dataset.train) + len(dataset.val), disable=not show_progress) as bar,
         ):
-            for name, split in zip(splits, (dataset.train, dataset.val), strict=True):
-                assert isinstance(split, FileSplit)
-                store = partial(_stored, split, shorter_side)
-                for number, begin in enumerate(range(0, len(split), _SHARD_IMAGES)):
-                    samples = range(begin, min(begin + _SHARD_IMAGES, len(split)))
-                    bad_here: dict[str, str] | None = {} if skip_bad else None
-                    members = _members(pool.map, store, split, samples, bad_here)
-                    _write_tar(scratch / f"{name}-{number:06}.tar", members)
-                    bad.add(name, bad_here or {})
-                    bar.update(len(samples))
-        info, index = _finish(
-            scratch,
-            dest,
-            ShardInfo(
-                source=_as_text(source.resolve().name),
-                class_names=[_as_text(name) for name in dataset.facts.class_names],
-                shorter_side=shorter_side,
-                skipped=[
-                    _as_text(os.path.relpath(name, source))
-                    for reasons in bad.by_split().values()
-                    for name in reasons
-                ],
-            ),
+            shards = _Shards(scratch, shorter_side, pool.map, bad if skip_bad else None, bar.update)
+            shards.write("train", dataset.train)
+            shards.write("val", dataset.val)
+        info = ShardInfo(
+            source=_as_text(source.resolve().name),
+            class_names=[_as_text(name) for name in dataset.facts.class_names],
+            shorter_side=shorter_side,
+            skipped=[
+                _as_text(os.path.relpath(name, source))
+                for reasons in bad.by_split().values()
+                for name in reasons
+            ],
         )
+        return _finish(scratch, dest, info)
     except OSError as error:
         raise UserError(
             f"{error.filename or dest}: cannot be written to ({error.strerror})",
@@ -120,7 +111,37 @@ def pack_folder(
         ) from None
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    return info, index
+
+
+class _Shards(NamedTuple):
+    """Writes the shards of a folder.
+
+    Attributes:
+        folder: The new folder.
+        shorter_side: As for `pack_folder`.
+        in_threads: A `map` whose calls run at the same time.
+        bad: Records skipped images; None: each is an error.
+        advance: Called with the number of images of each written shard.
+    """
+
+    folder: Path
+    shorter_side: int | None
+    in_threads: Callable[..., Iterator[tuple[bytes, str] | UserError]]
+    bad: BadImages | None
+    advance: Callable[[int], object]
+
+    def write(self, name: SplitName, split: Split) -> None:
+        """Write all shards of a split."""
+        assert isinstance(split, FileSplit)
+        store = partial(_stored, split, self.shorter_side)
+        for number, begin in enumerate(range(0, len(split), _SHARD_IMAGES)):
+            samples = range(begin, min(begin + _SHARD_IMAGES, len(split)))
+            bad_here: dict[str, str] | None = None if self.bad is None else {}
+            members = _members(self.in_threads, store, split, samples, bad_here)
+            _write_tar(self.folder / f"{name}-{number:06}.tar", members)
+            if self.bad is not None:
+                self.bad.add(name, bad_here or {})
+            self.advance(len(samples))
 
 
 def _members(

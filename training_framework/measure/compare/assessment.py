@@ -72,19 +72,7 @@ def assess(
         )
         for variant in experiment.all_variants()
     ]
-    by_name = {variant.name: variant for variant in variants}
-    ratios = []
-    for variant in variants:
-        other = by_name.get(variant.against)
-        if other is None:
-            continue
-        ratio = _ratio(variant, other)
-        if ratio is not None:
-            ratios.append(ratio)
-            variant.repays_after_steps = _repays_after(variant, other)
-        if variant.facts and other.facts and variant.measurements and other.measurements:
-            _add_marks(variant, work_marks(variant.facts, variant.measurements, other.facts,
-                       other.measurements, experiment.may_differ))  # fmt: skip
+    ratios = _compared(variants, experiment.may_differ)
     control = next((ratio for ratio in ratios if ratio.control), None)
     marks = control_marks(control)
     if control is None:  # a control's mark would cover all pairs
@@ -103,6 +91,24 @@ def assess(
         ratios=ratios,
         **origin,
     )
+
+
+def _compared(variants: Sequence[VariantResult], may_differ: Sequence[str]) -> list[Ratio]:
+    """Each variant's ratio to the one that it is compared with; marks other work than that's."""
+    by_name = {variant.name: variant for variant in variants}
+    ratios = []
+    for variant in variants:
+        other = by_name.get(variant.against)
+        if other is None:
+            continue
+        ratio = _ratio(variant, other)
+        if ratio is not None:
+            ratios.append(ratio)
+            variant.repays_after_steps = _repays_after(variant, other)
+        if variant.facts and other.facts and variant.measurements and other.measurements:
+            _add_marks(variant, work_marks(variant.facts, variant.measurements, other.facts,
+                       other.measurements, may_differ))  # fmt: skip
+    return ratios
 
 
 def _add_marks(variant: VariantResult, marks: Sequence[Mark]) -> None:

@@ -24,12 +24,15 @@ from training_framework.measure.compare.table import interval
 from training_framework.measure.tune.result import Trial, TuningResult
 from training_framework.measure.tune.search import (
     AS_PLANNED,
+    Candidate,
+    Dimension,
     candidate_name,
     candidate_settings,
     search,
 )
 from training_framework.measure.tune.space import tuning_space
 from training_framework.measure.tune.trials import TrialRunner, limited_worker
+from training_framework.plan import TrainPlan
 from training_framework.runs.directory import write_text_atomically
 from training_framework.train import plan_for
 
@@ -90,7 +93,7 @@ def tune(
     _check(base, output, evidence)
     planned = build_config(base)
     plan, hardware, facts = plan_for(planned)
-    dimensions = tuning_space(
+    space = tuning_space(
         planned, plan, hardware, facts, allow_batch_change=allow_batch_change, keep=keep
     )
     result = TuningResult(
@@ -103,63 +106,81 @@ def tune(
         budget_seconds=budget_seconds,
         memory_limit_bytes=memory_limit_bytes,
         settings=_plain(base),
-        dimensions={d.name: [name for name, _ in d.values] for d in dimensions},
+        dimensions={d.name: [name for name, _ in d.values] for d in space},
     )
+    winner = _search(
+        result, plan, base, space, evidence, open_worker=open_worker, clock=clock, stream=stream
+    )
+    if any(winner):
+        result.winner = candidate_settings(space, winner)
+        against_plan = _confirmation(result, base, rounds, allow_batch_change=allow_batch_change)
+        result.confirmation = _confirm(against_plan, command, open_worker, stream)
+        if accepts(result.confirmation, plan.total_steps):
+            result.chosen = result.winner
+    result.verdict = _verdict(result, candidate_name(space, winner))
+    result.complete = True
+    save_result(result, evidence)
+    _write_yaml(result, config, _plain(given), output)
+    return result
+
+
+def _search(
+    result: TuningResult,
+    plan: TrainPlan,
+    base: Mapping[str, Setting],
+    dimensions: Sequence[Dimension],
+    evidence: Path,
+    *,
+    open_worker: OpenWorker | None,
+    clock: Callable[[], float],
+    stream: TextIO | None,
+) -> Candidate:
+    """The fastest combination found; every trial is kept in `result` and in the evidence."""
 
     def keep_trials(trials: list[Trial]) -> None:
         result.trials = list(trials)
         save_result(result, evidence)
 
-    on_cpu = plan.device == "cpu"
+    on_cpu, memory_limit = plan.device == "cpu", result.memory_limit_bytes
     runner = TrialRunner(
         base=base,
         dimensions=dimensions,
         total_images=plan.total_steps * plan.images_per_step,
-        memory_limit_bytes=memory_limit_bytes,
+        memory_limit_bytes=memory_limit,
         # A GPU's memory is not the process's: there the peak is checked after the trial.
         open_worker=open_worker
-        or limited_worker(SECONDS_OF_A_TRIAL, (on_cpu and memory_limit_bytes) or 0),
+        or limited_worker(SECONDS_OF_A_TRIAL, (on_cpu and memory_limit) or 0),
         keep=keep_trials,
         quiet=QuietMachine(PATIENCE) if on_cpu and open_worker is None else None,
         stream=stream,
     )
-    started, budget = clock(), SEARCH_SHARE * (budget_seconds or math.inf)
+    started, budget = clock(), SEARCH_SHARE * (result.budget_seconds or math.inf)
     # Never empty: if the plan's own choice cannot run, the first trial raises.
     winner, *_ = search(
         dimensions,
         runner,
-        max_trials=max_trials,
+        max_trials=result.max_trials,
         time_share=lambda: (clock() - started) / budget,
     )
-    result.verdict = "The plan's own choices are the fastest: nothing to change."
-    if not any(trial.overrides for trial in result.trials):
-        result.verdict = (
-            "Nothing but the plan's own choices was tried: raise --trials or --budget-seconds."
-        )
-    if any(winner):
-        result.winner = candidate_settings(dimensions, winner)
-        seconds = CONFIRMATION_SECONDS
-        if budget_seconds is not None:
-            share = (1 - SEARCH_SHARE) * budget_seconds / (3 * rounds)
-            seconds = min(CONFIRMATION_SECONDS, max(0.5, share))
-        content = {
-            "name": "tune-confirmation",
-            "variants": [{"name": AS_PLANNED}, {"name": TUNED, "overrides": result.winner}],
-            "rounds": rounds,
-            "seconds": seconds,
-            "may_differ": ["images_per_step"] if allow_batch_change else [],
-        }
-        confirmation = _confirm(
-            make_experiment(content, base, source="tune"), command, open_worker, stream
-        )
-        result.confirmation = confirmation
-        accepted = accepts(confirmation, plan.total_steps)
-        result.chosen = result.winner if accepted else {}
-        result.verdict = _verdict(confirmation, candidate_name(dimensions, winner), accepted)
-    result.complete = True
-    save_result(result, evidence)
-    _write_yaml(result, config, _plain(given), output)
-    return result
+    return winner
+
+
+def _confirmation(
+    result: TuningResult, base: Mapping[str, Setting], rounds: int, *, allow_batch_change: bool
+) -> Experiment:
+    """The winner against the plan's own choices, within what is left of the time limit."""
+    seconds = CONFIRMATION_SECONDS
+    if result.budget_seconds is not None:
+        share = (1 - SEARCH_SHARE) * result.budget_seconds / (3 * rounds)
+        seconds = min(CONFIRMATION_SECONDS, max(0.5, share))
+    content = {
+        "name": "tune-confirmation",
+        "variants": [{"name": AS_PLANNED}, {"name": TUNED, "overrides": result.winner}],
+        "rounds": rounds,
+        "seconds": seconds,
+        "may_differ": ["images_per_step"] if allow_batch_change else [],
+    }
+    return make_experiment(content, base, source="tune")
 
 
 def _check(base: Mapping[str, Setting], output: Path, evidence: Path) -> None:
@@ -218,12 +239,16 @@ def accepts(confirmation: Result, total_steps: int) -> bool:
     return not any(compiles) or repaid is None or repaid <= total_steps
 
 
-def _verdict(confirmation: Result, name: str, accepted: bool) -> str:
-    """What the confirmation says about the winner, in one line."""
-    ratio = confirmation.ratio_of(TUNED)
+def _verdict(result: TuningResult, name: str) -> str:
+    """What the trials, or the confirmation of the winner, say: in one line."""
+    if result.confirmation is None:
+        if any(trial.overrides for trial in result.trials):
+            return "The plan's own choices are the fastest: nothing to change."
+        return "Nothing but the plan's own choices was tried: raise --trials or --budget-seconds."
+    ratio = result.confirmation.ratio_of(TUNED)
     if ratio is None:
         return f"The winner ({name}) could not be confirmed: the plan's own choices stay."
-    if accepted:
+    if result.chosen:
         return (
             f"{name}: {interval(ratio)} times as fast as planned, over {ratio.pairs} paired turns."
         )
