@@ -191,7 +191,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         DEBUG_FLAG,
         action="store_true",
-        help="show the traceback of an error; works with every command",
+        help="show the traceback of an error (any command)",
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(
@@ -229,8 +229,7 @@ def _add_plan(commands: Any) -> None:
 
 
 def _add_evaluate(commands: Any) -> None:
-    summary = "evaluate a checkpoint on the data of its run, or on other data (--data)"
-    parser = _command(commands, "evaluate", _evaluate, summary)
+    parser = _command(commands, "evaluate", _evaluate, "evaluate a checkpoint on its or other data")
     parser.add_argument("checkpoint", type=Path, help=".ckpt or weights.safetensors of a run")
     add_config_flags(
         parser,
