@@ -51,8 +51,10 @@ def _shape_in(state: Mapping[str, Any]) -> _EpochShape | None:
     """The shape of a checkpoint's run, if the checkpoint holds it."""
     batches = identity_of(state).get("batches an epoch")
     # The plan's: `tune` or a switch may have chosen another value than the settings asked for.
-    settings = {**(state["config"] or {}), **(state.get("plan") or {})}
-    accumulate = settings.get("accumulate_grad_batches", 1)
+    accumulate: Any = 1
+    for kept in (state["config"], state.get("plan")):  # the plan is checked later: it may be forged
+        if isinstance(kept, Mapping):
+            accumulate = kept.get("accumulate_grad_batches", accumulate)
     if type(batches) is not int or type(accumulate) is not int or min(batches, accumulate) < 1:
         return None
     return _EpochShape(batches, accumulate)
