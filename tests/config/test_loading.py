@@ -89,11 +89,11 @@ def test_every_shipped_file_is_valid(name):
         (
             "epochs: three",
             {},
-            r"mine.yaml: epochs: 'three' should be a valid integer or a valid number; epochs",
+            r"mine.yaml: epochs: 'three' should be a valid number; epochs",
         ),
         ("lr: fast", {}, r"mine.yaml: lr: 'fast' should be a valid number or 'auto'"),
         ("optimizer: sdg", {}, r"mine.yaml: optimizer: 'sdg' should be 'sgd'"),
-        ("epochs: 3", {"epochs": -1}, r"flags: epochs: -1 should be greater than or equal to 1"),
+        ("epochs: 3", {"epochs": -1}, r"flags: epochs: -1 should be greater than 0"),
         ("epochs: 3", {"warmup_epochs": 4}, r"mine.yaml, flags: warmup_epochs 4 is longer"),
         ("milestones: [x]", {}, r"mine.yaml: milestones: \['x'\] should be a valid number"),
     ],

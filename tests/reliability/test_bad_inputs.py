@@ -199,7 +199,7 @@ CONFIGURATIONS = [
     Bad(
         "text for a number in a file",
         "train --config mine.yaml",
-        r"mine\.yaml: epochs: 'three' should be a valid integer; epochs means: passes .*",
+        r"mine\.yaml: epochs: 'three' should be a valid number; epochs means: passes .*",
         files(mine="epochs: three\n"),
     ),
     Bad(
@@ -210,13 +210,13 @@ CONFIGURATIONS = [
     ),
     Bad(
         "a fraction for a whole number",
-        "train --epochs 1.5",
-        r"command line: epochs: 1\.5 should be a valid integer.*; .*",
+        "train --batch-size 1.5",
+        r"command line: batch_size: 1\.5 should be a valid integer.*; .*",
     ),
     Bad(
         "a number out of its range",
         "train --epochs 0",
-        r"command line: epochs: 0 should be greater than or equal to 1; .*",
+        r"command line: epochs: 0 should be greater than 0; .*",
     ),
     Bad(
         "not a number",
@@ -231,7 +231,7 @@ CONFIGURATIONS = [
     Bad(
         "a choice that there is not",
         "train --optimizer sdg",
-        r"command line: optimizer: 'sdg' should be 'sgd', 'adam' or 'adamw'; .*",
+        r"command line: optimizer: 'sdg' should be 'sgd', 'adam', 'adamw' or 'muon'; .*",
     ),
     Bad(
         "a model that there is not",
@@ -918,7 +918,7 @@ COMMANDS = [
     Bad(
         "a run of minus three epochs",
         "report r.json",
-        r"r\.json: plan\.epochs: .*greater than or equal to 0.*; name a file that .*",
+        r"r\.json: plan\.epochs: .*greater than 0.*; name a file that .*",
         file("r.json", run_result(plan={"steps_per_epoch": 2, "epochs": -3})),
     ),
     Bad(

@@ -37,7 +37,8 @@ NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 ImageSize = Annotated[int, Field(ge=8, le=4096)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Epochs = Annotated[
-    PositiveInt | Annotated[float, Field(gt=0, le=MAX_COUNT)],
+    float,
+    Field(gt=0, le=MAX_COUNT),
     AfterValidator(lambda epochs: int(epochs) if epochs == int(epochs) else epochs),
 ]
 

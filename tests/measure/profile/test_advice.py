@@ -122,7 +122,7 @@ def test_a_starving_run_is_told_what_its_plan_leaves_open(changes, next_step):
             {"cuda_graph": True, "compile": False},
             "set compile: true with compile_mode: default",
         ),
-        ({"cuda_graph": True, "compile": True}, "raise batch_size from 64"),
+        ({"cuda_graph": True, "compile": True}, "raise batch_size from 36"),
         # It cannot be recorded:
         (
             {"accumulate_grad_batches": 2, "compile": False},
@@ -138,11 +138,11 @@ def test_a_starving_run_is_told_what_its_plan_leaves_open(changes, next_step):
                 "accumulate_grad_batches": 2, "compile": False,
                 "machine": {"triton_fault": "Triton is not installed"},
             },
-            "raise batch_size from 64",
+            "raise batch_size from 36",
         ),
         (
             {"gpu": OLD_GPU, "cuda_graph": True, "compile": False},
-            "raise batch_size from 64",
+            "raise batch_size from 36",
         ),
     ],
 )  # fmt: skip

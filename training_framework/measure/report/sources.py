@@ -54,7 +54,7 @@ class RunPlan(_Part):
     """The part of a run's plan that places its steps in time."""
 
     steps_per_epoch: Annotated[Count, Field(ge=1)]
-    epochs: Count | Annotated[float, Field(gt=0, le=2**53)]
+    epochs: Annotated[float, Field(gt=0, le=2**53)]
 
 
 class RunRecord(_Part):
