@@ -169,7 +169,8 @@ def test_bf16_gives_what_a_plain_loop_in_bf16_gives():
 @pytest.mark.parametrize("settings", [{}, {"channels_last": True, "share_early_weights": True}])
 def test_weights_cast_together_give_the_bits_of_autocast(settings, monkeypatch):
     monkeypatch.setattr(sys.modules[__name__], "STEPS", 4)
-    settings = {**settings, "precision": "bf16-mixed", "synthetic_train_images": 32}
+    monkeypatch.setitem(BASE, "limit_train_images", 32)
+    settings = {**settings, "precision": "bf16-mixed"}
     losses, model = train(settings)
     together, same = train({**settings, "master_weights": True})
     assert torch.equal(together, losses)
