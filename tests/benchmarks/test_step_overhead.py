@@ -21,5 +21,5 @@ def test_a_step_costs_little_more_than_in_a_bare_loop(tmp_path, forks):
     assert len(turns) == result["rounds"] == 6
     # On a machine that is ten times as slow as usual, so is the framework.
     steps = result["steps_per_turn"]
-    assert 0 < (framework - bare) / steps < max(400e-6, 0.3 * bare / steps)
+    assert 0 < (framework - bare) / steps < max(400e-6, 0.6 * bare / steps)
     assert str(tmp_path) not in path.read_text()
