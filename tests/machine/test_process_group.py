@@ -28,6 +28,7 @@ class FakeNccl:
         group = SimpleNamespace(abort=lambda: self.events.append("abort"))
         for owner, name, value in (
             (torch.cuda, "set_device", lambda device: None),
+            (dist, "is_backend_available", lambda _: True),
             (dist, "init_process_group", lambda *_, **__: self.events.append("init")),
             (dist, "destroy_process_group", lambda: self.events.append("destroy")),
             (dist, "group", SimpleNamespace(WORLD=group)),
