@@ -6,6 +6,7 @@ Only Python's own library is used here, since nothing else is there yet.
 import os
 import platform
 import re
+import site as python_site
 import sys
 import zipfile
 from pathlib import Path
@@ -76,6 +77,8 @@ def environment_for(site: Path, root: Path, scratch: Path) -> dict[str, str]:
         "PYTHONUNBUFFERED": "1",
         "KINETO_LOG_LEVEL": "6",
         "HOME": str(scratch),
+        # Packages that pip has installed for this user alone, PyTorch perhaps, are in its home.
+        "PYTHONUSERBASE": python_site.getuserbase(),
         "TMPDIR": str(temporary),
         "XDG_CACHE_HOME": str(caches),
         "MPLCONFIGDIR": str(caches / "matplotlib"),

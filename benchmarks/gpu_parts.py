@@ -109,7 +109,7 @@ def _works(options: Options) -> tuple[Task, ...]:
             name="plan-resnet18",
             proves="what the plan chooses on this machine for ResNet-18 at 32 px, and why",
             command=(*FRAMEWORK, "plan", *common, "--img-size", "32", *small),
-            minutes=1,
+            minutes=2,  # it is the first to read PyTorch from the disk
         ),
         Task(
             name="plan-resnet50",

@@ -26,7 +26,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+import zipfile
+import zlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +88,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("give --output DIR")
     if not all(1 <= number <= len(chosen) for number in numbers):
         parser.error(f"--part: the parts are 1 to {len(chosen)}")
+    names = {task.name for number in numbers for task in chosen[number - 1].tasks}
+    if unknown := sorted(set(options.only or ()) - names):
+        parser.error(f"--only: these parts have no task {', '.join(unknown)}; see --list")
+    if options.cifar10 and not (options.cifar10 / "cifar-10-batches-py").is_dir():
+        parser.error(f"--cifar10: {options.cifar10} has no folder cifar-10-batches-py")
+    try:
+        return run_parts(options, {number: chosen[number - 1] for number in numbers})
+    except OSError as error:  # no place for the results, or no more
+        print(f"error: {error}; free space, or choose another --output", file=sys.stderr)
+    except (zipfile.BadZipFile, zlib.error) as error:
+        print(f"error: a file in {options.wheels} is damaged: {error}", file=sys.stderr)
+    return 2
+
+
+def run_parts(options: argparse.Namespace, chosen: Mapping[int, Part]) -> int:
+    """Run the parts by their numbers; returns the exit status."""
     suite = Suite(options.output.resolve(), options.wheels, data=options.cifar10)
     suite.note(commit=options.commit, accelerator=options.accelerator, small=options.small)
     missing = suite.missing_packages()
@@ -97,12 +115,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         return 2
     done = True
-    for number in numbers:
-        part = chosen[number - 1]
+    for number, part in chosen.items():
         wanted = [task for task in part.tasks if options.only is None or task.name in options.only]
         if wanted:
-            part = Part(title=part.title, tasks=tuple(wanted))
-            done = suite.run(number, part, options.minutes) and done
+            wanted_part = Part(title=part.title, tasks=tuple(wanted))
+            done = suite.run(number, wanted_part, options.minutes) and done
     return int(not done)
 
 
@@ -139,11 +156,24 @@ class Suite:
         self._file = folder / "ledger.json"
         self._ledger: dict[str, Any] = {"tasks": {}}
         if self._file.exists():
-            self._ledger = json.loads(self._file.read_text(encoding="utf-8"))
+            self._ledger = self._kept_ledger()
         if data is not None:
             link = self._scratch / "cifar10"
             link.unlink(missing_ok=True)
             link.symlink_to(data.resolve())
+
+    def _kept_ledger(self) -> dict[str, Any]:
+        """The ledger of earlier parts; one that cannot be read is set aside."""
+        try:
+            kept = json.loads(self._file.read_text(encoding="utf-8"))
+            if isinstance(kept, dict) and isinstance(kept["tasks"], dict):
+                return kept
+        except (KeyError, ValueError):
+            pass
+        aside = _unused(self._file)
+        self._file.rename(aside)
+        print(f"note: {self._file} is no ledger; it is {aside.name} now, and all tasks run again")
+        return {"tasks": {}}
 
     def note(self, *, accelerator: str, **facts: Any) -> None:
         """Keep facts about this run of the suite in the ledger."""

@@ -1,10 +1,13 @@
 """The suite for a lent GPU: its commands, its limits, and a machine that has almost nothing."""
 
 import argparse
+import contextlib
 import importlib
 import importlib.metadata
 import json
+import os
 import re
+import subprocess
 import sys
 import tomllib
 from pathlib import Path
@@ -168,6 +171,49 @@ def test_a_part_that_has_no_time_left_says_so(suite, tmp_path):
     part = gpu_parts.Part(title="", tasks=(script_task(tmp_path, "late", "pass"),))
     assert suite().run(1, part, 0.0) is False
     assert ledger(tmp_path)["late"]["status"] == "no time left"
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--output", "file"), "file/logs"),
+        (("--output", "out", "--only", "gpu-32px"), "no task gpu-32px"),
+        (("--output", "out", "--cifar10", "nowhere"), "nowhere has no folder cifar-10-batches-py"),
+        (("--output", "out", "--wheels", "."), "is damaged"),
+    ],
+)
+def test_what_cannot_work_is_one_line_at_once(flags, said, in_tmp_path, capsys):
+    Path("file").write_text("")
+    Path("tqdm-4.0-py3-none-any.whl").write_bytes(b"half a whe")
+    with contextlib.suppress(SystemExit):
+        assert gpu_suite.main([*flags, "--part", "1"]) == 2
+    *usage, error = capsys.readouterr().err.splitlines()
+    assert said in error
+    assert not any("Traceback" in line for line in usage)
+
+
+@pytest.mark.parametrize("text", ['{"tasks": {"pl', "[]", "{}"])
+def test_a_ledger_that_cannot_be_read_is_set_aside(text, suite, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "ledger.json").write_text(text)
+    part = gpu_parts.Part(title="", tasks=(script_task(tmp_path, "works", "pass"),))
+    assert suite().run(1, part, 1.0)
+    assert ledger(tmp_path)["works"]["status"] == "done"
+    assert (tmp_path / "out" / "ledger.old-1").read_text() == text
+    assert "ledger.old-1" in capsys.readouterr().out
+
+
+def test_packages_in_the_users_home_are_found_from_another_home(tmp_path, monkeypatch):
+    monkeypatch.delenv("PYTHONUSERBASE", raising=False)
+    program = "import site; print(site.getuserbase())"
+    (base,) = {
+        subprocess.check_output([sys.executable, "-c", program], env=environment, text=True)
+        for environment in (
+            dict(os.environ),
+            bare_machine.environment_for(tmp_path, tmp_path, tmp_path / "scratch"),
+        )
+    }
+    assert base.strip()
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import torch
 
 from training_framework.checkpoint import CheckpointKeeper, load_checkpoint, load_newest
 from training_framework.checkpoint import keeper as keeper_module
+from training_framework.checkpoint.flat_state import FlatState
 from training_framework.errors import UserError
 from training_framework.faults import fault_injector
 
@@ -230,6 +231,24 @@ def test_where_memory_is_short_the_state_itself_is_written(tmp_path, monkeypatch
     keep(tmp_path, [None], count=0)
     assert gate.threads == [threading.current_thread().name]
     assert names_in(tmp_path) == ["last.ckpt"]
+
+
+def test_where_no_memory_can_be_pinned_the_state_itself_is_written(tmp_path, monkeypatch):
+    gate = Gate(monkeypatch)
+    gate.opened.set()
+    monkeypatch.setattr(
+        FlatState, "copied", failing_with(RuntimeError("CUDA error: out of memory"))
+    )
+    keep(tmp_path, [None], count=0)
+    assert gate.threads == [threading.current_thread().name]
+    assert names_in(tmp_path) == ["last.ckpt"]
+
+
+def failing_with(error):
+    def fail(*_):
+        raise error
+
+    return fail
 
 
 def wait_until_idle(keeper: CheckpointKeeper) -> None:

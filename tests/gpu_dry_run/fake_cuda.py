@@ -104,6 +104,7 @@ def _streams_and_graphs(device: Device) -> dict[str, Any]:
         "Event": lambda *a, **k: Event(device),
         "CUDAGraph": lambda: Graph(device),
         "graph": graph,
+        "graph_pool_handle": lambda: (0, 1),
         "is_current_stream_capturing": lambda: device.capturing is not None,
         "synchronize": lambda d=None: device.wait("synchronize"),
     }

@@ -57,6 +57,7 @@ def fake_processes(world_size: int) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.dict(os.environ, zip(names, values, strict=True)))
         for owner, name, replacement in (
+            (dist, "is_backend_available", lambda _: True),
             (dist, "init_process_group", init),
             (dist, "is_backend_available", lambda backend: backend == "nccl"),
             (dist, "all_gather_object", gather),

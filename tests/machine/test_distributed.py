@@ -259,6 +259,43 @@ def group_of_one(monkeypatch):
     monkeypatch.setattr(Processes, "from_environment", lambda: processes)
 
 
+WHOLE = {
+    "RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1",
+    "MASTER_ADDR": "a", "MASTER_PORT": "29500",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changed", "fault"),
+    [
+        ({"RANK": "x"}, "RANK is 'x'"),
+        ({"RANK": "2"}, "RANK is 2, and WORLD_SIZE is 2"),
+        ({"WORLD_SIZE": "0", "RANK": "0"}, "RANK is 0, and WORLD_SIZE is 0"),
+        ({"LOCAL_RANK": "1"}, "LOCAL_RANK is 1, and LOCAL_WORLD_SIZE is 1"),
+        ({"LOCAL_WORLD_SIZE": ""}, "LOCAL_WORLD_SIZE is ''"),
+        ({"MASTER_PORT": "abc"}, "MASTER_PORT is 'abc'"),
+        ({"MASTER_PORT": None}, "MASTER_PORT is ''"),
+        ({"MASTER_ADDR": None}, "WORLD_SIZE is 2, but MASTER_ADDR is not set"),
+    ],
+)
+def test_an_environment_that_torchrun_never_makes_is_an_error(changed, fault, monkeypatch):
+    for name in (*WHOLE, "TORCHELASTIC_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {**WHOLE, **changed}.items():
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=fault) as caught:
+        Processes.from_environment()
+    assert "torchrun" in caught.value.cure
+
+
+def test_one_process_needs_no_variable_but_a_local_rank_alone_changes_nothing(monkeypatch):
+    for name in (*WHOLE, "TORCHELASTIC_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert Processes.from_environment() == Processes()
+
+
 def gloo_threads() -> int:
     names = [task.joinpath("comm").read_text() for task in Path("/proc/self/task").iterdir()]
     return sum(name.startswith("pt_gloo") for name in names)

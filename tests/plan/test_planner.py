@@ -284,6 +284,12 @@ def test_compiling_waits_for_a_gpu_and_a_long_run():
     made = plan(with_gpus(NEW_GPU), epochs=13, cuda_graph=False)
     assert made.compile
     assert made.compile_mode == "reduce-overhead"
+    radeon = dataclasses.replace(NEW_GPU, architecture="gfx942")
+    for hardware, processes in ((with_gpus(radeon), 1), (with_gpus(NEW_GPU, NEW_GPU), 2)):
+        careful = plan(
+            hardware, world_size=processes, local_world_size=processes, batch_size=64, epochs=200
+        )
+        assert careful.compile and careful.compile_mode == "default"
     assert reason(made, "compile") == "10,153 steps are enough to repay compiling (estimate)"
     recorded = dataclasses.replace(NEW_GPU, capability=(9, 0))
     assert not plan(with_gpus(recorded), epochs=13).compile

@@ -1085,7 +1085,7 @@ def test_processes_that_cannot_share_the_work_are_told(
     world_size: str,
     says: str,
 ) -> None:
-    variables = {"RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost"}
+    variables = {"RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
     for name, value in {**variables, "WORLD_SIZE": world_size}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", world_size)

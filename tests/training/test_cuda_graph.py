@@ -1,6 +1,8 @@
 """Recorded steps. Where there is no CUDA GPU, what was recorded is run again by Python instead,
 which shows everything but the recording: the inputs, gradients and rates that a replay sees."""
 
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -181,6 +183,50 @@ def test_a_small_batch_after_the_warm_up_is_not_what_is_recorded(device):
         train(step, device, batches)
     check_equal(ours, reference)
     assert len(ours._inputs[0]) == len(batches[0][0])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_only_a_shape_that_has_run_before_is_recorded(device):
+    """cuDNN times its kernels for a new shape, which a recording does not allow."""
+    step = steps_of(device, CudaGraphStep)
+    train(step, device, [batch(number, size=3) for number in range(WARM_UP_STEPS)])
+    train(step, device, [batch(number) for number in range(WARM_UP_STEPS)])
+    assert not step._replays
+    train(step, device, [batch(9)])
+    assert step._replays
+
+
+def test_a_step_that_does_not_fit_gives_back_the_memory_of_its_recording():
+    step = steps_of("cpu", CudaGraphStep)
+    graphs = []
+
+    class Graph:
+        def __init__(self, work):
+            self.replay = work
+            graphs.append(weakref.ref(self))
+
+        def __call__(self):
+            self.replay()
+
+    step._record = Graph
+    train(step, "cpu", [batch(number) for number in range(WARM_UP_STEPS + 1)])
+    assert len(graphs) == 2 and all(graph() for graph in graphs)
+    start = StepStart(step, torch.device("cpu"))
+    start.keep()
+    step.accumulate(*batch(30))
+    start.restore()
+    assert not any(graph() for graph in graphs)
+    assert all(parameter.grad is None for parameter in step.model.parameters())
+
+
+def test_a_recording_is_made_anew_for_the_tensors_of_a_loaded_state():
+    step = steps_of("cpu", CudaGraphStep)
+    recorded = []
+    step._record = lambda work: recorded.append(work) or work
+    train(step, "cpu", [batch(number) for number in range(WARM_UP_STEPS + 1)])
+    step.load_state_dict(step.state_dict())
+    train(step, "cpu", [batch(9)])
+    assert len(recorded) == 4
 
 
 EVERY_AUGMENTATION = {

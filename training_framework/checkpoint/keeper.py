@@ -104,15 +104,24 @@ class CheckpointKeeper:
         flat = FlatState.of({**state, **self._more_state()})
         save = Save(flat, state["progress"]["step"], epoch, val_acc1)
         self._saved_at = time.monotonic()
-        if psutil.virtual_memory().available < 2 * flat.tensor_bytes:
+        copied = self._copied(save)
+        if copied is None:
             self.wait()
             self._write(save)
             return
-        copied = save._replace(state=flat.copied())
         try:
             self._background.add(copied)
         except RuntimeError:  # no memory for its stack, or no more threads (ulimit -u)
             self._write(copied)
+
+    def _copied(self, save: Save) -> Save | None:
+        """The save with a copy of its state; None where memory is too small for that."""
+        if psutil.virtual_memory().available < 2 * save.state.tensor_bytes:
+            return None
+        try:
+            return save._replace(state=save.state.copied())
+        except RuntimeError:  # pinned memory can run out, or be limited, while there is other
+            return None
 
     def wait(self) -> None:
         """Wait until the latest save is on the disk.

@@ -62,7 +62,7 @@ class Processes:
         """Read from torchrun's environment variables; a single process without them.
 
         Raises:
-            UserError: A variable has an invalid value.
+            UserError: A variable is missing or has an invalid value.
         """
         names = {
             "rank": "RANK",
@@ -71,21 +71,41 @@ class Processes:
             "local_world_size": "LOCAL_WORLD_SIZE",
         }
         if "TORCHELASTIC_RUN_ID" not in os.environ and "MASTER_ADDR" not in os.environ:
+            _check_alone()
             return cls()
-        values = {}
-        for field, variable in names.items():
-            text = os.environ.get(variable, "")
-            if not text.isdecimal():
+        values = {field: _number_from_environment(name) for field, name in names.items()}
+        for place, count in (("rank", "world_size"), ("local_rank", "local_world_size")):
+            if values[place] >= values[count]:
                 raise UserError(
-                    f"environment variable {variable} is {text!r}", "start the run with torchrun"
+                    f"environment variable {names[place]} is {values[place]}, and "
+                    f"{names[count]} is {values[count]}; ranks count from 0",
+                    "start the run with torchrun",
                 )
-            values[field] = int(text)
+        if values["world_size"] > 1:
+            _number_from_environment("MASTER_PORT")
         return cls(**values)
 
     @property
     def is_first(self) -> bool:
         """Whether this is rank 0, which logs and saves."""
         return self.rank == 0
+
+
+def _number_from_environment(name: str) -> int:
+    text = os.environ.get(name, "")
+    if not text.isdecimal():
+        raise UserError(f"environment variable {name} is {text!r}", "start the run with torchrun")
+    return int(text)
+
+
+def _check_alone() -> None:
+    """Several processes that do not know of each other would write into the same run."""
+    count = os.environ.get("WORLD_SIZE", "")
+    if count.isdecimal() and int(count) > 1:
+        raise UserError(
+            f"environment variable WORLD_SIZE is {count}, but MASTER_ADDR is not set",
+            "start the run with torchrun, or unset WORLD_SIZE to train with one process",
+        )
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """Make two runs with the same seed equal."""
 
+import os
 import random
 from typing import Any
 
@@ -64,7 +65,11 @@ def use_deterministic_algorithms(device_type: str) -> None:
     """Make PyTorch refuse algorithms whose results vary from run to run.
 
     On a CPU, the algorithms in use are deterministic for a fixed number of threads. cuDNN's
-    benchmark mode chooses kernels by their speed, which varies, so it is turned off.
+    benchmark mode chooses kernels by their speed, which varies, so it is turned off. On a CUDA GPU,
+    call it before the first product of matrices: cuBLAS needs workspaces of its own for each
+    stream, and without them PyTorch refuses every linear layer.
     """
+    if device_type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=device_type == "mps")
     torch.backends.cudnn.benchmark = False

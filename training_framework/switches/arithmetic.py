@@ -162,9 +162,19 @@ CUDA_GRAPH = Switch(
 
 
 def _compile_mode(situation: Situation) -> Decision:
-    recorded_by_us = situation.chosen["cuda_graph"]
-    default = "reduce-overhead" if situation.on_cuda and not recorded_by_us else "default"
+    # reduce-overhead records too, so it is left out where a recording is not proven.
+    records = (
+        situation.on_cuda
+        and not situation.chosen["cuda_graph"]
+        and not _recording_is_new_to(situation)
+    )
+    default = "reduce-overhead" if records else "default"
     return Decision(situation.config.compile_mode or default)
+
+
+def _recording_is_new_to(situation: Situation) -> bool:
+    """Whether nobody has tried recordings here: on ROCm, and beside several processes."""
+    return situation.world_size > 1 or bool(situation.accelerators[0].architecture)
 
 
 COMPILE_MODE = Switch(

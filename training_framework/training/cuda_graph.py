@@ -6,6 +6,7 @@ CUDA semantics).
 """
 
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -26,6 +27,7 @@ __all__ = ["CudaGraphStep"]
 WARM_UP_STEPS = 3
 
 _Inputs = Sequence[Tensor | None]
+_Kinds = tuple[tuple[torch.Size, torch.dtype] | None, ...]
 
 
 class CudaGraphStep(TrainStep):
@@ -36,9 +38,9 @@ class CudaGraphStep(TrainStep):
     batch with its draws, the learning rate and the average's decay.
 
     The first steps run normally, on a side stream. Then the step is recorded, with a batch as large
-    as any so far. Some batches still run normally in between: those of another shape, those divided
-    to save memory, and those of a group of several. The numbers are those of kernels launched one
-    by one, with the learning rate rounded to fp32.
+    as any so far, of a shape that has run normally before. Some batches still run normally in
+    between: those of another shape, those divided to save memory, and those of a group of several.
+    The numbers are those of kernels launched one by one, with the learning rate rounded to fp32.
 
     Args:
         *arguments: As for `TrainStep`, whose compile_mode must leave graphs to this class, and
@@ -62,6 +64,8 @@ class CudaGraphStep(TrainStep):
         self._is_required = is_required
         self._report: Callable[[str], None] = _warn
         self._steps_made = 0
+        self._kinds: _Kinds | None = None  # of the present step, if it computes its batch at once
+        self._steps_of: Counter[_Kinds] = Counter()
         self._largest_batch = 0
         self._drawn: tuple[TrainTransform, DrawnBatch] | None = None
         self._transform: TrainTransform | None = None
@@ -100,11 +104,11 @@ class CudaGraphStep(TrainStep):
         """Add one batch's gradient to the step's; see `TrainStep`."""
         transform, inputs = self._taken(images, labels, mixed)
         self._largest_batch = max(self._largest_batch, len(labels))
+        at_once = self.micro_batch_size is None or len(labels) <= self.micro_batch_size
+        self._kinds = _kinds(inputs) if at_once and group_size == 1 else None
         self._replays = (
             self._record is not None
-            and self._steps_made >= WARM_UP_STEPS
-            and group_size == 1
-            and (self.micro_batch_size is None or len(labels) <= self.micro_batch_size)
+            and self._kinds is not None
             and self._fits(transform, inputs)
             and (self._replay_update is not None or self._record_step(transform, inputs))
         )
@@ -130,6 +134,8 @@ class CudaGraphStep(TrainStep):
             with self._warming_up():
                 norm = super().update(lr, step=step, measure_grad_norm=measure_grad_norm)
             self._steps_made += 1
+            if self._kinds is not None:
+                self._steps_of[self._kinds] += 1
             self._give_back_gradients()
             return norm
         norm = None
@@ -150,7 +156,12 @@ class CudaGraphStep(TrainStep):
     def discard(self) -> None:
         """Forget what `accumulate` gathered; see `TrainStep`."""
         super().discard()
-        self._give_back_gradients()
+        self._forget_recording()  # memory is short, and only whole batches are replayed
+
+    def load_state_dict(self, state: dict[str, Any], *, with_sums: bool = True) -> None:
+        """Restore what `state_dict` returned; see `TrainState`."""
+        self._forget_recording()  # it reads and writes the optimizer's tensors of before
+        super().load_state_dict(state, with_sums=with_sums)
 
     def _taken(
         self, images: Tensor, labels: Tensor, mixed: tuple[Tensor, Tensor] | None
@@ -165,9 +176,11 @@ class CudaGraphStep(TrainStep):
         """Whether the batch is like the recorded one, or may be the one to record."""
         if self._inputs:
             return transform is self._transform and _kinds(inputs) == _kinds(self._inputs)
-        # The last batch of an epoch, which may be small, is not the one to record.
+        # The last batch of an epoch, which may be small, is not the one to record. And where a
+        # shape is new, cuDNN times its kernels, which cannot be recorded.
         images = inputs[0]
-        return images is not None and len(images) == self._largest_batch
+        is_warm = self._steps_of[_kinds(inputs)] >= WARM_UP_STEPS
+        return is_warm and images is not None and len(images) == self._largest_batch
 
     @contextmanager
     def _warming_up(self) -> Iterator[None]:
@@ -208,11 +221,16 @@ class CudaGraphStep(TrainStep):
             if self._is_required:
                 raise UserError(fault, "set cuda_graph to false") from error
         # Outside the handler, so that no traceback keeps the recording's memory alive.
-        self._record = self._replay_backward = self._replay_update = None
-        self._inputs, self._gradients, self._recorded_norm = (), [], None
-        self.optimizer.zero_grad(set_to_none=True)
+        self._record = None
+        self._forget_recording()
         self._report(f"note: {fault}; it runs without")
         return False
+
+    def _forget_recording(self) -> None:
+        self._replay_backward = self._replay_update = None
+        self._inputs, self._gradients = (), []
+        self._loss = self._recorded_norm = None
+        self.optimizer.zero_grad(set_to_none=True)
 
     def _record_backward(self, transform: TrainTransform | None, inputs: _Inputs) -> None:
         self._transform = transform
@@ -280,8 +298,8 @@ def _present(inputs: _Inputs) -> list[Tensor]:
     return [tensor for tensor in inputs if tensor is not None]
 
 
-def _kinds(inputs: _Inputs) -> list[tuple[torch.Size, torch.dtype] | None]:
-    return [None if tensor is None else (tensor.shape, tensor.dtype) for tensor in inputs]
+def _kinds(inputs: _Inputs) -> _Kinds:
+    return tuple(None if tensor is None else (tensor.shape, tensor.dtype) for tensor in inputs)
 
 
 def _warn(line: str) -> None:

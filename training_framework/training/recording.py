@@ -1,6 +1,8 @@
 """Record work as a CUDA graph, and say why that failed."""
 
 from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
 
 import torch
 
@@ -13,10 +15,13 @@ Record = Callable[[Callable[[], None]], Callable[[], None]]
 
 
 class CudaRecord:
-    """Records CUDA graphs that share memory, since they are always replayed in the same order."""
+    """Records CUDA graphs that share memory, since they are always replayed in the same order.
+
+    A graph and its memory live as long as the function that replays it.
+    """
 
     def __init__(self) -> None:
-        self._graphs: list[torch.cuda.CUDAGraph] = []
+        self._pool: Any = None
 
     def __call__(self, work: Callable[[], None]) -> Callable[[], None]:
         """Record the work. Waits for the device.
@@ -26,16 +31,32 @@ class CudaRecord:
                 of it has run.
         """
         graph = torch.cuda.CUDAGraph()
-        pool = self._graphs[0].pool() if self._graphs else None
-        with (
-            # If the recording fails, torch.cuda.graph leaves its own stream as the current one.
-            torch.cuda.stream(torch.cuda.current_stream()),
-            # Other threads may meanwhile pin memory for the loader or copy a checkpoint.
-            torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"),
-        ):
-            work()
-        self._graphs.append(graph)
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        try:
+            with (
+                # If the recording fails, torch.cuda.graph leaves its own stream as the current one.
+                torch.cuda.stream(torch.cuda.current_stream()),
+                # Other threads may meanwhile pin memory for the loader or copy a checkpoint.
+                torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"),
+            ):
+                work()
+        except BaseException:
+            _end_allocation(self._pool)
+            raise
         return graph.replay
+
+
+def _end_allocation(pool: Any) -> None:
+    """Tell PyTorch's allocator that a recording into `pool` has ended.
+
+    Where the device reports that a recording is not valid, some versions of PyTorch (2.11 among
+    them) forget to. The allocator then takes all that follows for recorded: it never frees memory
+    that two streams have used, such as the loader's batches, and torch.cuda.empty_cache fails an
+    assertion (PyTorch's pull request 180395).
+    """
+    with suppress(RuntimeError):  # this PyTorch has done it
+        torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
 
 
 def root_cause(error: BaseException) -> BaseException:
