@@ -238,13 +238,13 @@ def _num_classes(config: TrainConfig, facts: DatasetFacts) -> int:
 def _evaluation_size(config: TrainConfig, facts: DatasetFacts) -> int:
     if config.eval_img_size is not None and facts.storage == "loader":
         raise UserError(
-            "eval_img_size is for data sets, and your own loader makes its images",
+            "eval_img_size is for data sets, but your own loader sets the size of its images",
             "remove eval_img_size",
         )
     return config.eval_img_size or facts.image_size
 
 
-def _rates(config: TrainConfig, images_per_step: int, choices: Choices) -> dict[str, float]:
+def _rates(config: TrainConfig, images_per_step: int, choices: Choices) -> dict[str, Any]:
     trained_images = images_per_step * (config.train_on_hardest or 1)
     return {
         "lr": _learning_rate(config, trained_images, choices),
@@ -265,8 +265,8 @@ def _learning_rate(config: TrainConfig, images_per_step: float, choices: Choices
 
 def _muon_rate(config: TrainConfig) -> tuple[float, str]:
     if config.muon_normalize:
-        return MUON_LEARNING_RATE, "of weights that are normalized, as in airbench94_muon"
-    return UNNORMALIZED_MUON_LEARNING_RATE, "muon's usual one"
+        return MUON_LEARNING_RATE, "for normalized weights, as in airbench94_muon"
+    return UNNORMALIZED_MUON_LEARNING_RATE, "muon's usual rate"
 
 
 def _muon_rest_lr(config: TrainConfig, images_per_step: float, choices: Choices) -> float:
@@ -283,7 +283,7 @@ def _usual_rate(optimizer: str, images_per_step: float) -> tuple[float, str]:
         lr = LEARNING_RATE_PER_64_IMAGES * images_per_step / 64
         return lr, f"{LEARNING_RATE_PER_64_IMAGES} for every 64 images of a step"
     lr = 1e-3 * math.sqrt(images_per_step / 256)
-    return lr, "0.001 at 256 images a step, with the root of the batch"
+    return lr, "0.001 at 256 images a step, times the square root of the batch's growth"
 
 
 def _uses_sgd(config: TrainConfig) -> bool:
