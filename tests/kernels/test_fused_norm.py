@@ -215,3 +215,17 @@ def test_a_compiled_network_runs_it_too():
     gradient = torch.autograd.grad(compiled(norm, images).square().sum(), norm.weight)
     torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-4)
     assert norm.num_batches_tracked == 2
+
+
+@pytest.mark.parametrize("activation", ["gelu", "silu"])
+@pytest.mark.parametrize("huge", [1e2, 1e4, 1e18, 2e37])
+def test_huge_sums_have_the_slopes_of_zero_and_one(activation, huge):
+    """Where e^x leaves fp32, what is left of it times a huge number is no longer small."""
+    images, _, upstream, norm = case(2, 16, 4, 4)
+    shortcut = torch.full_like(images, huge) * torch.randn(images.shape).sign()
+    ours = gradients(turned(norm, FusedBatchNorm2d), images, shortcut, upstream, activation)
+    theirs = gradients(norm, images, shortcut, upstream, activation)
+    assert torch.allclose(ours[0], theirs[0], rtol=1e-6)
+    assert torch.allclose(ours[2], theirs[2], rtol=1e-6)
+    slope = (shortcut > 0).float()
+    assert torch.allclose(ours[2], upstream * slope, atol=1e-6)

@@ -90,6 +90,7 @@ from training_framework.machine import distributed
 distributed.ABORT_SECONDS = 1
 dist.is_backend_available = lambda backend: True
 torch.cuda.set_device = dist.init_process_group = lambda *_, **__: None
+dist.is_backend_available = lambda backend: True
 dist.group = SimpleNamespace(WORLD=SimpleNamespace(abort=lambda: time.sleep(60)))
 processes = distributed.Processes(world_size=2, local_world_size=2)
 try:
@@ -113,7 +114,7 @@ def test_an_abort_that_hangs_does_not_keep_the_process():
 def test_a_process_that_is_in_a_group_already_is_told(monkeypatch):
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     with (
-        pytest.raises(UserError, match="in a process group already: the script formed one"),
+        pytest.raises(UserError, match="already in a process group: the script formed one"),
         process_group(TWO, torch.device("cpu")),
     ):
         pass

@@ -124,7 +124,7 @@ def test_processes_are_connected_by_what_carries_their_tensors():
     mac = dataclasses.replace(BY_NAME["Apple M3 Max"], processes=2)
     with pytest.raises(
         UserError,
-        match=r"2 processes were started, and PyTorch cannot connect those on mps; start one "
+        match=r"2 processes were started, but PyTorch cannot connect them on mps; start one "
         "process, without torchrun, or set accelerator to cpu",
     ):
         machines.plan_of(mac, CIFAR)

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from safetensors.torch import load_file
 
 from training_framework.checkpoint import load_checkpoint, save_checkpoint
 from training_framework.config import TrainConfig
+from training_framework.config.loading import config_to_dict
 from training_framework.config.schema import TRAJECTORY_FREE_KEYS
 from training_framework.data.facts import DatasetFacts
 from training_framework.errors import UserError
@@ -20,7 +22,7 @@ from training_framework.machine.hardware import Hardware, detect_hardware
 from training_framework.plan import PlannedRun, TrainPlan, make_plan, planned_run, resumed_plan
 from training_framework.plan.planned_run import UserLoaders
 from training_framework.plan.resumption import FREE_FIELDS
-from training_framework.runs.start import Start
+from training_framework.runs.start import Start, changed_settings
 from training_framework.train import main
 from training_framework.training import resuming
 
@@ -137,6 +139,37 @@ def test_another_measured_speed_changes_no_products():
     then, fresh = plan_on(), plan_on(slower)
     assert (then.bf16_products, fresh.bf16_products) == (True, False)
     assert resumed(then, fresh, slower)[0].bf16_products
+
+
+def test_a_plan_from_before_bf16_products_gets_none():
+    older = plan_on(dataclasses.replace(CPU, bf16_speed=1.09)).as_dict()
+    assert older["winograd_convolutions"] and plan_on().bf16_products
+    del older["bf16_products"]
+    plan, _ = resumed_plan(plan_on(), older, CPU, changed=(), where="last.ckpt")
+    assert not plan.bf16_products
+
+
+def started(config: dict[str, Any], **settings: Any) -> list[str]:
+    """The settings that count as changed where a run with `config` is resumed."""
+    state = {"config": config, "plan": plan_on(cuda_graph=False).as_dict()}
+    now = TrainConfig(**settings)
+    planned: Any = SimpleNamespace(plan=plan_on(**settings), settings=config_to_dict(now))
+    return changed_settings(Start(state=state, checkpoint=Path("last.ckpt")), planned)
+
+
+def test_a_setting_that_is_left_to_the_plan_now_is_not_changed():
+    """Not even where the default was another one in the version that wrote the checkpoint."""
+    then = config_to_dict(TrainConfig(cuda_graph=False))
+    assert started(then) == []
+    assert started(then, cuda_graph=True) == ["cuda_graph"]
+    assert started(then, allow_config_change=True) == ["cuda_graph"]
+
+
+def test_a_setting_that_the_older_version_lacked_is_changed_unless_it_has_its_default():
+    then = config_to_dict(TrainConfig())
+    del then["lookahead_steps"]
+    assert started(then) == []
+    assert started(then, lookahead_steps=5) == ["lookahead_steps"]
 
 
 def test_without_a_compiler_kernels_are_refused_with_the_cure_or_given_up_with_leave():

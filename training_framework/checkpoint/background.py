@@ -10,7 +10,7 @@ __all__ = ["BackgroundSaves", "Save", "still_needed"]
 
 # Each one that waits is a copy of the whole state in memory. With one best checkpoint to keep, no
 # more than two ever wait: the best and the newest.
-MOST_WAITING = 2
+MAX_WAITING = 2
 
 
 class Save(NamedTuple):
@@ -77,7 +77,7 @@ class BackgroundSaves:
         """
         with self._changed:
             self._waiting = still_needed(self._waiting, val_acc1, keep=self._keep)
-            self._changed.wait_for(lambda: len(self._waiting) < MOST_WAITING)
+            self._changed.wait_for(lambda: len(self._waiting) < MAX_WAITING)
         self._raise_error()
 
     def add(self, save: Save) -> None:

@@ -104,7 +104,7 @@ class TrainConfig(BaseModel):
     rand_augment_magnitude: Annotated[int, Field(ge=0, le=30)] = _setting("data", 9, "for auto_augment rand: strength of its operations, 0 to 30")
     mixup: NonNegativeFloat = _setting("data", 0.0, "alpha of mixup; 0: off")
     cutmix: NonNegativeFloat = _setting("data", 0.0, "alpha of cutmix; 0: off; with mixup too, each step draws one of them")
-    on_bad_image: Literal["stop", "skip"] = _setting("data", "stop", "what to do with an image that cannot be decoded: stop (name it and end) or skip (pass over it, up to 1% of a split; training lists them in bad_images.txt)")
+    on_bad_image: Literal["stop", "skip"] = _setting("data", "stop", "what to do with an image that cannot be decoded: stop (name it and end) or skip (leave it out, up to 1% of a split; training lists them in bad_images.txt)")
 
     model: ModelName = _setting("model", "resnet18", _one_of(MODELS))
     stem: Literal["auto", "cifar", "imagenet"] = _setting("model", "auto", "first layers: cifar (3x3, stride 1, no pooling), imagenet (7x7, stride 2, pooling), or auto, from the image size")

@@ -45,10 +45,11 @@ static inline vec relu(vec v) { vec z = {}; return z > v ? z : v; }
 static inline vec masked(vec g, vec y) { vec z = {}; return y <= z ? z : g; }
 
 // e^x: 2^n by the exponent's bits times a polynomial on [-ln 2 / 2, ln 2 / 2], two units in the last
-// place. Below e^-87 and above e^88 it stays there. Adding 1.5 * 2^23 rounds to an integer.
-static inline vec exponential(vec x) {
-    const vec low = vec{} - 87.f, high = vec{} + 88.f;
-    x = x < low ? low : x;
+// place. 0 below e^-87 and infinite above e^88: times a huge z, a small number there would be wrong.
+// Adding 1.5 * 2^23 rounds to an integer.
+static inline vec exponential(vec whole) {
+    const vec low = vec{} - 87.f, high = vec{} + 88.f, infinite = vec{} + INFINITY;
+    vec x = whole < low ? low : whole;
     x = x > high ? high : x;
     const float magic = 12582912.f;
     const vec t = x * 1.44269504f + magic, n = t - magic;
@@ -60,7 +61,8 @@ static inline vec exponential(vec x) {
     p = p * r + 1.f;
     p = p * r + 1.f;
     const ivec power = ((ivec)t - 0x4B400000 + 127) << 23;
-    return p * (vec)power;
+    const vec found = p * (vec)power;
+    return whole < low ? vec{} : whole > high ? infinite : found;
 }
 // The share of the standard normal distribution below z, and its density at z. Abramowitz and Stegun,
 // Handbook of Mathematical Functions, 7.1.26: an error of at most 1e-7, about fp32's.

@@ -131,9 +131,9 @@ def process_group(processes: Processes, device: torch.device) -> Iterator[None]:
         return
     if dist.is_initialized():
         raise UserError(
-            "this process is in a process group already: the script formed one, or a training "
-            "before ended with an error",
-            "leave the group to the training, and start the script again after an error",
+            "this process is already in a process group: the script formed one, or an earlier "
+            "training ended with an error",
+            "do not call init_process_group yourself; after an error, start the script again",
         )
     # torch.distributed.nn binds the current group as default arguments at import. A later import,
     # by DistributedDataParallel, would keep this group for ever.

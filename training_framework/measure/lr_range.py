@@ -166,7 +166,7 @@ def plot_lr_range(found: LrRange, path: Path, *, title: str) -> None:
     axes.plot(found.rates, found.smoothed, color="#1f6db5", label="moving average")
     for rate, name, line in (
         (found.steepest, "steepest fall", ":"),
-        (found.tenth_of_least, "a tenth of the least loss's rate", "--"),
+        (found.tenth_of_least, "a tenth of the rate of the lowest loss", "--"),
         (found.suggestion, "suggestion", "-"),
     ):
         axes.axvline(rate, color="#c2410c", linestyle=line, label=f"{name}: {rate:.2g}")

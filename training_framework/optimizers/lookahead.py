@@ -8,7 +8,7 @@ __all__ = ["Lookahead"]
 
 
 class Lookahead:
-    """After every some steps, moves slow weights towards the weights, and the weights to them.
+    """Every few steps, moves slow weights towards the weights, and the weights to them.
 
     M. Zhang et al., "Lookahead Optimizer: k steps forward, 1 step back", arXiv 1907.08610. The
     optimizer's momentum stays, as in the authors' experiments. Norm statistics are not changed.

@@ -86,7 +86,7 @@ def check_processes(
     device = accelerators[0].kind if accelerators else "cpu"
     if world_size > 1 and device not in BACKENDS:
         raise UserError(
-            f"{world_size} processes were started, and PyTorch cannot connect those on {device}",
+            f"{world_size} processes were started, but PyTorch cannot connect them on {device}",
             "start one process, without torchrun, or set accelerator to cpu",
         )
     if accelerators and len(accelerators) < local_world_size:
@@ -94,13 +94,12 @@ def check_processes(
             f"torchrun started {local_world_size} processes on this machine, which has "
             f"{len(accelerators)} usable GPU(s)",
             f"use --nproc-per-node={len(accelerators)}, or accelerator: cpu; if each process has "
-            "a GPU of its own, show it that one alone in CUDA_VISIBLE_DEVICES",
+            "its own GPU, set its CUDA_VISIBLE_DEVICES to that GPU alone",
         )
     if config.auto_micro_batch is True and world_size > 1:
         raise UserError(
-            f"auto_micro_batch is for one process, and {world_size} train together: one "
-            "that is short of memory cannot change what the others compute",
-            "drop it, and lower batch_size if memory is short",
+            f"auto_micro_batch works in one process only, and {world_size} train together",
+            "set it to auto or false; if memory runs out, lower batch_size",
         )
     if config.batch_size % world_size:
         raise UserError(

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from training_framework.config import TrainConfig
 from training_framework.data.facts import DatasetFacts
 from training_framework.errors import UserError
-from training_framework.machine.hardware import Hardware
+from training_framework.machine.hardware import Accelerator, Hardware
 from training_framework.plan.machine import check_processes, choose_accelerators
 from training_framework.plan.train_plan import TrainPlan
 from training_framework.switches import Choices, Situation, choose_all
@@ -74,9 +74,7 @@ def make_plan(
     )
     durations = _durations(config, facts, world_size, batches_per_epoch, choices)
     stem = _stem(config, facts, choices)
-    trained_images_per_step = durations["images_per_step"] * (config.train_on_hardest or 1)
-    lr = _learning_rate(config, trained_images_per_step, choices)
-    muon_rest_lr = _muon_rest_lr(config, trained_images_per_step, choices)
+    rates = _rates(config, durations["images_per_step"], choices)
     situation = Situation(
         config=config,
         hardware=hardware,
@@ -94,17 +92,12 @@ def make_plan(
         situation, resident_data=switches["resident_data"], choices=choices
     )
     return TrainPlan(
-        device=accelerators[0].kind if accelerators else "cpu",
-        device_indices=tuple(gpu.index for gpu in accelerators),
-        device_name=accelerators[0].name if accelerators else hardware.cpu_name,
         world_size=world_size,
         own_network=own_network,
         stem=stem,
         num_classes=_num_classes(config, facts),
         image_size=facts.image_size,
         eval_img_size=_evaluation_size(config, facts),
-        lr=lr,
-        muon_rest_lr=muon_rest_lr,
         nesterov=_nesterov(config),
         evaluation_batch_size=evaluation_batch_size,
         momentum=config.momentum if _uses_sgd(config) else 0.0,
@@ -112,10 +105,20 @@ def make_plan(
         more_switches=more_switches,
         asked_for=_asked_for(config),
         choices=(*choices, *chosen.choices),
+        **_device(accelerators, hardware),
         **switches,
         **durations,
+        **rates,
         **{key: getattr(config, key) for key in _AS_ASKED},
     )
+
+
+def _device(accelerators: tuple[Accelerator, ...], hardware: Hardware) -> dict[str, Any]:
+    return {
+        "device": accelerators[0].kind if accelerators else "cpu",
+        "device_indices": tuple(gpu.index for gpu in accelerators),
+        "device_name": accelerators[0].name if accelerators else hardware.cpu_name,
+    }
 
 
 def _by_field(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -235,10 +238,18 @@ def _num_classes(config: TrainConfig, facts: DatasetFacts) -> int:
 def _evaluation_size(config: TrainConfig, facts: DatasetFacts) -> int:
     if config.eval_img_size is not None and facts.storage == "loader":
         raise UserError(
-            "eval_img_size is for data sets, and your own loader makes its images",
+            "eval_img_size is for data sets, but your own loader sets the size of its images",
             "remove eval_img_size",
         )
     return config.eval_img_size or facts.image_size
+
+
+def _rates(config: TrainConfig, images_per_step: int, choices: Choices) -> dict[str, Any]:
+    trained_images = images_per_step * (config.train_on_hardest or 1)
+    return {
+        "lr": _learning_rate(config, trained_images, choices),
+        "muon_rest_lr": _muon_rest_lr(config, trained_images, choices),
+    }
 
 
 def _learning_rate(config: TrainConfig, images_per_step: float, choices: Choices) -> float:
@@ -254,8 +265,8 @@ def _learning_rate(config: TrainConfig, images_per_step: float, choices: Choices
 
 def _muon_rate(config: TrainConfig) -> tuple[float, str]:
     if config.muon_normalize:
-        return MUON_LEARNING_RATE, "of weights that are normalized, as in airbench94_muon"
-    return UNNORMALIZED_MUON_LEARNING_RATE, "muon's usual one"
+        return MUON_LEARNING_RATE, "for normalized weights, as in airbench94_muon"
+    return UNNORMALIZED_MUON_LEARNING_RATE, "muon's usual rate"
 
 
 def _muon_rest_lr(config: TrainConfig, images_per_step: float, choices: Choices) -> float:
@@ -272,7 +283,7 @@ def _usual_rate(optimizer: str, images_per_step: float) -> tuple[float, str]:
         lr = LEARNING_RATE_PER_64_IMAGES * images_per_step / 64
         return lr, f"{LEARNING_RATE_PER_64_IMAGES} for every 64 images of a step"
     lr = 1e-3 * math.sqrt(images_per_step / 256)
-    return lr, "0.001 at 256 images a step, with the root of the batch"
+    return lr, "0.001 at 256 images a step, times the square root of the batch's growth"
 
 
 def _uses_sgd(config: TrainConfig) -> bool:

@@ -42,6 +42,10 @@ _DECISIVE = frozenset(
 _OF_DATA = ("batches_per_epoch", "image_size", "num_classes")
 
 
+# What runs did before the plan had these fields, where a new run may choose otherwise.
+_BEFORE_THE_FIELD = {"bf16_products": False}
+
+
 class _Obstacle(NamedTuple):
     """A part of the run's plan that cannot be done here, its fields, and the cure."""
 
@@ -78,7 +82,7 @@ def resumed_plan(
     known = {field.name for field in dataclasses.fields(TrainPlan)}
     try:  # a plan of another version may lack a field, and have others
         own = {key: value for key, value in values.items() if key in known}
-        then = TrainPlan.from_dict({**fresh.as_dict(), **own})
+        then = TrainPlan.from_dict({**fresh.as_dict(), **_BEFORE_THE_FIELD, **own})
         if not 1 <= then.threads <= MAX_THREADS:
             raise ValueError(f"{then.threads} threads")
     except ValueError:

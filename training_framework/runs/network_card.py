@@ -17,7 +17,7 @@ from training_framework.plan import TrainPlan
 
 __all__ = ["NetworkCard", "load_network"]
 
-MOST_CLASSES = 100_000
+MAX_CLASSES = 100_000
 LARGEST_IMAGE_SIZE = 4096
 _METADATA_KEY = "network"
 _VARIATION = TypeAdapter(Variation)
@@ -135,7 +135,7 @@ class NetworkCard:
             and isinstance(self.share_early_weights, bool)
             and isinstance(self.center_crop, bool)
             and isinstance(self.is_own, bool)
-            and 1 <= len(self.class_names) <= MOST_CLASSES
+            and 1 <= len(self.class_names) <= MAX_CLASSES
             and all(isinstance(name, str) for name in self.class_names)
             and type(self.image_size) is int
             and 1 <= self.image_size <= LARGEST_IMAGE_SIZE

@@ -13,7 +13,9 @@ from training_framework.checkpoint import (
     previous_of,
     read_description,
 )
-from training_framework.config.schema import TRAJECTORY_FREE_KEYS
+from training_framework.config import TrainConfig
+from training_framework.config.loading import config_to_dict
+from training_framework.config.schema import TRAJECTORY_FREE_KEYS, sections
 from training_framework.errors import UserError, shown
 from training_framework.faults import fault_point
 from training_framework.machine.distributed import Processes, gathered
@@ -179,7 +181,7 @@ def _same_run(start: Start, planned: PlannedRun, identity: Mapping[str, Any]) ->
             return start
         line = f"note: the checkpoint is from another run: {', '.join(others)}"
         return dataclasses.replace(start, lines=(*start.lines, line))
-    then, now = state["config"] or {}, planned.settings
+    then, now = _settings_of(state), planned.settings
     settings = [
         f"{key} {shown(then[key])} -> {shown(now[key])}" for key in changed_settings(start, planned)
     ]
@@ -214,7 +216,17 @@ def changed_settings(start: Start, planned: PlannedRun) -> list[str]:
         return []
     # With a path, the run's settings are the defaults, except for its initial weights.
     free = TRAJECTORY_FREE_KEYS - ({"weights"} if planned.plan.resume == "auto" else set())
-    then, now = start.state["config"] or {}, planned.settings
+    then, now = _settings_of(start.state), planned.settings
+    plan = start.state.get("plan")
+    if isinstance(plan, dict) and not planned.plan.allow_config_change:
+        # What is left to the plan now stays as in the run, so nothing changes.
+        free |= {key for key in sections()["machine"] if now[key] == "auto" and key in plan}
     return [
         key for key, value in then.items() if key not in free and key in now and now[key] != value
     ]
+
+
+def _settings_of(state: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a checkpoint's run; those that its version lacked have their defaults."""
+    settings = state["config"] or {}
+    return {**config_to_dict(TrainConfig()), **settings} if settings else {}

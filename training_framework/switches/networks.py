@@ -157,7 +157,8 @@ FREEZE_NORM_SCALES = Switch(
     choose=_as_in_model("freeze_norm_scales"),
     change_network=lambda model, network: freeze_norm_scales(model),
     card=Card(
-        use="Short trainings with a high rate for biases, which the scales would not stand.",
+        use="Short trainings with a high learning rate for biases, at which the scales would "
+        "diverge.",
         price="None. Not yet measured.",
         failure="With zero_init_last_norm the branches would stay zero, so the configuration "
         "refuses it.",

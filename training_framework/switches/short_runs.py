@@ -16,7 +16,7 @@ def _progressive_resolution(situation: Situation) -> Decision:
         return Decision(())
     if facts.storage == "loader":
         raise UserError(
-            "progressive_resolution is for data sets, and your own loader makes its images",
+            "progressive_resolution is for data sets; your own loader sets the size of its images",
             "remove progressive_resolution",
         )
     resolutions = Resolutions.of(wanted, config.epochs)
@@ -62,8 +62,8 @@ TRAIN_ON_HARDEST = Switch(
         price="A forward pass of the whole batch, which counts in the FLOPs of an image and in the "
         f"time. images/s counts all images that were looked at. {_UNMEASURED}",
         failure="Wrong labels have the largest loss. The forward pass is in evaluation mode, so in "
-        "the first steps it judges by statistics that have not arrived yet. The training accuracy "
-        "is that of the hard images.",
+        "the first steps it judges by norm statistics that are not yet reliable. The training "
+        "accuracy is that of the hard images.",
         source="Jiang et al., Accelerating Deep Learning by Focusing on the Biggest Losers, "
         "arXiv 1910.00762",
     ),

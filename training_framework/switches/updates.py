@@ -14,7 +14,7 @@ OPTIMIZER = Switch(
         "directions. What is no convolution's weight is left to `muon_rest`.",
         price="muon multiplies matrices as large as the weights in every step: little beside "
         "batches of hundreds of images. Not yet measured.",
-        failure="Beside batches of some images, muon can take longer than the network. It is not "
+        failure="With small batches, muon can take longer than the network. It is not "
         "recorded by cuda_graph.",
         source="K. Jordan et al., Muon: An optimizer for hidden layers in neural networks (2024); "
         "Kingma and Ba, arXiv 1412.6980; Loshchilov and Hutter, arXiv 1711.05101",
@@ -40,8 +40,8 @@ LOOKAHEAD_STEPS = Switch(
     numbers="different",
     choose=as_asked("lookahead_steps"),
     card=Card(
-        use="High learning rates: every some steps the weights go back to the mean of where they "
-        "were and where they are.",
+        use="High learning rates: every few steps the weights go back part of the way to where "
+        "they were.",
         price="A second copy of the weights, and a pass over them every `lookahead_steps` steps. "
         "Not yet measured.",
         failure="With a learning rate that has fallen to zero there is nothing left to smooth.",

@@ -47,7 +47,7 @@ class BatchCounter:
     Attributes:
         sums: What was counted.
         sums_tta: The same with test-time augmentation; None without it.
-        most_images: Maximum images of a forward pass; None: no limit.
+        max_images: Maximum images of a forward pass; None: no limit.
         report: Shows a line to the user; a warning, unless set.
     """
 
@@ -68,7 +68,7 @@ class BatchCounter:
         self.sums_tta: ClassificationSums | None = None
         if tta != "none":
             self.sums_tta = ClassificationSums(device, num_classes=num_classes)
-        self.most_images: int | None = None
+        self.max_images: int | None = None
         self.report: Callable[[str], None] = _warn
         self._transform = transform
         self._device = device
@@ -92,7 +92,7 @@ class BatchCounter:
         """
         start, images = 0, len(batch.labels)
         while start < images:
-            stop = min(images, start + (self.most_images or images))
+            stop = min(images, start + (self.max_images or images))
             part = batch if stop - start == images else _rows(batch, start, stop)
             try:
                 self._count(part)
@@ -106,10 +106,10 @@ class BatchCounter:
             # Outside the handler, so that no traceback keeps the memory alive.
             self._make_room(shortage, stop - start)
 
-    def limit(self, most_images: int | None) -> None:
+    def limit(self, max_images: int | None) -> None:
         """Compute at most so many images at once from now on; None: as many as so far."""
-        if most_images is not None:
-            self.most_images = min(self.most_images or most_images, most_images)
+        if max_images is not None:
+            self.max_images = min(self.max_images or max_images, max_images)
 
     def _make_room(self, shortage: str, at_once: int) -> None:
         if at_once == 1:
@@ -117,13 +117,13 @@ class BatchCounter:
                 f"memory is full in an evaluation with one image at once: {shortage}",
                 "lower batch_size or img_size: training takes memory from the evaluation",
             )
-        self.most_images = (at_once + 1) // 2
+        self.max_images = (at_once + 1) // 2
         self._forget_recording()
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
         self.report(
             f"note: memory is full in an evaluation with {at_once} images at once; from now on "
-            f"it computes at most {self.most_images} (the results are the same)"
+            f"it computes at most {self.max_images} (the results are the same)"
         )
 
     def _count(self, batch: Batch) -> None:

@@ -89,7 +89,8 @@ def evaluate(
     metrics = sums.read()
     if not metrics.count:
         raise UserError(
-            "the validation data has no image to evaluate", "add images, or evaluate nothing"
+            "the validation data has no image to evaluate",
+            "add validation images, or train without a validation set",
         )
     acc1_tta = None
     if counter.sums_tta is not None:

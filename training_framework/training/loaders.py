@@ -19,6 +19,7 @@ from training_framework.data import (
     build_loader,
 )
 from training_framework.data.appearance import Appearance
+from training_framework.data.facts import DatasetFacts
 from training_framework.machine.distributed import Processes, gathered
 from training_framework.machine.precision import compute_dtype
 from training_framework.plan import PlannedRun, TrainPlan, UserLoaders
@@ -87,39 +88,7 @@ class Loaders:
         else:
             own = functools.partial(UserLoader, device=device, num_classes=plan.num_classes)
             train, val = own(source.train), None if source.val is None else own(source.val)
-        # Our networks begin with a convolution, for which autocast would cast the images anyway.
-        dtype = torch.float32 if plan.own_network else compute_dtype(plan.precision)
-        eval_transform = EvalTransform(
-            mean=facts.mean,
-            std=facts.std,
-            device=device,
-            # Images that are resized and then rounded differ from those rounded before.
-            dtype=dtype if plan.eval_img_size == plan.image_size else torch.float32,
-            channels_last=plan.channels_last,
-            size=plan.eval_img_size,
-        )
-        train_transform = TrainTransform(
-            mean=facts.mean,
-            std=facts.std,
-            sample_count=facts.train_images,
-            seed=plan.seed,
-            device=device,
-            flip=plan.flip,
-            crop_padding=plan.crop_padding,
-            cutout=plan.cutout,
-            random_erasing=plan.random_erasing,
-            appearance=Appearance(
-                color_jitter=plan.color_jitter,
-                auto_augment=plan.auto_augment,
-                operations=plan.rand_augment_operations,
-                magnitude=plan.rand_augment_magnitude,
-            ),
-            resolutions=plan.resolutions,
-            mixup=plan.mixup,
-            cutmix=plan.cutmix,
-            dtype=dtype,
-            channels_last=plan.channels_last,
-        )
+        eval_transform, train_transform = _transforms(plan, facts, device)
         return cls(
             train=train,
             val=val,
@@ -157,6 +126,46 @@ class Loaders:
         for loader in (self.train, self.val, self.norms):
             if loader is not None:
                 loader.close()
+
+
+def _transforms(
+    plan: TrainPlan, facts: DatasetFacts, device: torch.device
+) -> tuple[EvalTransform, TrainTransform]:
+    """What turns batches into the network's input, in an evaluation and in training."""
+    # Our networks begin with a convolution, for which autocast would cast the images anyway.
+    dtype = torch.float32 if plan.own_network else compute_dtype(plan.precision)
+    eval_transform = EvalTransform(
+        mean=facts.mean,
+        std=facts.std,
+        device=device,
+        # Images that are resized and then rounded differ from those rounded before.
+        dtype=dtype if plan.eval_img_size == plan.image_size else torch.float32,
+        channels_last=plan.channels_last,
+        size=plan.eval_img_size,
+    )
+    train_transform = TrainTransform(
+        mean=facts.mean,
+        std=facts.std,
+        sample_count=facts.train_images,
+        seed=plan.seed,
+        device=device,
+        flip=plan.flip,
+        crop_padding=plan.crop_padding,
+        cutout=plan.cutout,
+        random_erasing=plan.random_erasing,
+        appearance=Appearance(
+            color_jitter=plan.color_jitter,
+            auto_augment=plan.auto_augment,
+            operations=plan.rand_augment_operations,
+            magnitude=plan.rand_augment_magnitude,
+        ),
+        resolutions=plan.resolutions,
+        mixup=plan.mixup,
+        cutmix=plan.cutmix,
+        dtype=dtype,
+        channels_last=plan.channels_last,
+    )
+    return eval_transform, train_transform
 
 
 def split_loader(

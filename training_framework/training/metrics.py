@@ -11,7 +11,7 @@ from torch import Tensor
 __all__ = ["ClassificationMetrics", "ClassificationSums"]
 
 BATCHES_AT_ONCE = 64
-MOST_WAITING_SCORES = 2**22
+MAX_WAITING_SCORES = 2**22
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +91,7 @@ class ClassificationSums:
             (logits.detach(), labels, loss.detach() if loss.requires_grad else loss)
         )
         waiting_scores = len(self._waiting) * logits.numel()
-        if len(self._waiting) == BATCHES_AT_ONCE or waiting_scores > MOST_WAITING_SCORES:
+        if len(self._waiting) == BATCHES_AT_ONCE or waiting_scores > MAX_WAITING_SCORES:
             self._count_waiting()
 
     @torch.no_grad()

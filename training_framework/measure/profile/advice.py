@@ -35,6 +35,10 @@ class Suggestion:
     settings: Mapping[str, Any] = field(default_factory=dict)
 
 
+_Step = tuple[bool, Suggestion]
+"""Whether a suggestion applies, and the suggestion."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Run:
     """What advice is for.
@@ -233,7 +237,6 @@ def _compiles(run: Run) -> bool:
 
 def _for_computing(run: Run, shares: Mapping[str, float], bottleneck: str) -> Suggestion:
     plan, hardware = run.plan, run.hardware
-    percent = {phase: f"{100 * share:.0f}%" for phase, share in shares.items()}
     blamed = f" ({bottleneck})" if bottleneck else ""
     return _first(
         run,
@@ -261,6 +264,19 @@ def _for_computing(run: Run, shares: Mapping[str, float], bottleneck: str) -> Su
                 activation_checkpointing=False,
             ),
         ),
+        *_for_large_shares(plan, shares),
+        (
+            plan.device == "cuda" and not plan.compile and _compiles(run),
+            _advice("set compile: true (fewer, larger kernels)", compile=True),
+        ),
+        otherwise=f"only the arithmetic is left{blamed}: use a smaller model or img_size",
+    )
+
+
+def _for_large_shares(plan: TrainPlan, shares: Mapping[str, float]) -> list[_Step]:
+    """Steps against phases beside the network's own that take much of the time."""
+    percent = {phase: f"{100 * share:.0f}%" for phase, share in shares.items()}
+    return [
         (
             shares["transform"] > LARGE_SHARE,
             _advice(f"use less augmentation: it takes {percent['transform']} of a step"),
@@ -280,12 +296,7 @@ def _for_computing(run: Run, shares: Mapping[str, float], bottleneck: str) -> Su
                 batch_size=2 * plan.global_batch_size,
             ),
         ),
-        (
-            plan.device == "cuda" and not plan.compile and _compiles(run),
-            _advice("set compile: true (fewer, larger kernels)", compile=True),
-        ),
-        otherwise=f"only the arithmetic is left{blamed}: use a smaller model or img_size",
-    )
+    ]
 
 
 def _left_to_the_plan(run: Run, key: str) -> Any:
@@ -298,7 +309,7 @@ def _advice(text: str, **settings: Any) -> Suggestion:
     return Suggestion(text=text, settings=settings)
 
 
-def _first(run: Run, *steps: tuple[bool, Suggestion], otherwise: str) -> Suggestion:
+def _first(run: Run, *steps: _Step, otherwise: str) -> Suggestion:
     """The first step that applies and that the run can follow."""
     return next(
         (step for applies, step in steps if applies and run.can_follow(step)),

@@ -42,7 +42,7 @@ __all__ = ["SCHEMA_VERSION", "Profile", "create_profile_directory", "profile_run
 
 SCHEMA_VERSION = 1
 # Every step leaves thousands of events, and a few steps are enough.
-MOST_PROFILED_STEPS = 5
+MAX_PROFILED_STEPS = 5
 ROWS_IN_FILE = 60
 
 
@@ -162,7 +162,7 @@ def _profile(
     say: Callable[[str], None],
 ) -> Profile:
     plan = parts.plan
-    profiled_steps = min(steps, MOST_PROFILED_STEPS)
+    profiled_steps = min(steps, MAX_PROFILED_STEPS)
     window = KernelWindow(
         device=parts.device,
         trace=directory / "trace.json.gz",
