@@ -66,7 +66,8 @@ TRAIN_ON_HARDEST = Switch(
         use="Most images are fitted already: a forward pass finds the share of each batch with the "
         "largest loss, and only those are trained on. Each process chooses from its own part.",
         price="A forward pass of the whole batch, which counts in the FLOPs of an image and in the "
-        f"time. images/s counts all images that were looked at. {_UNMEASURED}",
+        "time. images/s counts all images that were looked at. Several processes exchange the "
+        f"norms' statistics in every step. {_UNMEASURED}",
         failure="Wrong labels have the largest loss. The forward pass is in evaluation mode, so in "
         "the first steps it judges by statistics that have not arrived yet. The training accuracy "
         "is that of the hard images.",
