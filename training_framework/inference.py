@@ -102,7 +102,7 @@ def _evaluation_config(path: Path, card: NetworkCard, overrides: Mapping[str, An
         trained = load_checkpoint(path)["config"]
         keys = {"batch_size"} if given & {"data", "data_root"} else {"batch_size", *_DATA_KEYS}
         base = {key: value for key, value in trained.items() if key in keys}
-    base["img_size"] = card.image_size
+    base |= {"img_size": card.array_size or card.image_size, "eval_img_size": card.image_size}
     config = load_config(overrides=overrides, base=base, source="command line")
     if config.data == "synthetic":  # its number of classes is a setting
         config = config.model_copy(update={"num_classes": len(card.class_names)})
@@ -186,7 +186,11 @@ def _placed(network: nn.Module, plan: TrainPlan, device: torch.device) -> nn.Mod
 def _transform(card: NetworkCard, plan: TrainPlan, device: torch.device) -> EvalTransform:
     """From pixels to the network's input, in the plan's memory format."""
     return EvalTransform(
-        mean=card.mean, std=card.std, device=device, channels_last=plan.channels_last
+        mean=card.mean,
+        std=card.std,
+        device=device,
+        channels_last=plan.channels_last,
+        size=card.image_size,
     )
 
 

@@ -59,6 +59,7 @@ def test_wrong_types_and_ranges_are_refused(settings):
         ({"deep_stem": True, "whitening": True}, "whitening needs a single first convolution"),
         ({"model": "resnet50d", "whitening": True}, "deep_stem makes three"),
         ({"model": "resnet8_fast", "zero_init_last_norm": True}, "freeze_norm_scales leaves"),
+        ({"model": "wrn_16_4", "zero_init_last_norm": True}, "zero_init_last_norm: a relu follows"),
         ({"optimizer": "muon", "muon_rest": "adamw", "nesterov": True}, "optimizer is adamw"),
         ({"muon_rest_lr": 0.1}, "muon_rest_lr is given but optimizer is sgd"),
         ({"compile": False, "compile_mode": "default"}, "compile_mode"),

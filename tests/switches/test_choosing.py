@@ -117,3 +117,42 @@ def test_kernels_that_cannot_be_compiled_are_one_line_with_the_cure(monkeypatch)
 def test_a_process_is_set_up_with_the_threads_that_were_chosen():
     set_up_process(chosen(threads=3, keep_memory=False).values, "cpu")
     assert torch.get_num_threads() == 3
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"activation": "gelu"}, {"dirac_init": True}, {"deep_stem": True}],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_parts_of_a_model_are_refused_for_a_users_own_network(settings):
+    (key,) = settings
+    with pytest.raises(UserError, match=f"{key} is .*, but network is your own.*remove {key}"):
+        chosen(own_network=True, **settings)
+
+
+def test_a_users_own_network_has_no_part_of_the_configured_model():
+    made = chosen(own_network=True, model="seresnet18")
+    assert made.values["squeeze_excitation"] is False
+    assert not any("seresnet18" in choice.reason for choice in made.choices)
+    assert chosen(own_network=True, norm_momentum=0.3).values["norm_momentum"] == 0.3
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"cutout": 4}, {"random_erasing": 0.5}, {"color_jitter": 0.2}, {"auto_augment": "rand"}],
+    ids=lambda settings: next(iter(settings)),
+)
+def test_pixels_of_a_users_own_loader_are_not_augmented(settings):
+    (key,) = settings
+    asked = situation(**settings)
+    assert choose_all(asked).values[key] == settings[key]
+    loaded = dataclasses.replace(asked.facts, storage="loader")
+    with pytest.raises(UserError, match=f"{key} is for data sets.*augment in your loader"):
+        choose_all(dataclasses.replace(asked, facts=loaded))
+
+
+def test_the_plan_says_which_image_sizes_no_epoch_has():
+    made = chosen(epochs=2, progressive_resolution=((0.0, 16), (0.3, 20), (0.4, 24), (0.8, 32)))
+    (why,) = [choice.reason for choice in made.choices if choice.name == "progressive_resolution"]
+    never = "px in no epoch (a size starts with a whole one)"
+    assert why.startswith(f"16 px from epoch 1 on, 20 {never}, 24 px from epoch 2 on, 32 {never}: ")

@@ -160,6 +160,20 @@ def test_selection_is_off_unless_asked_for() -> None:
     assert isinstance(parts_of(train_on_hardest=0.5).select, HardestImages)
 
 
+def test_every_rank_chooses_by_the_statistics_of_a_checkpoint(monkeypatch):
+    parts = parts_of(train_on_hardest=0.5)
+    labels = torch.arange(8) % 4
+
+    def as_rank_0(network: Any) -> None:
+        """Stands for other buffers: scores that fit the first two classes only."""
+        with torch.no_grad():
+            network.fc.bias[:2] = 1000
+
+    monkeypatch.setattr("training_framework.training.selection.share_buffers", as_rank_0)
+    _, chosen, _ = parts.select(torch.rand(8, 3, 12, 12), labels, None)
+    assert chosen.tolist() == [2, 3, 2, 3]
+
+
 class Batches:
     """A loader of three fixed batches."""
 

@@ -360,12 +360,17 @@ def test_another_error_in_a_step_is_not_taken_for_a_lack_of_memory(in_tmp_path):
         train(Network(hook), *samples(), auto_micro_batch=True)
 
 
-def test_a_last_batch_of_one_image_that_batch_norm_refuses_is_one_line(in_tmp_path):
+@pytest.mark.parametrize(
+    ("share", "message"),
+    [
+        (0.0, r"step 2 has a batch of 1 image.*one value per channel.*drop_last"),
+        (0.1, r"step 1 trains on one image of its batch of 8.*raise train_on_hardest"),
+    ],
+)
+def test_one_image_that_batch_norm_refuses_is_one_line(in_tmp_path, share, message):
     torch.manual_seed(0)
     network = nn.Sequential(nn.Conv2d(3, 4, 8), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 2))
     loader = DataLoader(TensorDataset(torch.randn(9, 3, 8, 8), torch.arange(9) % 2), batch_size=8)
-    config = TrainConfig(epochs=1, lr=0.01, tensorboard=False, threads=1)
-    with pytest.raises(
-        UserError, match=r"step 2 has a batch of 1 image.*one value per channel.*drop_last"
-    ):
+    config = TrainConfig(epochs=1, lr=0.01, tensorboard=False, threads=1, train_on_hardest=share)
+    with pytest.raises(UserError, match=message):
         EfficientResNet18Trainer(config, network=network).train(loader)

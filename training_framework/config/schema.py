@@ -298,6 +298,15 @@ def _contradictions_of_network(config: TrainConfig) -> list[str]:
             "zero_init_last_norm starts scales at zero but freeze_norm_scales leaves them there; "
             "switch one off"
         )
+    if (
+        config.zero_init_last_norm
+        and architecture.block == "preactivated"
+        and chosen["activation"] == "relu"
+    ):
+        faults.append(
+            f"zero_init_last_norm: a relu follows the last norm in a block of {config.model} and "
+            "gives a scale of zero no gradient; switch zero_init_last_norm off"
+        )
     return faults
 
 

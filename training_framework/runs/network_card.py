@@ -39,6 +39,8 @@ class NetworkCard:
             `image_size`, as for image folders; otherwise it uses the whole image.
         is_own: Whether it is a user's own network; no file holds its class.
         variation: What settings changed in the model; None, in older files: nothing.
+        array_size: Side in pixels of images held as arrays before they are resized to
+            `image_size`; None, in older files: the same.
     """
 
     model: str
@@ -51,6 +53,7 @@ class NetworkCard:
     center_crop: bool
     is_own: bool = False
     variation: Variation | None = None
+    array_size: int | None = None
 
     @classmethod
     def of(cls, plan: TrainPlan, facts: DatasetFacts) -> "NetworkCard":
@@ -66,6 +69,7 @@ class NetworkCard:
             std=facts.std,
             center_crop=facts.storage == "files",
             variation=plan.variation,
+            array_size=plan.image_size,
         )
 
     def build(self) -> nn.Module:
@@ -137,8 +141,10 @@ class NetworkCard:
             and isinstance(self.is_own, bool)
             and 1 <= len(self.class_names) <= MAX_CLASSES
             and all(isinstance(name, str) for name in self.class_names)
-            and type(self.image_size) is int
-            and 1 <= self.image_size <= LARGEST_IMAGE_SIZE
+            and all(
+                type(size) is int and 1 <= size <= LARGEST_IMAGE_SIZE
+                for size in (self.image_size, self.array_size or self.image_size)
+            )
             and len(self.mean) == len(self.std) == 3
             and all(type(number) in (int, float) for number in numbers)
             and all(-1e6 < number < 1e6 for number in numbers)  # NaN is in no interval

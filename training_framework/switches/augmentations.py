@@ -1,5 +1,8 @@
 """Switches for the augmentation of training images."""
 
+from collections.abc import Callable
+
+from training_framework.errors import UserError
 from training_framework.switches.switch import Card, Decision, Situation, Switch, as_asked
 
 __all__ = ["AUGMENTATIONS"]
@@ -14,6 +17,21 @@ def _flip(situation: Situation) -> Decision:
     if facts.flip:
         return Decision("random", "mirrored images keep their class")
     return Decision("none", "a mirror changes the class")
+
+
+def _of_pixels(key: str) -> Callable[[Situation], Decision]:
+    """As asked; a user's own loader gives floats, which are not augmented."""
+
+    def choose(situation: Situation) -> Decision:
+        wanted = getattr(situation.config, key)
+        if situation.facts.storage == "loader" and wanted not in (0, "none"):
+            raise UserError(
+                f"{key} is for data sets, and your own loader makes its images",
+                f"remove {key}, or augment in your loader",
+            )
+        return Decision(wanted)
+
+    return choose
 
 
 FLIP = Switch(
@@ -55,7 +73,7 @@ CUTOUT = Switch(
     key="cutout",
     name="cutout",
     numbers="different",
-    choose=as_asked("cutout"),
+    choose=_of_pixels("cutout"),
     card=Card(
         use="Long trainings on small sets such as CIFAR, with a square of half the image's side.",
         price="One pass over the batch. The training accuracy is no longer that of whole images.",
@@ -68,7 +86,7 @@ RANDOM_ERASING = Switch(
     key="random_erasing",
     name="random erasing",
     numbers="different",
-    choose=as_asked("random_erasing"),
+    choose=_of_pixels("random_erasing"),
     card=Card(
         use="As cutout, with rectangles of all sizes in a share of the images.",
         price="One pass over the batch.",
@@ -107,7 +125,7 @@ COLOR_JITTER = Switch(
     key="color_jitter",
     name="color jitter",
     numbers="different",
-    choose=as_asked("color_jitter"),
+    choose=_of_pixels("color_jitter"),
     card=Card(
         use="Photographs whose light differs more than the training set shows.",
         price="A few passes over the batch on the device. Not yet measured in this project.",
@@ -121,7 +139,7 @@ AUTO_AUGMENT = Switch(
     key="auto_augment",
     name="automatic augmentation",
     numbers="different",
-    choose=as_asked("auto_augment"),
+    choose=_of_pixels("auto_augment"),
     card=Card(
         use="Long trainings: `trivial` applies one random operation of a random strength to each "
         "image, `rand` several of one strength.",

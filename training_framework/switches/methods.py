@@ -108,7 +108,8 @@ ZERO_INIT_LAST_NORM = Switch(
     card=Card(
         use="Deep networks and large batches: every block starts as the identity.",
         price="None.",
-        failure="It does not change loaded weights.",
+        failure="It does not change loaded weights. In wrn a relu follows the last norm and would "
+        "stay at zero, so the configuration refuses it.",
         source="Goyal et al., arXiv 1706.02677, section 5.1",
     ),
 )

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 from training_framework.config.schema import as_in_model
+from training_framework.errors import UserError
 from training_framework.models.norms import freeze_norm_scales, set_norm_momentum
 from training_framework.models.whitening import freeze_first_convolution
 from training_framework.switches.switch import Card, Decision, Situation, Switch
@@ -15,8 +16,13 @@ def _as_in_model(key: str) -> Callable[[Situation], Decision]:
 
     def choose(situation: Situation) -> Decision:
         wanted = getattr(situation.config, key)
-        if wanted == "auto" and situation.own_network and key in _CHANGES:
-            return Decision(_CHANGES[key])
+        if situation.own_network and key not in _CHANGES and wanted not in ("auto", _PLAIN[key]):
+            raise UserError(
+                f"{key} is {str(wanted).lower()}, but network is your own and is not rebuilt",
+                f"remove {key}, or build it into your network",
+            )
+        if situation.own_network and (wanted == "auto" or key not in _CHANGES):
+            return Decision(_PLAIN[key])
         value = as_in_model(situation.config, key)
         own = wanted == "auto" and value not in (False, None, "relu")
         return Decision(value, f"a part of {situation.config.model}" if own else "")
@@ -24,8 +30,15 @@ def _as_in_model(key: str) -> Callable[[Situation], Decision]:
     return choose
 
 
-# Values that leave a user's own network as it is.
-_CHANGES = {"whitening": False, "freeze_norm_scales": False, "norm_momentum": None}
+# What can change in a user's own network too; all else goes into the building of a model.
+_CHANGES = frozenset({"whitening", "freeze_norm_scales", "norm_momentum"})
+# Values that leave a network as it is.
+_PLAIN = {
+    **dict.fromkeys(("squeeze_excitation", "blur_pool", "deep_stem", "pooled_shortcut"), False),
+    **dict.fromkeys(("dirac_init", "whitening", "freeze_norm_scales"), False),
+    "activation": "relu",
+    "norm_momentum": None,
+}
 
 ACTIVATION = Switch(
     key="activation",

@@ -23,7 +23,13 @@ def _progressive_resolution(situation: Situation) -> Decision:
     epochs = resolutions.by_epoch(config.epochs)
     pixels = sum(length * size**2 for length, size in epochs)
     share = pixels / (sum(length for length, _ in epochs) * facts.image_size**2)
-    sizes = [f"{size} px from epoch {first + 1} on" for first, size in resolutions.sizes]
+    ends = [*(first for first, _ in resolutions.sizes[1:]), len(epochs)]
+    sizes = [
+        f"{size} px from epoch {first + 1} on"
+        if first < min(end, len(epochs))
+        else f"{size} px in no epoch (a size starts with a whole one)"
+        for (first, size), end in zip(resolutions.sizes, ends, strict=True)
+    ]
     shapes = len({size for _, size in epochs})
     compiled = " and compiles" if situation.chosen["compile"] else ""
     warms = situation.on_gpu or situation.chosen["compile"]
@@ -60,7 +66,8 @@ TRAIN_ON_HARDEST = Switch(
         use="Most images are fitted already: a forward pass finds the share of each batch with the "
         "largest loss, and only those are trained on. Each process chooses from its own part.",
         price="A forward pass of the whole batch, which counts in the FLOPs of an image and in the "
-        f"time. images/s counts all images that were looked at. {_UNMEASURED}",
+        "time. images/s counts all images that were looked at. Several processes exchange the "
+        f"norms' statistics in every step. {_UNMEASURED}",
         failure="Wrong labels have the largest loss. The forward pass is in evaluation mode, so in "
         "the first steps it judges by norm statistics that are not yet reliable. The training "
         "accuracy is that of the hard images.",

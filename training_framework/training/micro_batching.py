@@ -79,12 +79,7 @@ class MicroBatching:
                 except ValueError as error:
                     if _ONE_VALUE not in str(error):
                         raise
-                    raise UserError(
-                        f"step {self._progress.step + 1} has a batch of {len(left[0].labels)} "
-                        "image(s), and batch norm cannot train on one value per channel",
-                        "choose a batch_size that leaves no batch of one image, or a larger "
-                        "img_size; a DataLoader drops such a last batch with drop_last=True",
-                    ) from None
+                    raise _one_value(self._progress.step + 1, len(left[0].labels)) from None
                 else:
                     del left[0]
                     continue
@@ -152,3 +147,17 @@ class StepStart:
         restore_random_states(self._random, self._device)
         if self._device.type == "cuda":
             torch.cuda.empty_cache()  # blocks that only the larger parts could use
+
+
+def _one_value(step_number: int, batch_size: int) -> UserError:
+    why = "batch norm cannot train on one value per channel"
+    if batch_size > 1:
+        return UserError(
+            f"step {step_number} trains on one image of its batch of {batch_size}, and {why}",
+            "raise train_on_hardest or batch_size, or choose a larger img_size",
+        )
+    return UserError(
+        f"step {step_number} has a batch of 1 image, and {why}",
+        "choose a batch_size that leaves no batch of one image, or a larger img_size; a DataLoader "
+        "drops such a last batch with drop_last=True",
+    )

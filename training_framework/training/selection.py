@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from training_framework.machine.distributed import share_buffers
 from training_framework.machine.precision import autocast
 from training_framework.plan import TrainPlan
 from training_framework.training.loss import MixedWith, per_sample_losses
@@ -70,6 +71,9 @@ class HardestImages:
 
     def _losses(self, images: Tensor, labels: Tensor, mixed: MixedWith | None) -> Tensor:
         network = self._step.network
+        # Every rank has norm statistics of its own, and a checkpoint has only rank 0's: with others
+        # a resumed run would choose other images.
+        share_buffers(network)
         network.eval()
         parts = images.split(self._step.micro_batch_size or len(images))
         with autocast(self._device_type, self._precision):
