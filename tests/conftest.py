@@ -7,6 +7,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.envi
 # A thread that waits for the others sleeps: spinning, it would take the core that they wait for.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,6 +17,10 @@ from forks import Forks
 
 from training_framework.config.config import Config
 from training_framework.models import resnet
+
+# Under nohup, which ignores it, every program that a test starts would ignore it too.
+if hasattr(signal, "SIGHUP"):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -39,6 +39,7 @@ __all__ = [
     "begin_fresh",
     "end_fault",
     "fork_life",
+    "left_in_shared_memory",
     "shared_memory_names",
     "warm_up",
 ]
@@ -207,6 +208,15 @@ def shared_memory_names() -> set[str]:
     """What lies in the machine's shared memory."""
     folder = Path("/dev/shm")
     return {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+
+
+def left_in_shared_memory(before: set[str], *, patience_seconds: float = 60.0) -> list[str]:
+    """What came into the machine's shared memory and stays: other tests clear theirs away."""
+    deadline = time.monotonic() + patience_seconds
+    while (left := shared_memory_names() - before) and time.monotonic() < deadline:
+        time.sleep(0.2)
+        before = before | (shared_memory_names() - left)  # what came later is not ours
+    return sorted(left)
 
 
 if __name__ == "__main__":

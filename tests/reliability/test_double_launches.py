@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 from experiment import run_experiment
-from lives import Life, begin, end_fault, shared_memory_names, warm_up
+from lives import Life, begin, end_fault, left_in_shared_memory, shared_memory_names, warm_up
 from reliability_result import RESULTS, write_result
 from tiny_training import differences, newest_version, write_configuration, write_images
 
@@ -133,7 +133,7 @@ def double_launches(launches: int) -> dict[str, Any]:
         "faults": tried.faults,
         "refusals": len(tried.refusal_seconds),
         "longest_refusal_seconds": max(tried.refusal_seconds, default=None),
-        "left_in_shared_memory": sorted(shared_memory_names() - in_shared_memory),
+        "left_in_shared_memory": left_in_shared_memory(in_shared_memory),
         "seconds": time.monotonic() - started,
     }
 

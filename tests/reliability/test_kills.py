@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 from experiment import run_experiment
-from lives import Life, begin, begin_fresh, shared_memory_names, warm_up
+from lives import Life, begin, begin_fresh, left_in_shared_memory, shared_memory_names, warm_up
 from reliability_result import RESULTS, write_result
 from tiny_training import (
     STEPS,
@@ -156,7 +156,7 @@ def kill_runs(kills: int, seed: int, workers: list[int], fresh: bool) -> dict[st
         "faults": [fault for part in parts for fault in part.faults],
         "orphans": orphans,
         "seconds_until_no_process_was_left": seconds_to_be_gone,
-        "left_in_shared_memory": sorted(shared_memory_names() - in_shared_memory),
+        "left_in_shared_memory": left_in_shared_memory(in_shared_memory),
         "longest_life_seconds": max(life.seconds for life in lives),
         "seconds": time.monotonic() - started,
     }
