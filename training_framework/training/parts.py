@@ -164,8 +164,10 @@ class Parts:
         )
 
     def close(self) -> None:
-        """End the loaders' processes."""
+        """End the loaders' processes, and free the recorded step."""
         self.loaders.close()
+        if isinstance(self.step, CudaGraphStep):
+            self.step.forget_recording()
 
 
 def build_parts(
@@ -217,7 +219,9 @@ def _set_up_process(plan: TrainPlan, device: torch.device) -> None:
 
 def build_step(plan: TrainPlan, model: nn.Module, device: torch.device) -> TrainStep:
     """What makes the optimizer steps, around a network on its device."""
-    wrapped = in_data_parallel(model, device) if plan.world_size > 1 else model
+    records_ddp = plan.cuda_graph and plan.world_size > 1
+    stream = torch.cuda.Stream(device) if records_ddp else None
+    wrapped = in_data_parallel(model, device, stream) if plan.world_size > 1 else model
     # DDP has now given every rank the weights of rank 0, so all ranks average the same weights.
     average = WeightAverage(model, decay=plan.ema_decay) if plan.ema_decay else None
     if plan.average_from:
@@ -246,8 +250,8 @@ def build_step(plan: TrainPlan, model: nn.Module, device: torch.device) -> Train
     )
     make_step: Callable[..., TrainStep] = TrainStep
     if plan.cuda_graph:
-        is_required = "cuda_graph" in plan.asked_for
-        make_step = functools.partial(CudaGraphStep, is_required=is_required)
+        is_required = "cuda_graph" in plan.asked_for or records_ddp
+        make_step = functools.partial(CudaGraphStep, is_required=is_required, ddp_stream=stream)
     step = make_step(
         wrapped,
         optimizer,
