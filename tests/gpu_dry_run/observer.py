@@ -278,7 +278,8 @@ class ObservingMode(FakeTensorMode):
             if any(tensor.ndim or capturing for tensor in _on("cpu", (args, kwargs))):
                 observed = self.device.observed
                 observed.host_operands.append((str(func), place(), observed.when))
-        in_place = func._schema.is_mutable
+        # The schema of c10d's operators does not say that they write.
+        in_place = func._schema.is_mutable or func.namespace == "c10d"
         written = [*made, *read] if in_place else made
         self.device.run(str(func), read, written, is_new=not in_place)
 

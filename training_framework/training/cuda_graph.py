@@ -60,7 +60,7 @@ class CudaGraphStep(TrainStep):
             whose precision must need no gradient scaling.
         record: How work is recorded; None: as a CUDA graph.
         is_required: Whether a step that cannot be recorded is an error, or runs normally; with
-            several processes it must be an error, since DistributedDataParallel cannot go on.
+            several processes it must be an error, since DistributedDataParallel may be in the middle of a pass.
         ddp_stream: With several processes, the stream that DistributedDataParallel was made on. It
             is what all steps run on that are not replayed, and what they are recorded on.
         **options: As for `TrainStep`. The optimizer must be a fused one, and the weight average
