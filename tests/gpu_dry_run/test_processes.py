@@ -69,7 +69,10 @@ def test_a_recorded_step_of_eight_adds_up_its_gradients_inside_the_graph(dry_run
     assert added_up == [f"step {number + 1}" for number in range(DDP_WARM_UP_STEPS)]
 
 
-def test_a_recording_without_the_sum_of_the_gradients_is_found(dry_run):
+@pytest.mark.long
+def test_a_recording_without_the_sum_of_the_gradients_is_found(dry_run, long):
+    if not long:
+        pytest.skip("with --long")
     call = "            logits, loss = self._forward(images, labels, mixed)\n"
     plant = (
         "training_framework.training.cuda_graph:CudaGraphStep._record_backward", call,

@@ -60,7 +60,8 @@ class CudaGraphStep(TrainStep):
             whose precision must need no gradient scaling.
         record: How work is recorded; None: as a CUDA graph.
         is_required: Whether a step that cannot be recorded is an error, or runs normally; with
-            several processes it must be an error, since DistributedDataParallel may be in the middle of a pass.
+            several processes it must be an error, since DistributedDataParallel may be in the
+            middle of a pass.
         ddp_stream: With several processes, the stream that DistributedDataParallel was made on. It
             is what all steps run on that are not replayed, and what they are recorded on.
         **options: As for `TrainStep`. The optimizer must be a fused one, and the weight average
@@ -82,7 +83,8 @@ class CudaGraphStep(TrainStep):
         self._report: Callable[[str], None] = _warn
         self._warm_up_steps = WARM_UP_STEPS
         if isinstance(self.model, DistributedDataParallel):
-            assert is_required
+            on_cuda = self._parameters[0].device.type == "cuda"
+            assert is_required and on_cuda == (ddp_stream is not None)
             self._warm_up_steps = DDP_WARM_UP_STEPS
         self._steps_made = 0
         self._kinds: _Kinds | None = None  # of the present step, if it computes its batch at once
