@@ -148,15 +148,7 @@ def process_group(
     # by DistributedDataParallel, would keep this group for ever.
     importlib.import_module("torch.distributed.nn.functional")
     _check_backend(device.type)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        with _no_error_handling() if records_steps else nullcontext():
-            dist.init_process_group("nccl", device_id=device)
-    elif device.type == "xpu":
-        torch.xpu.set_device(device)
-        dist.init_process_group("xccl")
-    else:
-        dist.init_process_group("gloo")
+    _form_group(device, records_steps)
     must_abort = False
     try:
         yield
@@ -174,6 +166,18 @@ def process_group(
             atexit.register(_abort_group)  # by then, the error has been shown
         else:
             dist.destroy_process_group()
+
+
+def _form_group(device: torch.device, records_steps: bool) -> None:
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        with _no_error_handling() if records_steps else nullcontext():
+            dist.init_process_group("nccl", device_id=device)
+    elif device.type == "xpu":
+        torch.xpu.set_device(device)
+        dist.init_process_group("xccl")
+    else:
+        dist.init_process_group("gloo")
 
 
 @contextmanager
