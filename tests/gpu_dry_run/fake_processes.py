@@ -13,7 +13,7 @@ from torch.futures import Future
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from training_framework.machine import distributed
-from training_framework.training import evaluation, parts, stopping
+from training_framework.training import cuda_graph, evaluation, parts, stopping
 
 
 @contextlib.contextmanager
@@ -64,6 +64,7 @@ def fake_processes(world_size: int) -> Iterator[None]:
             (dist.Reducer, "_rebuild_buckets", lambda _: False),
             (dist.Logger, "set_runtime_stats_and_log", lambda _: None),
             (parts, "in_data_parallel", with_hook),
+            (cuda_graph, "largest", largest),
             (evaluation, "largest", largest),
             (stopping, "largest", largest),
         ):

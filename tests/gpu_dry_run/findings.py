@@ -3,6 +3,8 @@
 import collections
 from types import SimpleNamespace
 
+from training_framework.training.cuda_graph import DDP_WARM_UP_STEPS
+
 # Once an epoch the host puts its order and its draws on the device.
 AT_EPOCH_START = {"data/loading.py", "data/draws.py"}
 # GradScaler asks whether a step overflowed, where the optimizer is not a fused one.
@@ -46,7 +48,7 @@ def _wrong_collectives(report: SimpleNamespace) -> list[str]:
     """What is wrong with what the processes do together."""
     broadcasts = collections.Counter[str]()
     added_up = collections.Counter[str]()
-    for name, elements, when in report.collectives:
+    for name, elements, when in (*report.collectives, *report.replayed_collectives):
         (broadcasts if name == "broadcast_" else added_up)[when] += elements
     steps = [f"step {number + 1}" for number in range(report.steps)]
     found = [f"buffers travel in {step}" for step in steps if broadcasts[step]]
@@ -68,5 +70,7 @@ def _is_known_wait(
     file, _, function = where.partition(":")
     if file in AT_EPOCH_START and what == "copy cpu to cuda":
         return when in first_steps
+    if report.world_size > 1 and report.plan["cuda_graph"] and where.endswith(" largest"):
+        return when == f"step {DDP_WARM_UP_STEPS + 1}"  # all agree on whether it is recorded
     scaled = report.plan["precision"] == "16-mixed" and not report.plan["fused_optimizer"]
     return scaled and (what, file, function.split()[-1]) == SCALER

@@ -36,7 +36,9 @@ class Observed:
         recorded: Operators in each graph.
         compiled: Modes that torch.compile was called with.
         layouts: Steps in which a fused optimizer's state has another layout than the weights.
-        collectives: What several processes do together: its name, the elements, and when.
+        collectives: What several processes do together, launched by the host: its name, the
+            elements, and when.
+        replayed_collectives: What they do together in a graph that is replayed, likewise.
     """
 
     when: str = "start"
@@ -51,6 +53,7 @@ class Observed:
     compiled: list[str] = dataclasses.field(default_factory=list)
     layouts: list[str] = dataclasses.field(default_factory=list)
     collectives: list[tuple[str, int, str]] = dataclasses.field(default_factory=list)
+    replayed_collectives: list[tuple[str, int, str]] = dataclasses.field(default_factory=list)
 
 
 def place() -> str:
@@ -94,13 +97,16 @@ class Graph:
         self.reads: dict[int, Any] = {}
         self.writes: dict[int, Any] = {}
         self.operators = 0
+        self.collectives: list[tuple[str, int]] = []
 
     def pool(self) -> tuple[int, int]:
         return (0, 1)
 
     def replay(self) -> None:
         device = self.device
-        device.observed.replayed[device.observed.when] += 1
+        observed = device.observed
+        observed.replayed[observed.when] += 1
+        observed.replayed_collectives += [(*what, observed.when) for what in self.collectives]
         for storage in self.reads:
             device.check_read(storage, "replay")
         stream = device.current
@@ -258,7 +264,10 @@ class ObservingMode(FakeTensorMode):
             return
         if func.namespace == "c10d":
             elements = sum(tensor.numel() for tensor in _on("cuda", args[0]))
-            self.device.observed.collectives.append((name, elements, self.device.observed.when))
+            if self.device.capturing is not None:
+                self.device.capturing.collectives.append((name, elements))
+            else:
+                self.device.observed.collectives.append((name, elements, self.device.observed.when))
         copies = list(_copies(name, args, kwargs, result))
         for source, target, non_blocking in copies:
             kind = f"copy {source.device.type} to {target.device.type}"
@@ -269,7 +278,8 @@ class ObservingMode(FakeTensorMode):
             if any(tensor.ndim or capturing for tensor in _on("cpu", (args, kwargs))):
                 observed = self.device.observed
                 observed.host_operands.append((str(func), place(), observed.when))
-        in_place = func._schema.is_mutable
+        # The schema of c10d's operators does not say that they write.
+        in_place = func._schema.is_mutable or func.namespace == "c10d"
         written = [*made, *read] if in_place else made
         self.device.run(str(func), read, written, is_new=not in_place)
 

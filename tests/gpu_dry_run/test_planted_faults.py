@@ -56,14 +56,12 @@ FAULTS = [
     ),
     (
         "the warm-up of a recording does not wait for the batch",
-        "training.cuda_graph:CudaGraphStep._warming_up",
-        "        self._side_stream.wait_stream(current)\n", "",
+        "training.recording:on_stream", "    stream.wait_stream(current)\n", "",
         RECORDED, "too early",
     ),
     (
         "what follows the warm-up does not wait for it",
-        "training.cuda_graph:CudaGraphStep._warming_up",
-        "        current.wait_stream(self._side_stream)\n", "",
+        "training.recording:on_stream", "    current.wait_stream(stream)\n", "",
         RECORDED, "too early",
     ),
     (

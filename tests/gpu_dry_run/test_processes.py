@@ -3,6 +3,8 @@
 import pytest
 from findings import findings
 
+from training_framework.training.cuda_graph import DDP_WARM_UP_STEPS
+
 GIVEN = {"batch_size": 256, "log_every_n_steps": 2}
 RUNS = {
     "as planned": GIVEN,
@@ -41,6 +43,43 @@ def test_a_run_of_eight_is_whole_and_its_steps_only_add_up_gradients(dry_run, na
     assert sorted(set(between)) == ["largest", "read", "read_over_processes"]
     assert between.count("largest") <= 5
     assert between.count("read") == 1  # the samples of the epoch
+
+
+RECORDED = {"batch_size": 96, "cuda_graph": True, "stop_after_steps": DDP_WARM_UP_STEPS + 2}
+
+
+def recorded_run(dry_run, plants=()):
+    """A run of eight whose last two steps are replayed, the elements of its gradients, findings."""
+    report = dry_run(RECORDED, processes=8, plants=plants)
+    assert (report.steps, report.world_size) == (RECORDED["stop_after_steps"], 8)
+    (gradients,) = {size for _, size, when in report.collectives if when == "step 1"}
+    return report, gradients, findings(report)
+
+
+def test_a_recorded_step_of_eight_adds_up_its_gradients_inside_the_graph(dry_run):
+    report, gradients, found = recorded_run(dry_run)
+    assert found == []
+    replayed = [f"step {DDP_WARM_UP_STEPS + 1}", f"step {DDP_WARM_UP_STEPS + 2}"]
+    assert [report.replayed.get(when) for when in replayed] == [2, 2]
+    assert report.replayed_collectives == [["allreduce_", gradients, when] for when in replayed]
+    # The host itself: nothing but, once, the agreement that all have recorded.
+    launched = [what for what in report.collectives if what[2] in replayed]
+    assert launched == [["allreduce_", 1, replayed[0]]]
+    added_up = [when for _, size, when in report.collectives if size == gradients]
+    assert added_up == [f"step {number + 1}" for number in range(DDP_WARM_UP_STEPS)]
+
+
+@pytest.mark.long
+def test_a_recording_without_the_sum_of_the_gradients_is_found(dry_run, long):
+    if not long:
+        pytest.skip("with --long")
+    call = "            logits, loss = self._forward(images, labels, mixed)\n"
+    plant = (
+        "training_framework.training.cuda_graph:CudaGraphStep._record_backward", call,
+        f"            with self.synchronization(False):\n    {call}",
+    )  # fmt: skip
+    _, _, found = recorded_run(dry_run, (plant,))
+    assert f"gradients are not added up in step {DDP_WARM_UP_STEPS + 2}" in found
 
 
 @pytest.mark.long

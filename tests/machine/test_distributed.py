@@ -17,12 +17,14 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed as dist
 from forks import Forks
 
 from training_framework.checkpoint import load_checkpoint
 from training_framework.cli.main import main
 from training_framework.errors import UserError
-from training_framework.machine.distributed import Processes
+from training_framework.machine.distributed import Processes, process_group
 from training_framework.training.evaluation import evaluate
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
@@ -318,3 +320,25 @@ def test_no_thread_of_gloo_is_left_when_a_training_ends(group_of_one, monkeypatc
     assert code == (0 if fault is None else 2)
     assert min(seen) > 0
     assert gloo_threads() == 0
+
+
+@pytest.mark.parametrize("before", [None, "1"])  # torchrun sets it to 1
+@pytest.mark.parametrize("records_steps", [True, False])
+def test_nccl_ends_no_process_by_itself_where_steps_are_recorded(
+    monkeypatch, before, records_steps
+):
+    name, seen = "TORCH_NCCL_ASYNC_ERROR_HANDLING", []
+    monkeypatch.delenv(name, raising=False)
+    if before is not None:
+        monkeypatch.setenv(name, before)
+    for owner, function, replacement in (
+        (dist, "is_backend_available", lambda _: True),
+        (dist, "init_process_group", lambda *_, **__: seen.append(os.environ.get(name))),
+        (dist, "destroy_process_group", lambda: None),
+        (torch.cuda, "set_device", lambda _: None),
+    ):
+        monkeypatch.setattr(owner, function, replacement)
+    two = Processes(rank=0, world_size=2, local_rank=0, local_world_size=2)
+    with process_group(two, torch.device("cuda:0"), records_steps=records_steps):
+        assert os.environ.get(name) == before
+    assert seen == ["0" if records_steps else before]

@@ -317,6 +317,29 @@ def test_a_step_is_recorded_where_that_is_asked_for_and_possible():
         assert reason in choice.reason
 
 
+def test_several_processes_are_recorded_only_where_that_is_asked_for():
+    def plan_two(gpu, **settings):
+        processes = {"world_size": 2, "local_world_size": 2}
+        return plan(with_gpus(gpu, gpu), **processes, batch_size=64, epochs=200, **settings)
+
+    nvidia = dataclasses.replace(NEW_GPU, capability=(9, 0))
+    by_itself = plan_two(nvidia)
+    assert not by_itself.cuda_graph
+    assert "not proven on a real GPU" in reason(by_itself, "cuda_graph")
+    asked = plan_two(nvidia, cuda_graph=True)
+    assert asked.cuda_graph and asked.compile_mode == "default"
+    assert reason(asked, "cuda_graph") == "asked for"
+    own_loader = dataclasses.replace(FACTS, storage="loader")
+    for why, gpu, settings in (
+        ("several batches", nvidia, {"accumulate_grad_batches": 2}),
+        ("on ROCm", dataclasses.replace(NEW_GPU, architecture="gfx942"), {}),
+        ("your own DataLoader", nvidia, {"facts": own_loader}),
+    ):
+        made = plan_two(gpu, cuda_graph=True, **settings)
+        assert not made.cuda_graph
+        assert why in reason(made, "cuda_graph")
+
+
 def test_a_step_is_recorded_without_asking_where_that_works_and_pays():
     known = with_gpus(dataclasses.replace(NEW_GPU, capability=(9, 0)))
     made = plan(known)

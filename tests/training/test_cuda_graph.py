@@ -1,16 +1,24 @@
 """Recorded steps. Where there is no CUDA GPU, what was recorded is run again by Python instead,
 which shows everything but the recording: the inputs, gradients and rates that a replay sees."""
 
+import importlib
 import weakref
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from training_framework.data import Batch, TrainTransform
 from training_framework.errors import UserError
 from training_framework.optimizers import WeightAverage, build_optimizer
-from training_framework.training.cuda_graph import WARM_UP_STEPS, CudaGraphStep
+from training_framework.training import cuda_graph
+from training_framework.training.cuda_graph import (
+    DDP_WARM_UP_STEPS,
+    WARM_UP_STEPS,
+    CudaGraphStep,
+)
+from training_framework.training.data_parallel import in_data_parallel
 from training_framework.training.metrics import ClassificationSums
 from training_framework.training.micro_batching import StepStart
 from training_framework.training.step import TrainStep
@@ -315,3 +323,62 @@ def test_what_cannot_be_recorded_is_one_line_with_a_cure():
     with pytest.raises(UserError, match=r"cannot be recorded.*operation not permitted") as caught:
         train(step, "cpu", [batch(number) for number in range(WARM_UP_STEPS + 1)])
     assert "set cuda_graph to false" in str(caught.value)
+
+
+@pytest.fixture
+def ddp_steps(tmp_path):
+    """Makes steps in DistributedDataParallel, in a gloo group of this process alone."""
+    importlib.import_module("torch.distributed.nn.functional")  # see process_group
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+
+    def make(kind, **options):
+        model = in_data_parallel(network("cpu"), torch.device("cpu"))
+        made = build_optimizer(
+            model, name="sgd", lr=0.1, momentum=0.9, weight_decay=1e-3, fused=True
+        )
+        return kind(model, made, device_type="cpu", **options)
+
+    yield make
+    dist.destroy_process_group()
+
+
+def test_steps_of_several_processes_are_recorded_after_eleven_and_then_replayed(ddp_steps):
+    recorded = []
+    ours = ddp_steps(CudaGraphStep, record=lambda work: recorded.append(work) or work)
+    reference = ddp_steps(TrainStep)
+    for step in (ours, reference):
+        step.losses = train(step, "cpu", [batch(number) for number in range(DDP_WARM_UP_STEPS)])
+    assert DDP_WARM_UP_STEPS == 11 and not recorded
+    more = [batch(number) for number in range(20, 23)]
+    torch.testing.assert_close(train(ours, "cpu", more), train(reference, "cpu", more))
+    assert len(recorded) == 2 and ours._replays
+    for one, other in zip(ours._parameters, reference._parameters, strict=True):
+        torch.testing.assert_close(one, other)
+    ours.forget_recording()
+    assert ours._replay_backward is None and ours._replay_update is None
+
+
+def never_recorded(work):
+    raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+
+@pytest.mark.parametrize("fails_here", [True, False])
+def test_all_processes_end_with_one_line_where_one_cannot_record(
+    ddp_steps, monkeypatch, fails_here
+):
+    """Here, or in the second of two processes, whose part in the agreement is played."""
+    agreed = []
+
+    def largest(values, device):
+        agreed.append((values, device.type))
+        return [1.0]
+
+    reason = "operation not permitted when stream is capturing"
+    monkeypatch.setattr(cuda_graph, "largest", largest)
+    monkeypatch.setattr(cuda_graph, "gathered", lambda own: [own, "" if fails_here else reason])
+    record = never_recorded if fails_here else lambda work: work
+    step = ddp_steps(CudaGraphStep, record=record)
+    with pytest.raises(UserError) as caught:
+        train(step, "cpu", [batch(number) for number in range(DDP_WARM_UP_STEPS + 1)])
+    assert caught.value.fault == f"the training step cannot be recorded as a CUDA graph: {reason}"
+    assert agreed == [([float(fails_here)], "cpu")]

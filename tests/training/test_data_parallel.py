@@ -1,5 +1,6 @@
 """The network in DDP, with a gloo group of this process alone."""
 
+import contextlib
 import importlib
 
 import pytest
@@ -10,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from training_framework.machine.distributed import share_buffers
+from training_framework.training import data_parallel
 from training_framework.training.data_parallel import in_data_parallel
 from training_framework.training.step import TrainStep
 
@@ -101,3 +103,25 @@ def test_forward_and_loss_are_compiled_into_one_graph_inside_ddp(monkeypatch):
             step.update(0.1, step=number)
     assert len(graphs) == 1  # all gradients are in one bucket
     assert any("cross_entropy" in str(target) for target in graphs[0])
+
+
+@pytest.mark.usefixtures("_group")
+def test_what_gathers_the_gradients_is_made_on_the_stream_of_a_recording(monkeypatch):
+    order = []
+
+    @contextlib.contextmanager
+    def on_stream(stream):
+        order.append(f"on {stream}")
+        yield
+        order.append("back")
+
+    class Parallel(torch.nn.parallel.DistributedDataParallel):
+        def __init__(self, *arguments, **options):
+            order.append("made")
+            super().__init__(*arguments, **options)
+
+    monkeypatch.setattr(data_parallel, "on_stream", on_stream)
+    monkeypatch.setattr(data_parallel, "DistributedDataParallel", Parallel)
+    in_data_parallel(small_network(), CPU)
+    in_data_parallel(small_network(), CPU, "a side stream")
+    assert order == ["made", "on a side stream", "made", "back"]

@@ -169,7 +169,7 @@ class TrainConfig(BaseModel):
     master_weights: bool = _setting("machine", False, "in mixed precision, compute with half-precision copies of the weights, made together from their fp32 masters in each forward pass (one process, not compiled)")
     compile: bool | Auto = _setting("machine", "auto", "use torch.compile; auto: only where it pays off")
     compile_mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] | None = _setting("machine", None, "mode of torch.compile; unset: reduce-overhead on a single NVIDIA GPU whose steps are not recorded, else default")
-    cuda_graph: bool | Auto = _setting("machine", "auto", "record the whole step as CUDA graphs and replay them (one CUDA GPU, one batch per step, not fp16); auto: where that works and the run is long enough")
+    cuda_graph: bool | Auto = _setting("machine", "auto", "record the whole step as CUDA graphs and replay them (CUDA GPUs, one batch per step, not fp16); auto: on one GPU, where that works and the run is long enough")
     fused_optimizer: bool | Auto = _setting("machine", "auto", "use torch's fused optimizer; auto: where the device has one")
     small_map_convolutions: bool | Auto = _setting("machine", "auto", "compute convolutions on small feature maps as matrix products; auto: on a CPU in fp32")
     winograd_convolutions: bool | Auto = _setting("machine", "auto", "compute 3x3 convolutions by Winograd's algorithm, with kernels compiled on this machine; auto: on a CPU with AVX-512 in fp32")

@@ -8,7 +8,7 @@ import os
 import signal
 import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -34,6 +34,8 @@ __all__ = [
 # How processes talk to each other, by PyTorch's type of their devices. A type that is missing here
 # has no such way, and one process trains on it.
 BACKENDS = {"cpu": "gloo", "cuda": "nccl", "xpu": "xccl"}
+# Read by PyTorch when a group of NCCL is formed.
+ASYNC_ERROR_HANDLING = "TORCH_NCCL_ASYNC_ERROR_HANDLING"
 BOARD_TIMEOUT = timedelta(seconds=5)
 # One process may take longer than another to open a large data set or to compile kernels.
 FIRST_PROCESS_TIMEOUT = timedelta(minutes=10)
@@ -109,7 +111,9 @@ def _check_alone() -> None:
 
 
 @contextmanager
-def process_group(processes: Processes, device: torch.device) -> Iterator[None]:
+def process_group(
+    processes: Processes, device: torch.device, *, records_steps: bool = False
+) -> Iterator[None]:
     """Join the other processes, by the backend for their device; a no-op for one.
 
     A UserError in one process ends the others with the same UserError; otherwise they would only
@@ -122,6 +126,11 @@ def process_group(processes: Processes, device: torch.device) -> Iterator[None]:
     All users of the group, such as a DistributedDataParallel, must be out of scope at the end.
     gloo's threads end only with the last user, and a thread that still owns a Python tensor while
     the interpreter shuts down aborts the process (see PyTorch's pull request 179291).
+
+    Args:
+        processes: All of them.
+        device: Where this one trains.
+        records_steps: Whether NCCL's operations are to be recorded in CUDA graphs.
 
     Raises:
         UserError: This process is in a group already.
@@ -139,14 +148,7 @@ def process_group(processes: Processes, device: torch.device) -> Iterator[None]:
     # by DistributedDataParallel, would keep this group for ever.
     importlib.import_module("torch.distributed.nn.functional")
     _check_backend(device.type)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        dist.init_process_group("nccl", device_id=device)
-    elif device.type == "xpu":
-        torch.xpu.set_device(device)
-        dist.init_process_group("xccl")
-    else:
-        dist.init_process_group("gloo")
+    _form_group(device, records_steps)
     must_abort = False
     try:
         yield
@@ -164,6 +166,35 @@ def process_group(processes: Processes, device: torch.device) -> Iterator[None]:
             atexit.register(_abort_group)  # by then, the error has been shown
         else:
             dist.destroy_process_group()
+
+
+def _form_group(device: torch.device, records_steps: bool) -> None:
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        with _no_error_handling() if records_steps else nullcontext():
+            dist.init_process_group("nccl", device_id=device)
+    elif device.type == "xpu":
+        torch.xpu.set_device(device)
+        dist.init_process_group("xccl")
+    else:
+        dist.init_process_group("gloo")
+
+
+@contextmanager
+def _no_error_handling() -> Iterator[None]:
+    """A group of NCCL that is formed inside ends no process by itself.
+
+    PyTorch's notes on CUDA graphs require it of a group whose operations are recorded. torchrun
+    asks for the opposite, so the variable is there and must be replaced.
+    """
+    before = os.environ.get(ASYNC_ERROR_HANDLING)
+    os.environ[ASYNC_ERROR_HANDLING] = "0"
+    try:
+        yield
+    finally:
+        del os.environ[ASYNC_ERROR_HANDLING]
+        if before is not None:
+            os.environ[ASYNC_ERROR_HANDLING] = before
 
 
 def _abort_group() -> None:

@@ -90,8 +90,11 @@ def _recording_obstacle(situation: Situation) -> str:
     config = situation.config
     obstacles = {
         "only works on a CUDA GPU": not situation.on_cuda,
-        "several processes train together, which cannot be recorded yet": (
-            situation.world_size > 1
+        "your own DataLoader may give each process batches of another size": (
+            situation.world_size > 1 and situation.facts.storage == "loader"
+        ),
+        "on ROCm, what watches several processes spoils a recording": (
+            situation.world_size > 1 and bool(situation.accelerators[0].architecture)
         ),
         "a step of several batches is not recorded": config.accumulate_grad_batches > 1,
         "progressive_resolution changes the shape of the batches": bool(
@@ -118,6 +121,9 @@ def _recording_doubt(situation: Situation) -> str:
     """Why a step that can be recorded is not, unless that is asked for; empty if it is."""
     mode, steps = situation.config.compile_mode, situation.total_steps
     doubts = {
+        "recording several processes is not proven on a real GPU; cuda_graph: true tries it": (
+            situation.world_size > 1
+        ),
         "recording is not proven on ROCm": situation.accelerators[0].capability is None,
         "a recording would freeze what your own network decides in Python": situation.own_network,
         f"compile_mode {mode} records parts of the step itself": mode in RECORDING_MODES,
@@ -128,7 +134,7 @@ def _recording_doubt(situation: Situation) -> str:
 
 def _cuda_graph_trials(situation: Situation) -> Iterator[Trial]:
     chosen = situation.chosen
-    if _recording_obstacle(situation) or not chosen["fused_optimizer"]:
+    if _recording_obstacle(situation) or situation.world_size > 1 or not chosen["fused_optimizer"]:
         return
     plain = {"compile": False, "compile_mode": None}
     compiled = {"compile": True, "compile_mode": "default"}
@@ -150,10 +156,11 @@ CUDA_GRAPH = Switch(
     dimension="compile",
     trials=_cuda_graph_trials,
     card=Card(
-        use="One CUDA GPU that waits for Python to launch its kernels: small networks and images.",
+        use="CUDA GPUs that wait for Python to launch their kernels: small networks and images. "
+        "Several processes are recorded only if asked for: that is not proven on a real GPU.",
         price="Memory for the recorded step, and about a second at the start. Batches of another "
         "shape run as normal steps.",
-        failure="Several batches or processes a step, fp16 and unfused optimizers cannot be "
+        failure="Several batches a step, fp16 and unfused optimizers cannot be "
         "recorded; the plan then says so and leaves it off. A recording that fails is reported "
         "in one line, and the run goes on without; asked for, it is an error.",
         source="PyTorch, Accelerating PyTorch with CUDA Graphs; docs/design/0006-recorded-steps.md",

@@ -7,17 +7,25 @@ CUDA semantics).
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from training_framework.data import Batch, DrawnBatch, TrainTransform
 from training_framework.errors import UserError
+from training_framework.machine.distributed import gathered, largest
 from training_framework.training.loss import StepInput
-from training_framework.training.recording import CudaRecord, Record, reason_of, root_cause
+from training_framework.training.recording import (
+    CudaRecord,
+    Record,
+    on_stream,
+    reason_of,
+    root_cause,
+)
 from training_framework.training.step import TrainStep
 
 __all__ = ["CudaGraphStep"]
@@ -25,6 +33,8 @@ __all__ = ["CudaGraphStep"]
 # PyTorch's notes require a few steps on a side stream before a capture: libraries initialize,
 # kernels are chosen, and the optimizer creates its state.
 WARM_UP_STEPS = 3
+# And 11 with DistributedDataParallel, which reads clocks of CUDA in its first ten.
+DDP_WARM_UP_STEPS = 11
 
 _Inputs = Sequence[Tensor | None]
 _Kinds = tuple[tuple[torch.Size, torch.dtype] | None, ...]
@@ -42,11 +52,18 @@ class CudaGraphStep(TrainStep):
     between: those of another shape, those divided to save memory, and those of a group of several.
     The numbers are those of kernels launched one by one, with the learning rate rounded to fp32.
 
+    With several processes, the first graph also adds up their gradients. Either all processes
+    replay or none, so all must be given batches of the same shapes in the same steps.
+
     Args:
         *arguments: As for `TrainStep`, whose compile_mode must leave graphs to this class, and
             whose precision must need no gradient scaling.
         record: How work is recorded; None: as a CUDA graph.
-        is_required: Whether a step that cannot be recorded is an error, or runs normally.
+        is_required: Whether a step that cannot be recorded is an error, or runs normally; with
+            several processes it must be an error, since DistributedDataParallel may be in the
+            middle of a pass.
+        ddp_stream: With several processes, the stream that DistributedDataParallel was made on. It
+            is what all steps run on that are not replayed, and what they are recorded on.
         **options: As for `TrainStep`. The optimizer must be a fused one, and the weight average
             must keep its decay on the device.
     """
@@ -56,13 +73,19 @@ class CudaGraphStep(TrainStep):
         *arguments: Any,
         record: Record | None = None,
         is_required: bool = True,
+        ddp_stream: torch.cuda.Stream | None = None,
         **options: Any,
     ) -> None:
         super().__init__(*arguments, **options)
         assert not (self.compiled and self.compiled.replays_graphs) and not self.scaler.is_enabled()
-        self._record: Record | None = record or CudaRecord()  # None after a failure
+        self._record: Record | None = record or CudaRecord(ddp_stream)  # None after a failure
         self._is_required = is_required
         self._report: Callable[[str], None] = _warn
+        self._warm_up_steps = WARM_UP_STEPS
+        if isinstance(self.model, DistributedDataParallel):
+            on_cuda = self._parameters[0].device.type == "cuda"
+            assert is_required and on_cuda == (ddp_stream is not None)
+            self._warm_up_steps = DDP_WARM_UP_STEPS
         self._steps_made = 0
         self._kinds: _Kinds | None = None  # of the present step, if it computes its batch at once
         self._steps_of: Counter[_Kinds] = Counter()
@@ -76,7 +99,7 @@ class CudaGraphStep(TrainStep):
         self._replay_update: Callable[[], None] | None = None
         self._lr: Tensor | None = None
         self._recorded_norm: Tensor | None = None
-        self._side_stream: torch.cuda.Stream | None = None
+        self._side_stream = self._ddp_stream = ddp_stream
         self._replays = False
 
     def report_to(self, report: Callable[[str], None]) -> None:
@@ -156,11 +179,11 @@ class CudaGraphStep(TrainStep):
     def discard(self) -> None:
         """Forget what `accumulate` gathered; see `TrainStep`."""
         super().discard()
-        self._forget_recording()  # memory is short, and only whole batches are replayed
+        self.forget_recording()  # memory is short, and only whole batches are replayed
 
     def load_state_dict(self, state: dict[str, Any], *, with_sums: bool = True) -> None:
         """Restore what `state_dict` returned; see `TrainState`."""
-        self._forget_recording()  # it reads and writes the optimizer's tensors of before
+        self.forget_recording()  # it reads and writes the optimizer's tensors of before
         super().load_state_dict(state, with_sums=with_sums)
 
     def _taken(
@@ -179,22 +202,16 @@ class CudaGraphStep(TrainStep):
         # The last batch of an epoch, which may be small, is not the one to record. And where a
         # shape is new, cuDNN times its kernels, which cannot be recorded.
         images = inputs[0]
-        is_warm = self._steps_of[_kinds(inputs)] >= WARM_UP_STEPS
+        is_warm = self._steps_of[_kinds(inputs)] >= self._warm_up_steps
         return is_warm and images is not None and len(images) == self._largest_batch
 
-    @contextmanager
-    def _warming_up(self) -> Iterator[None]:
-        device = self._parameters[0].device
-        if device.type != "cuda" or self._steps_made >= WARM_UP_STEPS:
-            yield
-            return
+    def _warming_up(self) -> AbstractContextManager[None]:
+        device, is_warm = self._parameters[0].device, self._steps_made >= self._warm_up_steps
+        if device.type != "cuda" or (is_warm and self._ddp_stream is None):
+            return nullcontext()
         if self._side_stream is None:
             self._side_stream = torch.cuda.Stream(device)
-        current = torch.cuda.current_stream(device)
-        self._side_stream.wait_stream(current)
-        with torch.cuda.stream(self._side_stream):
-            yield
-        current.wait_stream(self._side_stream)
+        return on_stream(self._side_stream)
 
     def _give_back_gradients(self) -> None:
         """Restore the gradient tensors that the graphs read and write; they must not change."""
@@ -202,31 +219,41 @@ class CudaGraphStep(TrainStep):
             parameter.grad = gradient
 
     def _record_step(self, transform: TrainTransform | None, inputs: _Inputs) -> bool:
-        """Record both graphs, or neither.
+        """Record both graphs, or neither; the same in all processes.
 
         Raises:
-            UserError: The step cannot be recorded, and recording is required.
-            torch.OutOfMemoryError: Memory is full, and recording is required.
+            UserError: The step cannot be recorded, here or in another process, and recording is
+                required.
+            torch.OutOfMemoryError: Memory is full, recording is required, and this process is the
+                only one.
         """
+        failure: RuntimeError | None = None
         try:
             self._record_backward(transform, inputs)
             self._record_update()
-            return True
         except RuntimeError as error:
-            cause = root_cause(error)
-            reason = reason_of(cause)
-            if self._is_required and isinstance(cause, torch.OutOfMemoryError):
+            failure = error
+        # A process that launches what another one has recorded would wait for it for ever.
+        if not largest([float(failure is not None)], self._parameters[0].device)[0]:
+            return True
+        cause = None if failure is None else root_cause(failure)
+        reasons = gathered("" if cause is None else reason_of(cause))
+        fault = f"the training step cannot be recorded as a CUDA graph: {max(reasons, key=bool)}"
+        if self._is_required:
+            if isinstance(cause, torch.OutOfMemoryError) and len(reasons) == 1:
                 raise cause from None
-            fault = f"the training step cannot be recorded as a CUDA graph: {reason}"
-            if self._is_required:
-                raise UserError(fault, "set cuda_graph to false") from error
-        # Outside the handler, so that no traceback keeps the recording's memory alive.
+            raise UserError(fault, "set cuda_graph to false") from failure
+        failure = cause = None  # their traceback would keep the recording's memory alive
         self._record = None
-        self._forget_recording()
+        self.forget_recording()
         self._report(f"note: {fault}; it runs without")
         return False
 
-    def _forget_recording(self) -> None:
+    def forget_recording(self) -> None:
+        """Free the graphs, which must be gone before the group of the processes ends.
+
+        NCCL waits for all graphs with its operations before it ends.
+        """
         self._replay_backward = self._replay_update = None
         self._inputs, self._gradients = (), []
         self._loss = self._recorded_norm = None

@@ -164,8 +164,10 @@ class Parts:
         )
 
     def close(self) -> None:
-        """End the loaders' processes."""
+        """End the loaders' processes, and free the recorded step."""
         self.loaders.close()
+        if isinstance(self.step, CudaGraphStep):
+            self.step.forget_recording()
 
 
 def build_parts(
@@ -217,7 +219,7 @@ def _set_up_process(plan: TrainPlan, device: torch.device) -> None:
 
 def build_step(plan: TrainPlan, model: nn.Module, device: torch.device) -> TrainStep:
     """What makes the optimizer steps, around a network on its device."""
-    wrapped = in_data_parallel(model, device) if plan.world_size > 1 else model
+    wrapped, stream = _wrapped(plan, model, device)
     # DDP has now given every rank the weights of rank 0, so all ranks average the same weights.
     average = WeightAverage(model, decay=plan.ema_decay) if plan.ema_decay else None
     if plan.average_from:
@@ -246,8 +248,8 @@ def build_step(plan: TrainPlan, model: nn.Module, device: torch.device) -> Train
     )
     make_step: Callable[..., TrainStep] = TrainStep
     if plan.cuda_graph:
-        is_required = "cuda_graph" in plan.asked_for
-        make_step = functools.partial(CudaGraphStep, is_required=is_required)
+        is_required = "cuda_graph" in plan.asked_for or stream is not None
+        make_step = functools.partial(CudaGraphStep, is_required=is_required, ddp_stream=stream)
     step = make_step(
         wrapped,
         optimizer,
@@ -266,6 +268,16 @@ def build_step(plan: TrainPlan, model: nn.Module, device: torch.device) -> Train
             optimizer, every=plan.lookahead_steps, share=plan.lookahead_share
         )
     return step
+
+
+def _wrapped(
+    plan: TrainPlan, model: nn.Module, device: torch.device
+) -> tuple[nn.Module, torch.cuda.Stream | None]:
+    """The network in DDP where several processes train, and the stream of it if it is recorded."""
+    if plan.world_size == 1:
+        return model, None
+    stream = torch.cuda.Stream(device) if plan.cuda_graph else None
+    return in_data_parallel(model, device, stream), stream
 
 
 def _trained_for(plan: TrainPlan, model: nn.Module) -> dict[nn.Parameter, TrainedFor]:

@@ -1,14 +1,14 @@
 """Record work as a CUDA graph, and say why that failed."""
 
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 
 from training_framework.errors import one_line
 
-__all__ = ["CudaRecord", "Record", "reason_of", "root_cause"]
+__all__ = ["CudaRecord", "Record", "on_stream", "reason_of", "root_cause"]
 
 Record = Callable[[Callable[[], None]], Callable[[], None]]
 """Records the given work, which need not run yet; returns a function that runs it."""
@@ -18,9 +18,13 @@ class CudaRecord:
     """Records CUDA graphs that share memory, since they are always replayed in the same order.
 
     A graph and its memory live as long as the function that replays it.
+
+    Args:
+        stream: What the work is recorded on; None: a stream of PyTorch's.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, stream: torch.cuda.Stream | None = None) -> None:
+        self._stream = stream
         self._pool: Any = None
 
     def __call__(self, work: Callable[[], None]) -> Callable[[], None]:
@@ -37,8 +41,14 @@ class CudaRecord:
             with (
                 # If the recording fails, torch.cuda.graph leaves its own stream as the current one.
                 torch.cuda.stream(torch.cuda.current_stream()),
-                # Other threads may meanwhile pin memory for the loader or copy a checkpoint.
-                torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"),
+                # Other threads may meanwhile pin memory for the loader, copy a checkpoint, or ask
+                # whether NCCL has ended what came before.
+                torch.cuda.graph(
+                    graph,
+                    pool=self._pool,
+                    stream=self._stream,
+                    capture_error_mode="thread_local",
+                ),
             ):
                 work()
         except BaseException:
@@ -57,6 +67,16 @@ def _end_allocation(pool: Any) -> None:
     """
     with suppress(RuntimeError):  # this PyTorch has done it
         torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
+
+
+@contextmanager
+def on_stream(stream: torch.cuda.Stream) -> Iterator[None]:
+    """Launch on another stream, after what the current one has and before what it gets."""
+    current = torch.cuda.current_stream(stream.device)
+    stream.wait_stream(current)
+    with torch.cuda.stream(stream):
+        yield
+    current.wait_stream(stream)
 
 
 def root_cause(error: BaseException) -> BaseException:

@@ -79,7 +79,7 @@ class TrainingRun:
         """Train; everything that was opened is closed again, whatever happens."""
         processes = self.planned.processes
         device = self.plan.torch_device(processes.local_rank)
-        with process_group(processes, device):
+        with process_group(processes, device, records_steps=self.plan.cuda_graph):
             # In a function of its own: what uses the group must be gone before the group ends.
             return self._train()
 
