@@ -326,6 +326,6 @@ def test_random_configurations_train_and_resume_exactly_or_are_refused_in_one_li
 
 
 def test_every_setting_is_drawn():
-    keys = {key for values in drawn(60, 0) for key in values}
+    keys = {key for values in drawn(300, 0) for key in values}
     assert keys == TrainConfig.model_fields.keys() - LEFT_OUT
     assert config_to_dict(TrainConfig()).keys() == TrainConfig.model_fields.keys()
