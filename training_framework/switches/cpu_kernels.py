@@ -1,5 +1,6 @@
 """Switches for what PyTorch does slowly on a CPU: convolutions, norms, memory."""
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -190,17 +191,19 @@ def bf16_products_pay(situation: Situation) -> bool:
     It is for networks of 3x3 convolutions. In a bottleneck, half of the products are in 1x1
     convolutions, which only `precision: bf16-mixed` computes in bf16.
     """
-    config, hardware = situation.config, situation.hardware
+    config = situation.config
+    # Precision and layout are chosen later; Winograd's own choice says where it would then be on.
+    in_fp32 = dataclasses.replace(
+        situation,
+        config=config.model_copy(update={"winograd_convolutions": "auto"}),
+        chosen={"precision": "32", "channels_last": config.channels_last is not False},
+    )
     return (
         config.bf16_products is not False
         and config.winograd_convolutions is not False
-        and config.channels_last is not False
-        and config.compile is not True
-        and not situation.own_network
         and MODELS[config.model].block == "basic"
-        and _first_map(situation) >= SMALLEST_MAP
-        and {"avx512", "avx512_bf16"} <= set(hardware.instruction_sets)
-        and hardware.cpp_compiler is not None
+        and "avx512_bf16" in situation.hardware.instruction_sets
+        and bool(_winograd_convolutions(in_fp32).value)
     )
 
 
