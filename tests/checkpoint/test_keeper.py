@@ -82,7 +82,7 @@ def test_equal_ones_of_one_epoch_get_versions(tmp_path):
 
 
 def test_a_step_that_is_made_again_is_kept_once(tmp_path):
-    for _ in range(2):  # killed after the first time, and gone on with from before it
+    for _ in range(2):  # killed after the first save, then resumed from before it
         keep(tmp_path, [50.0, 60.0], count=3)
     assert names_in(tmp_path)[2:] == [
         "resnet10-epoch=00-val_acc1=50.0000.ckpt",

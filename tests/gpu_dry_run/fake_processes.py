@@ -49,7 +49,7 @@ def fake_processes(world_size: int) -> Iterator[None]:
 
     def largest(values: Sequence[float], device: torch.device) -> list[float]:
         distributed.largest(values, device)
-        return [float(value) for value in values]  # what is read back is no number of the others
+        return [float(value) for value in values]  # a fake group gives no numbers of others
 
     def gather(values: list[Any], value: Any) -> None:
         values[:] = [value] * len(values)
